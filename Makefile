@@ -1,0 +1,34 @@
+# make demo     environment, data, training, clips and scores: a text-to-video model from nothing
+# make test     the tests
+# make bench    what the shift and the rest cost on this machine
+# make clean    remove the environment and the demo's run
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# Threads that wait by spinning and stay on their cores: 10 to 15 % faster on a CPU with nothing else
+# to do.
+FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'needs Python 3.10 or newer: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(FAST) $(PY) train.py runs/demo --data shapes --resume
+	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
+	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
+
+test: .venv/installed
+	$(PY) -m pytest -q
+
+bench: .venv/installed
+	$(FAST) $(PY) bench.py
+
+clean:
+	rm -rf .venv runs/demo
