@@ -1,0 +1,220 @@
+"""Diffusion: how pictures are turned into noise, and noise step by step into pictures.
+
+Symbols, here only, and the letters of the papers:
+
+    x0          clean latents               x_0   (DDPM; z_0 in LDM)
+    x_t         latents at noise level t    x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+    eps         Gaussian noise, unit variance
+    beta        beta_t, variance added by step t
+    alpha_bar   prod_{s<=t} (1 - beta_s)    alpha_bar_t in DDPM, alpha_t in DDIM
+    v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)
+    sigma, eta  noise that a DDIM step adds, and its share of DDPM's (0 adds none)
+
+A model sees x_t, t and a text and predicts eps or v; either of them gives x0 by linear algebra. A
+sampler goes from pure noise at a large t down a list of timesteps, at each asking the model for x0
+and stepping to the x_t that lies between it and where we are.
+
+DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin et
+al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like pictures.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A noise schedule; its fields are those of a Stable Diffusion scheduler_config.json.
+
+    `alphas_cumprod` (num_train_timesteps,) is alpha_bar in float64. `trained_betas` overrides
+    beta_schedule by a list of betas.
+
+    Raises:
+        ValueError: if a field names no schedule, or if zero terminal SNR is asked for together with
+            epsilon (at alpha_bar = 0 the noise says nothing about x0: the first step divides by 0).
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    trained_betas: tuple[float, ...] | None = None
+    alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        choices = {
+            "prediction_type": ("epsilon", "v_prediction"),
+            "timestep_spacing": ("leading", "trailing", "linspace"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps needs >= 1, got {self.num_train_timesteps}")
+        betas = self._betas()
+        if not bool(((betas >= 0) & (betas <= 1)).all()):
+            raise ValueError("betas need to lie in [0, 1]; look at beta_start, beta_end, trained_betas")
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if self.rescale_betas_zero_snr:
+            alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+        if self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
+            raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR, where "
+                             "the noise says nothing about x0; use 'v_prediction'")  # fmt: skip
+        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+
+    def _betas(self):
+        """Betas of all timesteps, (num_train_timesteps,) float64."""
+        steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
+        if self.trained_betas is not None:
+            if len(self.trained_betas) != steps:
+                raise ValueError(f"trained_betas needs {steps} values, got {len(self.trained_betas)}")
+            return torch.tensor(self.trained_betas, dtype=torch.float64)
+        if self.beta_schedule == "linear":
+            return torch.linspace(start, end, steps, dtype=torch.float64)
+        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion's own
+            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        if self.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
+            u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        known = ("linear", "scaled_linear", "squaredcos_cap_v2")
+        raise ValueError(f"beta_schedule needs one of {known}, got {self.beta_schedule!r}")
+
+    def _coefficients(self, timesteps, like):
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (b,), shaped to multiply `like`."""
+        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return (
+            alpha_bar.sqrt().to(like.dtype).view(shape),
+            (1 - alpha_bar).sqrt().to(like.dtype).view(shape),
+        )
+
+    def add_noise(self, x0, noise, timesteps):
+        """x_t for clean x0 and noise of shape (b, ...) at timesteps (b,). DDPM, eq. 4."""
+        signal, sigma = self._coefficients(timesteps, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0, noise, timesteps):
+        """What the model learns to predict at timesteps (b,): the noise, or v; shaped like x0."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._coefficients(timesteps, x0)
+        return signal * noise - sigma * x0
+
+    def predict(self, model_output, x_t, t):
+        """The model's (x0, eps) at timestep t, whichever of eps and v it predicts."""
+        alpha_bar = self.alphas_cumprod[t].item()
+        signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * model_output) / signal, model_output
+        return signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
+
+    def timestep_pairs(self, num_steps):
+        """Exactly num_steps pairs (t, t_prev) from noisy to clean; the last t_prev is -1.
+
+        The spacings are those of Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
+        the noisiest timestep, trailing begins at it, linspace takes both ends.
+
+        Raises:
+            ValueError: if not 1 <= num_steps <= num_train_timesteps.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
+        if self.timestep_spacing == "leading":
+            stride = total // num_steps
+            offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside
+            steps = [i * stride + offset for i in reversed(range(num_steps))]
+        elif self.timestep_spacing == "trailing":
+            steps = [round(total - i * (total / num_steps)) - 1 for i in range(num_steps)]
+        else:
+            ends = torch.linspace(0, total - 1, num_steps, dtype=torch.float64)
+            steps = [round(step) for step in reversed(ends.tolist())]
+        return list(zip(steps, steps[1:] + [-1], strict=True))
+
+    def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
+        """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise.
+
+        `generator` is one CPU generator, or one for each clip; used if eta > 0. Raises ValueError if
+        eta does not lie in [0, 1].
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta needs to lie in [0, 1], got {eta}")
+        alpha_bar = self.alphas_cumprod[t].item()
+        final = 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
+        alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else final
+        x0, eps = self.predict(model_output, x_t, t)
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        sigma = eta * math.sqrt(max(variance, 0.0))
+        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # 0 from alpha_bar = 0 with eta = 1, or -1e-17
+        mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
+        return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
+
+    def ddpm_step(self, model_output, x_t, t, t_prev, generator=None):
+        """A sample of q(x_{t_prev} | x_t, x0). DDPM, eq. 6 and 7, for steps of any size."""
+        alpha_bar = self.alphas_cumprod[t].item()
+        alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
+        alpha = alpha_bar / alpha_bar_prev
+        x0, _ = self.predict(model_output, x_t, t)
+        mean = (
+            math.sqrt(alpha_bar_prev) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - alpha_bar_prev) * x_t
+        ) / (1 - alpha_bar)
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
+        if variance == 0:
+            return mean
+        return mean + math.sqrt(variance) * randn(x_t.shape, generator).to(x_t)
+
+
+def _zero_terminal_snr(alphas_cumprod):
+    """Shift and scale sqrt(alpha_bar) so that its last value is 0. Lin et al. 2023, algorithm 1."""
+    root = alphas_cumprod.sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    return root**2
+
+
+def randn(shape, generator=None, shared_noise=0.0):
+    """Gaussian noise (b, t, ...) drawn on the CPU, so a seed means the same on every device.
+
+    `generator` is None, a CPU generator, or a list with one for each clip: then a clip's noise does
+    not depend on the clips beside it. `shared_noise` is the part of the variance that all frames of
+    a clip have in common (the mixed noise of PYoCo, Ge et al. 2023, section 3.2); 0 for none.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"need one generator a clip, got {len(generator)} for {shape[0]} clips")
+        return torch.cat([randn((1, *shape[1:]), one, shared_noise) for one in generator])
+    noise = torch.randn(shape, generator=generator)
+    if shared_noise == 0:
+        return noise
+    common = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
+    return math.sqrt(shared_noise) * common + math.sqrt(1 - shared_noise) * noise
+
+
+def classifier_free_guidance(unconditional, conditional, guidance_scale):
+    """Away from what the model predicts without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, generator=None):
+    """Yield x_t after each of num_steps steps; the last one is the sample.
+
+    `model(x_t, timesteps)` predicts for latents x_t (b, ...) at timesteps (b,) int64. A generator
+    function, so that a script can draw a bar or a preview between the steps.
+    """
+    if sampler not in ("ddim", "ddpm"):
+        raise ValueError(f"sampler needs to be 'ddim' or 'ddpm', got {sampler!r}")
+    for t, t_prev in diffusion.timestep_pairs(num_steps):
+        timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)
+        output = model(x_t, timesteps)
+        if sampler == "ddim":
+            x_t = diffusion.ddim_step(output, x_t, t, t_prev, eta, generator)
+        else:
+            x_t = diffusion.ddpm_step(output, x_t, t, t_prev, generator)
+        yield x_t
