@@ -1,0 +1,70 @@
+"""Command lines: flags made from a dataclass, and errors that are one line.
+
+Options live in a dataclass whose fields carry their help text (`option(default, "help")`). That class
+is the only place where a default is written; `add_flags` turns its fields into flags, so that
+`learning_rate` becomes --learning-rate and a boolean becomes --flag / --no-flag.
+"""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+
+import torch
+
+
+def option(default, help, **metadata):
+    """A dataclass field with a help text; metadata may hold `choices`."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def add_flags(parser, options):
+    """Add one flag per field of a dataclass instance, whose values are the defaults."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        flag, default = "--" + field.name.replace("_", "-"), getattr(options, field.name)
+        kwargs = {"help": f"{field.metadata['help']} (default: {default})", "default": None}
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # `int | None`: parse as the first of the two
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            kwargs["action"] = argparse.BooleanOptionalAction
+        else:
+            kwargs |= {"type": kind, "choices": field.metadata.get("choices")}
+        parser.add_argument(flag, **kwargs)
+
+
+def given_flags(args, options):
+    """The {field: value} of those fields of `options` that the command line set."""
+    names = [field.name for field in dataclasses.fields(options)]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def choose_device(name):
+    """The torch.device of a --device flag. Raises ValueError if there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch built without CUDA
+        raise ValueError(f"--device {name}: not usable ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def run_main(main):
+    """Call main() and exit; a user's mistake is one line on stderr (`python -X dev` shows where)."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left: `python evaluate.py RUN | head -1`
+        sys.stderr.close()
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        program = sys.argv[0].rsplit("/", 1)[-1]
+        print(f"{program}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,147 @@
+"""Files that are whole or absent: atomic writes, and the safetensors format in standard library.
+
+`atomic(path)` opens a temporary file beside `path` and renames it when everything is written. A
+rename is atomic, so a kill, a full disk or Ctrl-C at any moment leaves the last good file.
+
+A safetensors file is an unsigned 64-bit little-endian header length, a JSON header
+{name: {"dtype", "shape", "data_offsets": [begin, end]}} and the raw bytes of the tensors. There is
+nothing to execute in it, unlike a pickle; but a header may still lie, so every offset is checked.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the reference implementation refuses longer headers, too
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a binary file that becomes `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path, value):
+    """Write a JSON file atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError naming the file if it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: needs a JSON object, got {type(value).__name__}")
+    return value
+
+
+def save_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} as a safetensors file, atomically and one tensor at a time."""
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    with atomic(path) as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors.values():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def load_safetensors(path):
+    """Read a safetensors file: {name: tensor}, memory-mapped, so that bytes are read when used.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it (truncated, a git-lfs pointer, a
+            header that is no JSON, a dtype we do not know, bytes outside the file or shared).
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        if start == b"version ":
+            raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
+        if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path}: not a whole safetensors file (its header does not fit in)")
+        entries = _parse_header(path, file.read(length), size - 8 - length)
+        # A private mapping: a tensor's pages are shared with the file until somebody writes to it.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if entries else b""
+    tensors = {}
+    for name, (dtype, shape, begin) in entries.items():
+        count = math.prod(shape)
+        tensors[name] = (
+            torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + begin)
+            if count
+            else torch.empty(0, dtype=dtype)
+        ).reshape(shape)
+    return tensors
+
+
+def _parse_header(path, header, data_size):
+    """The checked header: {name: (dtype, shape, begin)}, begin in bytes after the header."""
+
+    def unique(pairs):
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a name stands twice")
+        return dict(pairs)
+
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
+        if not isinstance(entries, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the safetensors header is damaged ({error})") from None
+    entries.pop("__metadata__", None)
+    parsed, spans = {}, []
+    for name, entry in entries.items():
+        try:
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            begin, end = entry["data_offsets"]
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end])
+            whole = whole and isinstance(shape, list)
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: the header's entry for {name!r} is damaged or of a new dtype")
+        if end - begin != math.prod(shape) * dtype.itemsize or end > data_size:
+            raise ValueError(f"{path}: {name!r} does not fit into the file (truncated download?)")
+        parsed[name] = (dtype, shape, begin)
+        spans.append((begin, end))
+    spans.sort()
+    if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError(f"{path}: two tensors share bytes; the header is damaged")
+    return parsed
