@@ -1,0 +1,115 @@
+"""The 2-D layers that the autoencoder and the U-Net share.
+
+They see frames, not time: a clip (b, t, c, h, w) is a batch of b * t pictures to them, and because
+frames stand before channels that view is free. The one exception is the line in ResnetBlock that
+makes Latent-Shift: the temporal shift in front of its convolutions.
+
+Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a table.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shift import temporal_shift
+
+
+def per_frame(layer, x):
+    """Apply a layer for pictures (n, c, h, w) to x (..., c, h, w)."""
+    return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+
+
+class ResnetBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), the temporal shift in its branch.
+
+    Takes x (..., c, h, w) and the time embedding (b, d), returns (..., out_channels, h, w).
+    With `scale_shift` the time scales and moves norm2's output instead of being added to its input.
+    `shift` names the convolutions with a temporal shift in front: "none", "conv1", "conv2", "both".
+    """
+
+    def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
+                 scale_shift=False, shift="none"):  # fmt: skip
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.scale_shift, self.shift = scale_shift, shift
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, time=None):
+        branch = self._exchange(F.silu(per_frame(self.norm1, x)), "conv1")
+        branch = per_frame(self.conv1, branch)
+        scale = None
+        if time is not None:
+            time = self.time_emb_proj(F.silu(time))[:, None, :, None, None]  # b 1 c 1 1
+            if self.scale_shift:
+                scale, time = time.chunk(2, dim=2)
+            else:
+                branch = branch + time
+        branch = per_frame(self.norm2, branch)
+        if scale is not None:
+            branch = torch.addcmul(branch + time, branch, scale)  # branch * (1 + scale) + time
+        branch = self._exchange(F.silu(branch), "conv2")
+        branch = per_frame(self.conv2, branch)
+        if hasattr(self, "conv_shortcut"):
+            x = per_frame(self.conv_shortcut, x)
+        return x + branch
+
+    def _exchange(self, x, place):
+        """The temporal shift, if this is a place for it. A picture has no neighbours to ask."""
+        if self.shift not in (place, "both") or x.shape[1] == 1:
+            return x
+        return temporal_shift(x)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a convolution of stride 2."""
+
+    def __init__(self, channels, asymmetric=False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x):
+        if self.asymmetric:  # Stable Diffusion's autoencoder pads right and bottom only
+            x = F.pad(x, (0, 1, 0, 1))
+        return per_frame(self.conv, x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries x (b, n, d) to a context (b, m, e), or to x itself.
+
+    `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder has.
+    """
+
+    def __init__(self, channels, num_heads, context_channels=None, bias=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # [1] is diffusers' dropout
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n (heads d) -> b heads n d
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out[0](x.transpose(1, 2).flatten(2))

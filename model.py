@@ -1,0 +1,320 @@
+"""The U-Net: a text-to-image model of Stable Diffusion's form that also draws clips.
+
+A clip of noisy latents (b, t, c, h, w) goes down through levels of halved size and back up, where
+each level is joined by what was set aside on the way down. A level is made of
+
+    ResnetBlock        convolutions, told the timestep; here frames talk, by the temporal shift
+    Transformer2D      each place looks at its own frame (attn1), then at the text (attn2)
+
+With temporal="none" every frame is a picture by itself. temporal="shift" has the same parameters
+under the same names: that is how an image model becomes a video model in Latent-Shift (An et al.
+2023, section 3.2 and figure 3). All layers but the shift are those of latent diffusion (Rombach et
+al. 2022); names are those of diffusers' UNet2DConditionModel.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from layers import Attention, Downsample, ResnetBlock, Upsample, per_frame
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net; where diffusers has a field for it, under diffusers' name.
+
+    `attention_levels` says which levels, from the finest, have transformers. `attention_head_dim` is
+    the NUMBER of heads, for all levels or for each: diffusers' old misnomer, kept because every
+    config.json has it. The temporal choices are ours: `temporal` "shift" or "none", and
+    `shift_before`, the convolutions of a block that see shifted channels: "conv1", "conv2" or "both".
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    attention_head_dim: int | tuple[int, ...] = 8
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time scales and moves norm2
+    class_embed_type: str | None = None  # or "simple_projection": the mean of the text joins the time
+    sample_size: int = 64  # latents it was trained on; a note, not a limit
+    temporal: str = "shift"
+    shift_before: str = "both"
+
+    def __post_init__(self):
+        choices = {
+            "temporal": ("shift", "none"),
+            "shift_before": ("conv1", "conv2", "both"),
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "class_embed_type": (None, "simple_projection"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
+        levels = len(self.block_out_channels)
+        if len(self.attention_levels) != levels or len(self.num_heads) != levels:
+            raise ValueError(f"attention_levels and attention_head_dim need {levels} values, one a "
+                             f"level, got {self.attention_levels}, {self.num_heads}")  # fmt: skip
+        for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
+            if channels % self.norm_num_groups or channels % heads or channels % 2:
+                raise ValueError(
+                    f"block_out_channels needs even multiples of norm_num_groups="
+                    f"{self.norm_num_groups} and of the number of heads {heads}, got {channels}"
+                )
+
+    @property
+    def num_heads(self):
+        """The number of attention heads of each level."""
+        heads = self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else tuple(heads)
+
+
+PRESETS = {
+    "tiny": UNetConfig(
+        block_out_channels=(32, 64), layers_per_block=1, attention_levels=(False, True),
+        attention_head_dim=4, cross_attention_dim=64, norm_num_groups=8, sample_size=8,
+        resnet_time_scale_shift="scale_shift", class_embed_type="simple_projection",
+    ),
+    "small": UNetConfig(
+        block_out_channels=(128, 256, 384), layers_per_block=2,
+        attention_levels=(False, True, True), cross_attention_dim=256, sample_size=16,
+        resnet_time_scale_shift="scale_shift", class_embed_type="simple_projection",
+    ),
+    "sd1": UNetConfig(),
+    "sd2": UNetConfig(
+        attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
+        sample_size=96,
+    ),
+}  # fmt: skip
+
+
+def sinusoid(timesteps, channels):
+    """Timesteps (b,) as cosines and sines of falling frequency: (b, channels) float32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # cosine first, as Stable Diffusion has it
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids (b, channels) to the embedding (b, d) that every ResnetBlock is told."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another one. Shazeer 2020."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * width)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two layers at each place; net[1] is diffusers' dropout, which takes a place in its names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention inside each frame, cross-attention to the clip's text, feed-forward."""
+
+    def __init__(self, channels, num_heads, context_channels):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, num_heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x, context):
+        """x (b, t, h * w, c) and the text (b, n, d) to (b, t, h * w, c)."""
+        b, t, _, _ = x.shape
+        x = x + self.attn1(self.norm1(x).flatten(0, 1)).unflatten(0, (b, t))
+        # To the text all places of all frames are one long row of queries: so the text becomes keys
+        # and values once for each clip, not once for each frame.
+        x = x + self.attn2(self.norm2(x).flatten(1, 2), context).unflatten(1, (t, -1))
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Pictures to tokens, a transformer block, and back, around a residual connection."""
+
+    def __init__(self, channels, num_heads, config):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.linear = config.use_linear_projection  # Stable Diffusion 2; 1 has 1x1 convolutions
+        project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, num_heads, config.cross_attention_dim)]
+        )
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x, context):
+        height_width = x.shape[-2:]
+        tokens = per_frame(self.norm, x)
+        if not self.linear:
+            tokens = per_frame(self.proj_in, tokens)
+        tokens = tokens.flatten(3).transpose(2, 3)  # b t c h w -> b t (h w) c
+        if self.linear:
+            tokens = self.proj_in(tokens)
+        tokens = self.transformer_blocks[0](tokens, context)
+        if self.linear:
+            tokens = self.proj_out(tokens)
+        tokens = tokens.transpose(2, 3).unflatten(3, height_width)  # b t (h w) c -> b t c h w
+        return x + (tokens if self.linear else per_frame(self.proj_out, tokens))
+
+
+class Level(nn.Module):
+    """The layers of one resolution: pairs of a ResnetBlock and, perhaps, a Transformer2D.
+
+    `widths` are the channels that enter each ResnetBlock; `num_heads` is None where the level does
+    not look at the text. One that shrinks has `downsamplers`, one that grows has `upsamplers`.
+    """
+
+    def __init__(self, widths, channels, num_heads, config, step=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                width, channels, config.norm_num_groups, eps=1e-5,
+                time_channels=4 * config.block_out_channels[0],
+                scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                shift=config.shift_before if config.temporal == "shift" else "none",
+            )
+            for width in widths
+        )  # fmt: skip
+        if num_heads is not None:
+            self.attentions = nn.ModuleList(
+                Transformer2D(channels, num_heads, config) for _ in widths
+            )
+        if step == "down":
+            self.downsamplers = nn.ModuleList([Downsample(channels)])
+        elif step == "up":
+            self.upsamplers = nn.ModuleList([Upsample(channels)])
+
+    def layer(self, i, x, time, context):
+        """The i-th ResnetBlock, and the Transformer2D after it if there is one."""
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class MidBlock(nn.Module):
+    """At the lowest resolution: block, transformer, block."""
+
+    def __init__(self, channels, num_heads, config):
+        super().__init__()
+        pair = Level([channels, channels], channels, None, config)
+        self.resnets = pair.resnets
+        self.attentions = nn.ModuleList([Transformer2D(channels, num_heads, config)])
+
+    def forward(self, x, time, context):
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        return self.resnets[1](x, time)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in the latents of clips, given the timestep and a text."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # keep only levels' inputs, compute the rest again
+        widths, heads = config.block_out_channels, config.num_heads
+        levels, last = list(range(len(widths))), len(widths) - 1
+        time_width = 4 * widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time_width)
+        if config.class_embed_type is not None:
+            self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
+        skips = [widths[0]]  # channels of what is set aside, in order
+        self.down_blocks = nn.ModuleList()
+        for i in levels:
+            enters = [widths[max(i - 1, 0)]] + [widths[i]] * (config.layers_per_block - 1)
+            attention = heads[i] if config.attention_levels[i] else None
+            step = "down" if i < last else None
+            self.down_blocks.append(Level(enters, widths[i], attention, config, step))
+            skips += [widths[i]] * (config.layers_per_block + (i < last))
+        self.mid_block = MidBlock(widths[-1], heads[-1], config)
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(levels):
+            enters = [widths[min(i + 1, last)]] + [widths[i]] * config.layers_per_block
+            enters = [width + skips.pop() for width in enters]
+            attention = heads[i] if config.attention_levels[i] else None
+            step = "up" if i > 0 else None
+            self.up_blocks.append(Level(enters, widths[i], attention, config, step))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents, timesteps, context):
+        """The prediction (b, t, c, h, w) for noisy latents of that shape.
+
+        timesteps is (b,), context the text's hidden states (b, n, d). h and w need to be multiples
+        of 2 ** (levels - 1); t is any number, and a picture is a clip of one frame.
+        """
+        self._check(latents, timesteps, context)
+        time = sinusoid(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
+        time = self.time_embedding(time)
+        if hasattr(self, "class_embedding"):
+            time = time + self.class_embedding(context.mean(1))
+        x = per_frame(self.conv_in, latents)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = self._run(level.layer, i, x, time, context)
+                skips.append(x)
+            for downsample in getattr(level, "downsamplers", []):
+                x = downsample(x)
+                skips.append(x)
+        x = self._run(self.mid_block, x, time, context)
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = self._run(level.layer, i, torch.cat([x, skips.pop()], dim=2), time, context)
+            for upsample in getattr(level, "upsamplers", []):
+                x = upsample(x)
+        return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))
+
+    def _run(self, layer, *inputs):
+        """Call a layer; with gradient checkpointing, forget what it computes until it is needed."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def _check(self, latents, timesteps, context):
+        shape, factor = tuple(latents.shape), 2 ** (len(self.config.block_out_channels) - 1)
+        if len(shape) != 5 or shape[2] != self.config.in_channels:
+            raise ValueError(f"latents need the shape (b, t, {self.config.in_channels}, h, w), "
+                             f"got {shape}")  # fmt: skip
+        if shape[3] % factor or shape[4] % factor:
+            raise ValueError(f"latents need h and w to be multiples of {factor}, got {shape}")
+        if tuple(timesteps.shape) != shape[:1]:
+            raise ValueError(f"timesteps need the shape ({shape[0]},), got {tuple(timesteps.shape)}")
+        width = self.config.cross_attention_dim
+        if context.ndim != 3 or (context.shape[0], context.shape[2]) != (shape[0], width):
+            raise ValueError(f"context needs the shape ({shape[0]}, n, {width}), "
+                             f"got {tuple(context.shape)}")  # fmt: skip

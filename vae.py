@@ -1,0 +1,248 @@
+"""The KL autoencoder: frames to latents and back, so that diffusion works on few numbers.
+
+The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f, w/f),
+the decoder maps latents back. Trained on reconstruction plus a small pull of that Gaussian towards
+N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
+
+Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
+PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import Attention, Downsample, ResnetBlock, Upsample
+
+EPS = 1e-6  # of every GroupNorm here; with the U-Net's 1e-5 a checkpoint loads and draws worse
+CHUNK_PIXELS = 2**20  # frames' pixels that go through the network at once: 16 frames of 256x256
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The shape of an autoencoder, in diffusers' names. Each level but the last halves the size.
+
+    `scaling_factor` brings latents to unit variance: the U-Net sees latents * scaling_factor.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    scaling_factor: float = 0.18215  # Stable Diffusion's: 1 / the deviation of its latents
+    sample_size: int = 512  # pixels it was trained on; a note, not a limit
+
+    def __post_init__(self):
+        if not self.block_out_channels or min(self.block_out_channels) < 1:
+            raise ValueError(f"block_out_channels needs widths, got {self.block_out_channels}")
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels needs multiples of norm_num_groups="
+                    f"{self.norm_num_groups}, got {channels}"
+                )
+        if self.layers_per_block < 1 or not self.scaling_factor > 0:
+            raise ValueError("layers_per_block needs >= 1 and scaling_factor > 0, got "
+                             f"{self.layers_per_block} and {self.scaling_factor}")  # fmt: skip
+
+    @property
+    def downscale(self):
+        """Pixels of a frame per latent, in each direction (the f of the papers)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+PRESETS = {
+    "tiny": VAEConfig(
+        block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
+        mid_block_add_attention=False, scaling_factor=1.0, sample_size=32,
+    ),
+    "small": VAEConfig(
+        block_out_channels=(64, 128, 128), layers_per_block=2, scaling_factor=1.0, sample_size=64,
+    ),
+    "sd": VAEConfig(),
+}  # fmt: skip
+
+
+class DiagonalGaussian:
+    """A Gaussian over latents; `mean` and `logvar` are (n, c, h, w)."""
+
+    def __init__(self, mean, logvar):
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)  # exp() of it stays finite, also in float16's grasp
+
+    def sample(self, generator=None):
+        """Latents drawn with noise from a CPU generator."""
+        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self):
+        """Divergence from N(0, 1) in nats, summed over each picture: (n,)."""
+        per_latent = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * per_latent.flatten(1).sum(1)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then a step to the next one (`sampler`), if there is one.
+
+    It stands in the encoder's and in the decoder's list of levels; only the name of its step,
+    downsamplers or upsamplers, differs.
+    """
+
+    def __init__(self, in_channels, out_channels, num_layers, groups, step=None):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(
+            ResnetBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        if step == "down":
+            self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
+        elif step == "up":
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        for step in [*getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
+            x = step(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Two blocks at the lowest resolution, attention over all places between them."""
+
+    def __init__(self, channels, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
+        self.attentions = nn.ModuleList([PlaceAttention(channels, groups)] if attention else [])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class PlaceAttention(Attention):
+    """Single-headed self-attention over the places of a picture, with its norm and residual."""
+
+    def __init__(self, channels, groups):
+        super().__init__(channels, num_heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # n c h w -> n (h w) c
+        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Encoder(nn.Module):
+    """Frames (n, 3, h, w) to 2 * latent_channels at 1/f of the size: mean and logvar, mixed."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
+                  "down" if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths)
+        )  # fmt: skip
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (n, latent_channels, h, w) to frames (n, 3, f h, f w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
+                  "up" if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths)
+        )  # fmt: skip
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of latent diffusion, at any size."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    def encode(self, x):
+        """The Gaussian over latents of frames x (n, 3, h, w) in [-1, 1].
+
+        Raises:
+            ValueError: if h or w is no multiple of config.downscale, or x has another rank.
+        """
+        f = self.config.downscale
+        if x.ndim != 4 or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"encode needs frames (n, 3, h, w) with h and w multiples of {f}, "
+                             f"got {tuple(x.shape)}")  # fmt: skip
+        chunk = max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
+        moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
+        return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))
+
+    def decode(self, z):
+        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
+        pixels = z.shape[2] * z.shape[3] * self.config.downscale**2
+        chunk = max(1, CHUNK_PIXELS // pixels)
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])
+
+
+@torch.no_grad()
+def encode_clip(vae, frames):
+    """Scaled latents (t, c, h, w) of a clip's frames uint8 (t, 3, h, w): what the U-Net sees."""
+    parameter = next(vae.parameters())
+    x = frames.to(parameter.device, parameter.dtype) / 127.5 - 1
+    return vae.encode(x).mean * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def standardise(vae, latents):
+    """Give a trained autoencoder latents of mean 0 and variance 1, measured on latents (n, c, h, w).
+
+    Each channel's mean goes into the biases of the two 1x1 convolutions around the latents, where it
+    costs nothing and changes no reconstruction; the deviation becomes config.scaling_factor.
+    """
+    c, mean = latents.shape[1], latents.mean((0, 2, 3))
+    vae.quant_conv.bias[:c] -= mean
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    deviation = (latents - mean[:, None, None]).square().mean().sqrt().item()
+    vae.config = dataclasses.replace(vae.config, scaling_factor=1 / deviation)
+
+
+@torch.no_grad()
+def decode_clips(vae, latents):
+    """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
+    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)
+    return frames.clamp(-1, 1).unflatten(0, latents.shape[:2])
