@@ -1,0 +1,165 @@
+"""Numbers to meaning: CLIP's text transformer, whose hidden states the U-Net attends to.
+
+    ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
+
+The hidden states of all tokens after the final layer norm are the context, padding included: nothing
+masks it, Stable Diffusion was trained so. CLIP, Radford et al. 2021, sections 2.4 and 2.5.
+Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable Diffusion use the
+same class.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer import CLIPTokenizer  # noqa: F401  (here, so that all of text comes from this module)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the text encoder; the field names are those of transformers' CLIPTextConfig."""
+
+    vocab_size: int
+    hidden_size: int  # d, the width of a token
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "hidden_act" and not value > 0:
+                raise ValueError(f"{name} needs to be positive, got {value}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads needs to divide hidden_size, "
+                f"got {self.num_attention_heads} and {self.hidden_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act needs one of {[*ACTIVATIONS]}, got {self.hidden_act!r}")
+
+
+def quick_gelu(x):
+    """CLIP's GELU: x sigmoid(1.702 x); 1.702 brings the sigmoid closest to the normal's CDF."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+# vocab_size, hidden_size, intermediate_size, layers, heads, positions. The vocabulary of "tiny" and
+# "small" is that of the tokenizer they are trained with: dataclasses.replace(..., vocab_size=...).
+PRESETS = {
+    "tiny": TextConfig(1024, 64, 256, 2, 4, 24),
+    "small": TextConfig(1024, 256, 1024, 4, 4, 48),
+    "sd1": TextConfig(49408, 768, 3072, 12, 12, 77),  # CLIP ViT-L/14
+    # OpenCLIP ViT-H/14 less its 24th and last layer, which SD 2 skips
+    "sd2": TextConfig(49408, 1024, 4096, 23, 16, 77, hidden_act="gelu"),
+}
+
+
+class TextEmbeddings(nn.Module):
+    """Ids (b, n) to tokens (b, n, d): a learned vector per id plus one per position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids):
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextAttention(nn.Module):
+    """Causal self-attention: a token sees itself and those before it. (b, n, d) -> (b, n, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # b n d -> b heads n d/heads
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # b heads n d/heads -> b n d
+
+
+class TextMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class TextLayer(nn.Module):
+    """One pre-norm transformer layer, (b, n, d) -> (b, n, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = TextAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = TextMLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = TextEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, ids):
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class CLIPTextModel(nn.Module):
+    """Ids (b, n), int64, to the hidden states (b, n, d) of all tokens after the final layer norm.
+
+    A new one has PyTorch's own initial weights: with CLIP's embeddings of deviation 0.02 a rate that
+    suits the tiny model moves a word farther in ten steps than words are apart.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    def forward(self, ids):
+        """Raises ValueError for ids outside the vocabulary or more tokens than positions."""
+        vocab_size, positions = self.config.vocab_size, self.config.max_position_embeddings
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= positions:
+            raise ValueError(f"ids needs shape (b, n), 0 < n <= {positions}, got {[*ids.shape]}")
+        # Not on CUDA, where looking at values would make every training step wait.
+        if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise ValueError(f"ids need to be in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
+        return self.text_model(ids)
