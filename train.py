@@ -1,0 +1,294 @@
+"""Training in three stages, each the ground of the next:
+
+    vae     frames -> latents -> frames. Latents are encoded once, afterwards, for all that follows.
+    image   text-to-image: the U-Net on single frames, and with it the text encoder.
+    video   text-to-video: the same U-Net with the temporal shift, on clips. The text is frozen now,
+            so each caption is encoded once. This is Latent-Shift (An et al. 2023, section 3).
+
+    python train.py runs/mine --data shapes                 all three, or what is still missing
+    python train.py runs/mine --data my_clips --resume      go on after a stop
+    torchrun --nproc-per-node 4 train.py ...                on four GPUs
+
+The run's folder is a model in the diffusers layout (weights.py), which sample.py and evaluate.py
+open, and beside it train.json, metrics.jsonl, previews/, image_unet/ (the U-Net before it saw a
+clip) and, in mid-stage, training_state.pt.
+"""
+
+import argparse
+import dataclasses
+import pickle
+from pathlib import Path
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+import model
+import text
+import vae
+from cli import add_flags, choose_device, given_flags, run_main
+from data import ClipFolder, MovingShapes, random_window
+from diffusion import randn
+from files import write_json
+from losses import DenoisingLoss, ReconstructionLoss
+from pictures import contact_sheet, side_by_side, write_clip
+from pipeline import Pipeline, Sampling
+from recipe import RECIPES, STAGES, merge_options, stages_to_run
+from trainer import Plan, Trainer, processes, start_processes, step_generator
+from weights import load_text, load_unet, load_vae, save_schedule, save_text, save_unet, save_vae
+
+NUM_MERGES = 2000  # of the tokenizer, at most: words of a small clip set become one token each
+
+
+class Run:
+    """The folder of a training run: which stages are done, and what an interrupted one left."""
+
+    def __init__(self, path, options, finished, resume):
+        self.path, self.options, self.finished = Path(path), options, finished
+        self.device = start_processes(choose_device(options.device))
+        self.main, self.state = processes()[0] == 0, None
+        state_path = self.path / "training_state.pt"
+        if state_path.exists():
+            self.state = read_state(state_path)
+            if self.state["stage"] in finished:  # a kill came just before its removal
+                self.state = None
+            elif not resume:
+                raise ValueError(f"{state_path} is of an unfinished stage: add --resume to go on "
+                                 "with it, or remove that file to start it anew")  # fmt: skip
+        self.save_record()
+
+    def save_record(self):
+        """Write train.json, when all processes have read what was there."""
+        if distributed.is_initialized():
+            distributed.barrier()
+        if self.main:
+            options = dataclasses.asdict(self.options)
+            write_json(self.path / "train.json", {"options": options, "finished": self.finished})
+        if distributed.is_initialized():
+            distributed.barrier()
+
+    def fit(self, stage, objective, make_batch, preview):
+        """Train an objective as the stage's options say, from its state if there is one."""
+        options = self.options
+        plan = Plan(
+            stage, getattr(options, f"{stage}_steps"), getattr(options, f"{stage}_learning_rate"),
+            objective.to(self.device), make_batch, preview,
+        )  # fmt: skip
+        trainer = Trainer(self.path, plan, options, self.device)
+        if self.state is not None and self.state["stage"] != stage:
+            raise ValueError(f"{trainer.state_path}: is of the {self.state['stage']} stage; "
+                             f"finish that one first")  # fmt: skip
+        if self.state is not None:
+            trainer.load_state(self.state)
+            self.state = None
+        trainer.run()
+        objective.requires_grad_(False)
+
+    def finish(self, stage):
+        """Note that a stage is done, after what it made has been written."""
+        self.finished = [*self.finished, stage]
+        self.save_record()
+        if self.main:
+            (self.path / "training_state.pt").unlink(missing_ok=True)
+
+    def to_device(self, *tensors):
+        """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
+        if self.device.type != "cuda":
+            return tensors
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+
+
+def read_state(path):
+    """A training state; nothing but tensors and plain values is ever loaded from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
+                         "anew") from None  # fmt: skip
+
+
+def open_data(options):
+    """The clips that --data names: ([uint8 (t, 3, h, w), ...], [caption, ...])."""
+    size = options.num_frames, options.image_size
+    if options.data == "shapes":
+        clips = MovingShapes(options.num_clips, *size, options.seed)
+    else:
+        pace = options.stride, options.frame_rate, options.max_frames
+        clips = ClipFolder(options.data, size[1], size[0], *pace)
+    bar = tqdm(range(len(clips)), "read ", unit="clip", disable=processes()[0] > 0, leave=False)
+    return [clips[i][0] for i in bar], clips.captions
+
+
+def train_vae(run, clips):
+    """Stage one: the autoencoder, then the scale that gives its latents unit variance."""
+    options = run.options
+    preset = "sd" if options.preset.startswith("sd") else options.preset
+    autoencoder = vae.AutoencoderKL(
+        dataclasses.replace(vae.PRESETS[preset], sample_size=options.image_size, scaling_factor=1.0)
+    ).to(memory_format=torch.channels_last)
+    config, frames, count = autoencoder.config, torch.cat(clips), options.vae_batch_size
+    size = options.image_size // config.downscale
+
+    def pixels(chosen):
+        return run.to_device(frames[chosen])[0].float() / 127.5 - 1
+
+    def make_batch(step, micro):
+        generator = step_generator(options.seed, "vae", step, micro)
+        chosen = torch.randint(len(frames), (count,), generator=generator)
+        noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
+        return pixels(chosen), *run.to_device(noise)
+
+    @torch.no_grad()
+    def preview(step):
+        x = pixels(torch.linspace(0, len(frames) - 1, 8).long())
+        y = autoencoder.decode(autoencoder.encode(x).mean)
+        write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
+
+    run.fit("vae", ReconstructionLoss(autoencoder, options), make_batch, preview)
+    vae.standardise(autoencoder, torch.cat(encode_clips(run, autoencoder, clips)).to(run.device))
+    if run.main:
+        save_vae(run.path / "vae", autoencoder)
+    run.finish("vae")
+
+
+def encode_clips(run, autoencoder, clips):
+    """All clips as scaled latents (t, c, h, w) on the CPU: once, not once a step."""
+    bar = tqdm(clips, "encode", unit="clip", disable=not run.main, leave=False)
+    return [vae.encode_clip(autoencoder, clip.to(run.device)).cpu() for clip in bar]
+
+
+def denoising_batches(run, stage, latents, captions, texts):
+    """make_batch for the U-Net: (latents, noise, timesteps, context) of random clips or frames.
+
+    texts[caption] is what the loss wants of a caption; texts[""] stands in for one that is dropped.
+    """
+    options, num_timesteps = run.options, run.options.diffusion().num_train_timesteps
+
+    def make_batch(step, micro):
+        generator = step_generator(options.seed, stage, step, micro)
+        t, b = options.num_frames, options.video_batch_size
+        if stage == "image":
+            t, b = 1, options.image_batch_size
+        elif options.image_every and step % options.image_every == options.image_every - 1:
+            t, b = 1, b * t  # pictures, to stay an image model; about as much work
+        chosen = torch.randint(len(latents), (b,), generator=generator).tolist()
+        starts = [random_window(len(latents[i]), t, generator) for i in chosen]
+        x0 = torch.stack([latents[i][s : s + t] for i, s in zip(chosen, starts, strict=True)])
+        noise = randn(x0.shape, generator, options.shared_noise if t > 1 else 0.0)
+        # Motion is decided where the noise is strong, so that is learnt first.
+        prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
+        uniform = torch.rand(b, generator=generator) ** (1 / (1 + prefer))
+        timesteps = (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)
+        dropped = (torch.rand(b, generator=generator) < options.caption_dropout).tolist()
+        context = torch.stack(
+            [texts["" if drop else captions[i]] for i, drop in zip(chosen, dropped, strict=True)]
+        )
+        return run.to_device(x0, noise, timesteps, context)
+
+    return make_batch
+
+
+def preview_samples(run, stage, pipeline, captions):
+    """on_preview for the U-Net: a few captions drawn with the average's weights."""
+    prompts = list(dict.fromkeys(captions))
+    prompts = prompts[:: max(1, len(prompts) // 9)][:9]
+
+    def preview(step):
+        *_, latents = pipeline.sample(prompts, range(len(prompts)))
+        suffix = ".png" if stage == "image" else ".gif"
+        path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
+        clip = side_by_side(pipeline.decode(latents))
+        write_clip(path, clip, pipeline.sampling.frames_per_second)
+
+    return preview
+
+
+def new_text_model(options, captions):
+    """A tokenizer that has learnt the captions' words, and an untrained encoder for its tokens."""
+    tokenizer = text.CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    config = dataclasses.replace(
+        text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=options.max_tokens,
+    )  # fmt: skip
+    encoder = text.CLIPTextModel(config)
+    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
+    return encoder, tokenizer
+
+
+def new_unet(options, autoencoder):
+    """An untrained U-Net of the run's preset."""
+    config = dataclasses.replace(
+        model.PRESETS[options.preset], temporal=options.temporal, shift_before=options.shift_before,
+        sample_size=options.image_size // autoencoder.config.downscale,
+    )  # fmt: skip
+    return model.UNet(config)
+
+
+def train_unet(run, stage, clips, captions):
+    """Stage two, image: the U-Net and the text encoder. Stage three, video: the U-Net alone."""
+    options = run.options
+    autoencoder = load_vae(run.path / "vae").to(run.device)
+    autoencoder.to(memory_format=torch.channels_last)
+    latents = encode_clips(run, autoencoder, clips)
+    if stage == "image":
+        encoder, tokenizer = new_text_model(options, captions)
+        unet = new_unet(options, autoencoder)
+    else:
+        encoder, tokenizer = load_text(run.path)
+        unet = load_unet(run.path / "image_unet", options.temporal)
+    encoder.to(run.device)
+    unet.to(run.device, memory_format=torch.channels_last)
+    unet.gradient_checkpointing = options.gradient_checkpointing
+    num_frames = 1 if stage == "image" else options.num_frames
+    sampling = Sampling(
+        num_frames, options.image_size, options.frames_per_second, options.num_steps,
+        options.guidance_scale, shared_noise=options.shared_noise,
+    )  # fmt: skip
+    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, options.diffusion(), sampling)
+    unique = ["", *dict.fromkeys(captions)]
+    texts = tokenizer(unique) if stage == "image" else pipeline.encode_text(unique).cpu()
+    batches = denoising_batches(
+        run, stage, latents, captions, dict(zip(unique, texts, strict=True))
+    )
+    learnt = encoder if stage == "image" else None
+    objective = DenoisingLoss(unet, pipeline.diffusion, learnt, options.text_rate)
+    run.fit(stage, objective, batches, preview_samples(run, stage, pipeline, captions))
+    if run.main:
+        if stage == "image":
+            save_text(run.path, encoder, tokenizer)
+            save_unet(run.path / "image_unet", unet)
+        save_schedule(run.path, pipeline.diffusion, sampling)
+        save_unet(run.path / "unet", unet)
+    run.finish(stage)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Train a text-to-video model.", allow_abbrev=False,
+        epilog="Defaults are those of the tiny preset; another --preset has its own (recipe.py).",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--stage", choices=STAGES, help="train this stage only")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished stage")
+    add_flags(parser, RECIPES["tiny"])
+    args = parser.parse_args()
+    options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
+    stages = stages_to_run(args.run, args.stage, finished)
+    if not stages:
+        print(f"{args.run}: all stages are finished")
+        return
+    torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+    torch.manual_seed(options.seed)
+    clips, captions = open_data(options)
+    run = Run(args.run, options, finished, args.resume)
+    for stage in stages:
+        torch.manual_seed(options.seed)
+        if stage == "vae":
+            train_vae(run, clips)
+        else:
+            train_unet(run, stage, clips, captions)
+
+
+if __name__ == "__main__":
+    run_main(main)
