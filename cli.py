@@ -1,7 +1,7 @@
 """Command lines: flags made from a dataclass, and errors that are one line.
 
-Options live in a dataclass whose fields carry their help text (`option(default, "help")`). That class
-is the only place where a default is written; `add_flags` turns its fields into flags, so that
+Options live in a dataclass whose fields carry their help text (`option(default, "help")`). That
+class is the only place where a default is written; `add_flags` turns its fields into flags, so that
 `learning_rate` becomes --learning-rate and a boolean becomes --flag / --no-flag.
 """
 
@@ -53,11 +53,11 @@ def choose_device(name):
 
 
 def run_main(main):
-    """Call main() and exit; a user's mistake is one line on stderr (`python -X dev` shows where)."""
+    """Call main() and exit; mistakes of the user are one line (`python -X dev` shows where)."""
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a script may say where it stopped
+        print(f"\n{str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left: `python evaluate.py RUN | head -1`
         sys.stderr.close()

@@ -14,8 +14,8 @@ A model sees x_t, t and a text and predicts eps or v; either of them gives x0 by
 sampler goes from pure noise at a large t down a list of timesteps, at each asking the model for x0
 and stepping to the x_t that lies between it and where we are.
 
-DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin et
-al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like pictures.
+DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin
+et al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like pictures.
 """
 
 import math
@@ -60,7 +60,9 @@ class Diffusion:
             raise ValueError(f"num_train_timesteps needs >= 1, got {self.num_train_timesteps}")
         betas = self._betas()
         if not bool(((betas >= 0) & (betas <= 1)).all()):
-            raise ValueError("betas need to lie in [0, 1]; look at beta_start, beta_end, trained_betas")
+            raise ValueError(
+                "betas need to lie in [0, 1]; look at beta_start, beta_end, trained_betas"
+            )
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
@@ -74,7 +76,9 @@ class Diffusion:
         steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
             if len(self.trained_betas) != steps:
-                raise ValueError(f"trained_betas needs {steps} values, got {len(self.trained_betas)}")
+                raise ValueError(
+                    f"trained_betas needs {steps} values, got {len(self.trained_betas)}"
+                )
             return torch.tensor(self.trained_betas, dtype=torch.float64)
         if self.beta_schedule == "linear":
             return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -142,8 +146,8 @@ class Diffusion:
     def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
         """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise.
 
-        `generator` is one CPU generator, or one for each clip; used if eta > 0. Raises ValueError if
-        eta does not lie in [0, 1].
+        `generator` is one CPU generator, or one for each clip; used if eta > 0. Raises ValueError
+        if eta does not lie in [0, 1].
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta needs to lie in [0, 1], got {eta}")
@@ -153,7 +157,9 @@ class Diffusion:
         x0, eps = self.predict(model_output, x_t, t)
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         sigma = eta * math.sqrt(max(variance, 0.0))
-        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # 0 from alpha_bar = 0 with eta = 1, or -1e-17
+        rest = max(
+            1 - alpha_bar_prev - sigma**2, 0.0
+        )  # 0 from alpha_bar = 0 with eta = 1, or -1e-17
         mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
         return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
 
@@ -164,7 +170,8 @@ class Diffusion:
         alpha = alpha_bar / alpha_bar_prev
         x0, _ = self.predict(model_output, x_t, t)
         mean = (
-            math.sqrt(alpha_bar_prev) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - alpha_bar_prev) * x_t
+            math.sqrt(alpha_bar_prev) * (1 - alpha) * x0
+            + math.sqrt(alpha) * (1 - alpha_bar_prev) * x_t
         ) / (1 - alpha_bar)
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
         if variance == 0:
@@ -188,7 +195,9 @@ def randn(shape, generator=None, shared_noise=0.0):
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
-            raise ValueError(f"need one generator a clip, got {len(generator)} for {shape[0]} clips")
+            raise ValueError(
+                f"need one generator a clip, got {len(generator)} for {shape[0]} clips"
+            )
         return torch.cat([randn((1, *shape[1:]), one, shared_noise) for one in generator])
     noise = torch.randn(shape, generator=generator)
     if shared_noise == 0:
@@ -198,7 +207,7 @@ def randn(shape, generator=None, shared_noise=0.0):
 
 
 def classifier_free_guidance(unconditional, conditional, guidance_scale):
-    """Away from what the model predicts without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
+    """Away from the prediction without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

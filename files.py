@@ -136,7 +136,9 @@ def _parse_header(path, header, data_size):
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise ValueError(f"{path}: the header's entry for {name!r} is damaged or of a new dtype")
+            raise ValueError(
+                f"{path}: the header's entry for {name!r} is damaged or of a new dtype"
+            )
         if end - begin != math.prod(shape) * dtype.itemsize or end > data_size:
             raise ValueError(f"{path}: {name!r} does not fit into the file (truncated download?)")
         parsed[name] = (dtype, shape, begin)

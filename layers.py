@@ -4,7 +4,8 @@ They see frames, not time: a clip (b, t, c, h, w) is a batch of b * t pictures t
 frames stand before channels that view is free. The one exception is the line in ResnetBlock that
 makes Latent-Shift: the temporal shift in front of its convolutions.
 
-Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a table.
+Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a
+table.
 """
 
 import torch
@@ -94,7 +95,8 @@ class Upsample(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of queries x (b, n, d) to a context (b, m, e), or to x itself.
 
-    `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder has.
+    `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder
+    has.
     """
 
     def __init__(self, channels, num_heads, context_channels=None, bias=False):

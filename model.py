@@ -27,10 +27,11 @@ from layers import Attention, Downsample, ResnetBlock, Upsample, per_frame
 class UNetConfig:
     """The shape of a U-Net; where diffusers has a field for it, under diffusers' name.
 
-    `attention_levels` says which levels, from the finest, have transformers. `attention_head_dim` is
-    the NUMBER of heads, for all levels or for each: diffusers' old misnomer, kept because every
+    `attention_levels` says which levels, from the finest, have transformers. `attention_head_dim`
+    is the NUMBER of heads, for all levels or for each: diffusers' old misnomer, kept because every
     config.json has it. The temporal choices are ours: `temporal` "shift" or "none", and
-    `shift_before`, the convolutions of a block that see shifted channels: "conv1", "conv2" or "both".
+    `shift_before`, the convolutions of a block that see shifted channels: "conv1", "conv2" or
+    "both".
     """
 
     in_channels: int = 4
@@ -43,7 +44,7 @@ class UNetConfig:
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     resnet_time_scale_shift: str = "default"  # or "scale_shift": the time scales and moves norm2
-    class_embed_type: str | None = None  # or "simple_projection": the mean of the text joins the time
+    class_embed_type: str | None = None  # or "simple_projection": the last token joins the time
     sample_size: int = 64  # latents it was trained on; a note, not a limit
     temporal: str = "shift"
     shift_before: str = "both"
@@ -100,7 +101,9 @@ def sinusoid(timesteps, channels):
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)  # cosine first, as Stable Diffusion has it
+    return torch.cat(
+        [angles.cos(), angles.sin()], dim=1
+    )  # cosine first, as Stable Diffusion has it
 
 
 class TimeEmbedding(nn.Module):
@@ -281,7 +284,7 @@ class UNet(nn.Module):
         time = sinusoid(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
         time = self.time_embedding(time)
         if hasattr(self, "class_embedding"):
-            time = time + self.class_embedding(context.mean(1))
+            time = time + self.class_embedding(context[:, -1])  # it has seen all others
         x = per_frame(self.conv_in, latents)
         skips = [x]
         for level in self.down_blocks:
@@ -313,7 +316,9 @@ class UNet(nn.Module):
         if shape[3] % factor or shape[4] % factor:
             raise ValueError(f"latents need h and w to be multiples of {factor}, got {shape}")
         if tuple(timesteps.shape) != shape[:1]:
-            raise ValueError(f"timesteps need the shape ({shape[0]},), got {tuple(timesteps.shape)}")
+            raise ValueError(
+                f"timesteps need the shape ({shape[0]},), got {tuple(timesteps.shape)}"
+            )
         width = self.config.cross_attention_dim
         if context.ndim != 3 or (context.shape[0], context.shape[2]) != (shape[0], width):
             raise ValueError(f"context needs the shape ({shape[0]}, n, {width}), "

@@ -2,8 +2,8 @@
 
 One coloured shape moves in a straight line over a dark background: "a red circle moving left". A
 caption names a colour, a shape and a direction, so whether a model listens to its text can be read
-off the pixels (evaluate.py does). Some of the 72 combinations are held out of training: a model that
-draws those has understood the words and not learnt the clips by heart.
+off the pixels (evaluate.py does). Some of the 72 combinations are held out of training: a model
+that draws those has understood the words and not learnt the clips by heart.
 
 Size, speed and place differ from clip to clip. Edges are anti-aliased by the signed distance to the
 shape: a pixel's coverage is 1/2 on the edge.

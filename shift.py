@@ -6,8 +6,8 @@ channels between neighbouring frames:
     frame i     [ a third from frame i-1 | a third from frame i+1 | a third of its own ]
 
 The 2-D convolution that follows mixes channels anyway, so now it mixes past, present and future: it
-has become a convolution over three frames, and all it cost is moving memory. What leaves the clip is
-dropped, and zeros come in at its ends.
+has become a convolution over three frames, and all it cost is moving memory. What leaves the clip
+is dropped, and zeros come in at its ends.
 
 Latent-Shift, An et al. 2023, section 3.2; the idea is the Temporal Shift Module, Lin et al. 2019.
 """

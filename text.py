@@ -2,8 +2,8 @@
 
     ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
 
-The hidden states of all tokens after the final layer norm are the context, padding included: nothing
-masks it, Stable Diffusion was trained so. CLIP, Radford et al. 2021, sections 2.4 and 2.5.
+The hidden states of all tokens after the final layer norm are the context, padding included:
+nothing masks it, Stable Diffusion was trained so. CLIP, Radford et al. 2021, sections 2.4 and 2.5.
 Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable Diffusion use the
 same class.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import CLIPTokenizer  # noqa: F401  (here, so that all of text comes from this module)
+from tokenizer import CLIPTokenizer  # noqa: F401  (all of text is to be had from this module)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # Small beside what attention adds to them, so that a last token hears of all others.
+        nn.init.normal_(self.token_embedding.weight, std=0.1)
+        nn.init.normal_(self.position_embedding.weight, std=0.03)
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -143,11 +146,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Ids (b, n), int64, to the hidden states (b, n, d) of all tokens after the final layer norm.
-
-    A new one has PyTorch's own initial weights: with CLIP's embeddings of deviation 0.02 a rate that
-    suits the tiny model moves a word farther in ten steps than words are apart.
-    """
+    """Ids (b, n), int64, to hidden states (b, n, d) of all tokens, after the final layer norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -163,3 +162,17 @@ class CLIPTextModel(nn.Module):
         if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= vocab_size):
             raise ValueError(f"ids need to be in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
         return self.text_model(ids)
+
+
+@torch.no_grad()
+def standardise(encoder, ids):
+    """Give the last tokens of texts ids (b, n) mean 0 and variance 1 in every channel, b > 1.
+
+    For a text encoder before its training: data-dependent initial weights of the final layer norm,
+    as in Salimans & Kingma 2016, section 3. Without it the last tokens of any two captions are
+    nearly equal, and a U-Net that is told a text by its last token learns the colours only.
+    """
+    last, norm = encoder(ids)[:, -1], encoder.text_model.final_layer_norm
+    scale = 1 / last.std(dim=0).clamp(min=1e-3)
+    norm.weight *= scale
+    norm.bias.copy_((norm.bias - last.mean(dim=0)) * scale)

@@ -1,8 +1,8 @@
 """The KL autoencoder: frames to latents and back, so that diffusion works on few numbers.
 
-The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f, w/f),
-the decoder maps latents back. Trained on reconstruction plus a small pull of that Gaussian towards
-N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
+The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f,
+w/f), the decoder maps latents back. Trained on reconstruction plus a small pull of that Gaussian
+towards N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
 
 Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
@@ -229,10 +229,10 @@ def encode_clip(vae, frames):
 
 @torch.no_grad()
 def standardise(vae, latents):
-    """Give a trained autoencoder latents of mean 0 and variance 1, measured on latents (n, c, h, w).
+    """Give a trained autoencoder latents of mean 0 and variance 1, measured on (n, c, h, w).
 
-    Each channel's mean goes into the biases of the two 1x1 convolutions around the latents, where it
-    costs nothing and changes no reconstruction; the deviation becomes config.scaling_factor.
+    Each channel's mean goes into the biases of the two 1x1 convolutions around the latents, where
+    it costs nothing and changes no reconstruction; the deviation becomes config.scaling_factor.
     """
     c, mean = latents.shape[1], latents.mean((0, 2, 3))
     vae.quant_conv.bias[:c] -= mean

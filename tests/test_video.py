@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import video
-from video import contact_sheet, iter_clip, read_clip, to_uint8, write_clip
+from pictures import contact_sheet, to_uint8, write_clip
+from video import iter_clip, read_clip
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 

@@ -1,0 +1,191 @@
+"""What does it cost? Medians of interleaved repetitions, as tables for the README.
+
+    python bench.py                 everything, on the GPU if there is one, else on the CPU
+    python bench.py --only tiny     one of: shift, tiny, sd1
+
+Two things that are compared take turns, A B A B ..., and the ratio is taken turn by turn: so a
+machine that slows down slows both. Each part runs in a process of its own, whose peak memory it
+reports. Single times say little on a shared machine; the ratios are what to look at.
+"""
+
+import argparse
+import dataclasses
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from cli import choose_device, run_main
+from layers import Attention
+from model import PRESETS, UNet
+from shift import temporal_shift
+
+PARTS = ("shift", "tiny", "sd1")
+SHAPES = {  # b, t, c, h, w of a U-Net's first level, where the shift moves most
+    "tiny": (8, 8, 32, 8, 8),
+    "sd1": (1, 16, 320, 32, 32),
+}
+
+
+def measure(functions, repetitions, device):
+    """Seconds of each function, repetitions times in turn: {name: [seconds, ...]}."""
+    seconds = {name: [] for name in functions}
+    for turn in range(repetitions + 1):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, a, b):
+    """The median and the range of a's time over b's, turn by turn."""
+    ratios = sorted(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+    return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+
+
+def print_row(what, *cells):
+    print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
+
+
+def bench_shift(device, repetitions):
+    """The shift beside x.clone(), which is one read and one write: the least that it could cost."""
+    print_row("shift over clone", "forward", "forward and backward")
+    print_row("---", "---", "---")
+    for name, (b, t, c, h, w) in SHAPES.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            frames = torch.randn(b * t, c, h, w, device=device).to(memory_format=layout)
+            x = frames.unflatten(0, (b, t)).requires_grad_()
+            inner = max(1, int(2e7 / x.numel()))  # some 10 ms a turn
+
+            def forward(function, x=x, inner=inner):
+                with torch.no_grad():
+                    for _ in range(inner):
+                        function(x)
+
+            gradient = torch.randn_like(x)
+
+            def both(function, x=x, inner=inner, gradient=gradient):
+                for _ in range(inner):
+                    torch.autograd.grad(function(x), x, gradient)
+
+            cells = []
+            for run in (forward, both):
+                pair = {
+                    "shift": lambda run=run: run(temporal_shift),
+                    "clone": lambda run=run: run(torch.clone),
+                }
+                cells.append(ratio(measure(pair, repetitions, device), "shift", "clone"))
+            print_row(f"{name}, {str(layout).removeprefix('torch.')}", *cells)
+
+
+class RepeatedText(Attention):
+    """Cross-attention as it is often written: the text is repeated, projected for every frame."""
+
+    def forward(self, x, context=None):
+        t = NUM_FRAMES
+        x = x.unflatten(1, (t, -1)).flatten(0, 1)  # b (t h w) c -> (b t) (h w) c
+        context = context.repeat_interleave(t, dim=0)
+        return super().forward(x, context).unflatten(0, (-1, t)).flatten(1, 2)
+
+
+NUM_FRAMES = 8
+
+
+def build(preset, temporal, device, repeated=False):
+    """A U-Net with random weights; `repeated` projects the text once per frame."""
+    torch.manual_seed(0)
+    unet = UNet(dataclasses.replace(PRESETS[preset], temporal=temporal))
+    unet.to(device, memory_format=torch.channels_last)
+    if repeated:
+        for name, module in unet.named_modules():
+            if name.endswith("attn2"):
+                module.__class__ = RepeatedText
+    return unet
+
+
+def bench_unet(preset, device, repetitions):
+    """A training step's forward and backward: with the shift, without, and with text per frame."""
+    global NUM_FRAMES
+    b, t, _, h, w = SHAPES[preset]
+    NUM_FRAMES = t
+    config = PRESETS[preset]
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(b, t, 4, h, w, generator=generator).to(device)
+    context = torch.randn(b, 16 if preset == "tiny" else 77, config.cross_attention_dim,
+                          generator=generator).to(device)  # fmt: skip
+    timesteps = torch.full((b,), 500, device=device)
+    # One set of weights: the three differ in how they are used.
+    shifted = build(preset, "shift", device)
+    weights = shifted.state_dict()
+    networks = {"shift": shifted}
+    for name, temporal, repeated in (("none", "none", False), ("repeated", "shift", True)):
+        with torch.device("meta"):
+            network = UNet(dataclasses.replace(config, temporal=temporal))
+        network.load_state_dict(weights, assign=True)
+        networks[name] = network
+        for module_name, module in network.named_modules():
+            if repeated and module_name.endswith("attn2"):
+                module.__class__ = RepeatedText
+
+    def step(unet):
+        unet.gradient_checkpointing = preset != "tiny"
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.mse_loss(unet(latents, timesteps, context), latents)
+        loss.backward()
+        unet.zero_grad()
+
+    seconds = measure({n: (lambda u=u: step(u)) for n, u in networks.items()}, repetitions, device)
+    median = statistics.median(seconds["shift"])
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    print_row(f"{preset}: {b} x {t} frames of {h}x{w} latents, forward and backward", "")
+    print_row("---", "---")
+    print_row("with the shift over without", ratio(seconds, "shift", "none"))
+    print_row("text once per clip over once per frame", ratio(seconds, "shift", "repeated"))
+    print_row("seconds, median", f"{median:.3f}")
+    print_row("frames per second", f"{b * t / median:.2f}")
+    print_row("peak memory, GiB", f"{peak:.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure the cost of things.", allow_abbrev=False)
+    parser.add_argument("--only", choices=PARTS, help="run one part, in this process")
+    parser.add_argument(
+        "--repetitions", type=int, help="turns (default: 31, 15 and 3 of the parts)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    args = parser.parse_args()
+    if args.repetitions is not None and args.repetitions < 1:
+        raise ValueError(f"--repetitions needs >= 1, got {args.repetitions}")
+    device = choose_device(args.device)
+    torch.set_flush_denormal(True)
+    if args.only == "shift":
+        bench_shift(device, args.repetitions or 31)
+    elif args.only:
+        default = 3 if args.only == "sd1" and device.type == "cpu" else 15
+        bench_unet(args.only, device, args.repetitions or default)
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        print(f"PyTorch {torch.__version__} on {name or device}, {torch.get_num_threads()} threads")
+        for part in PARTS:
+            print(flush=True)
+            status = subprocess.call([sys.executable, __file__, *sys.argv[1:], "--only", part])
+            if status:
+                sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_main(main)

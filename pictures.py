@@ -1,0 +1,144 @@
+"""Clips as files that people look at: GIF, animated WebP, PNG contact sheets, MP4.
+
+A clip is a tensor (t, 3, h, w) in [-1, 1]. A file has exactly its frames, each shown equally long,
+and appears whole or not at all. GIF and WebP containers are put together here, frame by frame, since
+the encoders behind Pillow merge frames that are equal.
+"""
+
+import io
+import math
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import GifImagePlugin, Image
+
+from files import atomic
+from video import require_ffmpeg
+
+SEPARATOR = 2  # pixels between the pictures of a contact sheet
+
+
+def to_uint8(clip):
+    """A tensor (..., 3, h, w) in [-1, 1] as a numpy array (..., h, w, 3), uint8; others clamped."""
+    pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
+
+
+def contact_sheet(clips):
+    """One picture of clips: a row for each, a column for each frame, white lines between them.
+
+    Takes a tensor (n, t, 3, h, w) or a list of (t, 3, h, w), in [-1, 1]; the lengths may differ.
+    Returns (1, 3, H, W), a clip of one frame.
+    """
+    height, width = clips[0].shape[-2] + SEPARATOR, clips[0].shape[-1] + SEPARATOR
+    columns = max(len(clip) for clip in clips)
+    sheet = torch.ones(1, 3, len(clips) * height - SEPARATOR, columns * width - SEPARATOR)
+    for row, clip in enumerate(clips):
+        for column, frame in enumerate(clip):
+            y, x = row * height, column * width
+            sheet[0, :, y : y + height - SEPARATOR, x : x + width - SEPARATOR] = frame
+    return sheet
+
+
+def side_by_side(clips):
+    """One clip (t, 3, H, W) that shows clips (n, t, 3, h, w) in a near-square grid."""
+    columns = math.ceil(math.sqrt(len(clips)))
+    return torch.cat([contact_sheet(clips[:, i].split(columns)) for i in range(clips.shape[1])])
+
+
+def _delays(num_frames, frames_per_second, units):
+    """Whole units (per second) that each frame is shown; the rounding does not add up."""
+    return np.diff(np.round(np.arange(num_frames + 1) * units / frames_per_second)).astype(int)
+
+
+def _write_gif(file, clip, frames_per_second):
+    """A GIF that loops, block by block: Image.save would merge frames that are equal."""
+    if frames_per_second > 50:
+        raise ValueError(f"frames_per_second needs <= 50 in a GIF, got {frames_per_second}")
+    frames = to_uint8(clip)  # t h w 3
+    t, h, w, _ = frames.shape
+    # One palette chosen over all frames, or colours flicker. Flat colours stay exact without
+    # dither, whose grain would also crawl from frame to frame; k-means buys back the gradients.
+    tower = Image.fromarray(frames.reshape(t * h, w, 3)).quantize(256, kmeans=1)
+    pictures = [tower.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
+    file.writelines(GifImagePlugin.getheader(pictures[0], info={"loop": 0})[0])
+    for picture, delay in zip(pictures, _delays(t, frames_per_second, 100), strict=True):
+        file.writelines(GifImagePlugin.getdata(picture, duration=10 * int(delay)))
+    file.write(b";")
+
+
+def _write_webp(file, clip, frames_per_second):
+    """A lossless WebP that loops, out of stills: libwebp's animator would merge equal frames.
+
+    Format: https://developers.google.com/speed/webp/docs/riff_container
+    """
+
+    def chunk(name, data):
+        return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+    h, w = clip.shape[-2:]
+    size = (w - 1).to_bytes(3, "little") + (h - 1).to_bytes(3, "little")
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: it is animated
+    delays = _delays(len(clip), frames_per_second, 1000)
+    for frame, delay in zip(to_uint8(clip), delays, strict=True):
+        still = io.BytesIO()
+        Image.fromarray(frame).save(still, "WEBP", lossless=True)
+        header = bytes(6) + size + int(delay).to_bytes(3, "little") + bytes(1)
+        chunks += chunk(b"ANMF", header + still.getvalue()[12:])  # less the still's RIFF header
+    file.write(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks)
+
+
+def _write_png(file, clip, frames_per_second):
+    """One frame as a picture; up to eight in a row; more in a near-square grid."""
+    if len(clip) > 1:
+        columns = len(clip) if len(clip) <= 8 else math.ceil(math.sqrt(len(clip)))
+        clip = contact_sheet(clip.split(columns))
+    Image.fromarray(to_uint8(clip)[0]).save(file, "PNG")
+
+
+def _write_mp4(file, clip, frames_per_second):
+    """H.264 as every player and browser shows it: 4:2:0, whose sizes are even."""
+    t, _, h, w = clip.shape
+    source = f"-f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {frames_per_second} -i -"
+    coding = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v libx264 -crf 16 -pix_fmt yuv420p"
+    command = f"ffmpeg -v error -y {source} {coding} -movflags +faststart -f mp4".split()
+    result = subprocess.run(
+        [*command, f"file:{file.name}"], input=to_uint8(clip).tobytes(), capture_output=True,
+        check=False,
+    )  # fmt: skip
+    if result.returncode:
+        errors = result.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise ValueError(f"ffmpeg cannot write an .mp4 ({errors[-1]}); write a .gif")
+
+
+WRITERS = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_png, ".mp4": _write_mp4}
+
+
+def require_writer(path):
+    """The function that writes a file of this suffix. Raises ValueError if nothing here can."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITERS:
+        raise ValueError(f"{path}: needs one of the suffixes {' '.join(WRITERS)}")
+    if suffix == ".mp4":
+        require_ffmpeg("an .mp4", "write a .gif")
+    return WRITERS[suffix]
+
+
+def write_clip(path, clip, frames_per_second=8):
+    """Write a clip (t, 3, h, w), float in [-1, 1], as the suffix of `path` says.
+
+    The file appears whole or not at all, with every frame: .gif and .webp (lossless) loop, .mp4
+    needs ffmpeg, .png holds one frame as it is, or several side by side.
+    """
+    writer = require_writer(path)
+    if clip.ndim != 4 or clip.shape[1] != 3 or clip.numel() == 0 or not clip.is_floating_point():
+        raise ValueError(f"clip needs float (t, 3, h, w), got {clip.dtype} {tuple(clip.shape)}")
+    if not clip.isfinite().all():
+        raise ValueError("clip needs finite values, got NaN or infinity")
+    if not 0 < frames_per_second < math.inf:
+        raise ValueError(f"frames_per_second needs to be > 0, got {frames_per_second}")
+    with atomic(path) as file:
+        writer(file, clip, frames_per_second)

@@ -1,0 +1,120 @@
+"""Draw clips and pictures from text with a trained model.
+
+    python sample.py runs/demo "a red circle moving left" python sample.py runs/demo --prompts-file
+    prompts.txt --output clips/ --format webp python sample.py runs/demo "a green square moving up"
+    "a blue circle moving up" --output both.gif python sample.py runs/demo "a cyan triangle"
+    --num-frames 1 --output triangle.png
+
+A clip depends on its prompt and its seed alone: prompt i is drawn with seed + i, whatever the size
+of a batch and on whatever device. A folder as --output gets a file per prompt, a file shows all of
+them in a grid: .gif, .webp, .mp4 (with ffmpeg), or .png, one row per clip.
+"""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cli import add_flags, choose_device, given_flags, run_main
+from pictures import WRITERS, contact_sheet, require_writer, side_by_side, write_clip
+from pipeline import Sampling
+from weights import load_pipeline
+
+
+def read_prompts(path):
+    """The prompts of a text file, one a line; empty lines are skipped."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it; write one a line")
+    return prompts
+
+
+def file_names(prompts, suffix):
+    """A file name for each prompt: its words joined by "-", numbered where two are the same."""
+    names = []
+    for prompt in prompts:
+        stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:100] or "no-text"
+        count, name = 1, stem + suffix
+        while name in names:
+            count += 1
+            name = f"{stem}-{count}{suffix}"
+        names.append(name)
+    return names
+
+
+def generate(pipeline, prompts, sampling, seed, batch_size):
+    """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
+    bf16 = next(pipeline.unet.parameters()).is_cuda
+    bar = tqdm(total=len(prompts) * sampling.num_steps, desc="sample", unit="step", leave=False)
+    with bar, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            seeds = range(seed + start, seed + start + len(batch))
+            for step in pipeline.sample(batch, seeds, sampling):
+                bar.update(len(batch))
+                latents = step
+            yield from pipeline.decode(latents)
+
+
+def write_samples(clips, prompts, output, suffix, sampling):
+    """Write clips into a folder, one file each, or into one file together. Returns the paths."""
+    rate = sampling.frames_per_second
+    if output.suffix.lower() in WRITERS:
+        clips = torch.stack(list(clips))
+        if output.suffix.lower() == ".png" and clips.shape[:2] != (1, 1):
+            together = contact_sheet(clips if sampling.num_frames > 1 else clips[:, 0].split(8))
+        else:
+            together = side_by_side(clips) if len(clips) > 1 else clips[0]
+        write_clip(output, together, rate)
+        return [output]
+    paths = [output / name for name in file_names(prompts, suffix)]
+    for path, clip in zip(paths, clips, strict=True):
+        write_clip(path, clip, rate)
+    return paths
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Draw clips from text.", allow_abbrev=False,
+        epilog="Defaults of the drawing are the run's own (sampling.json) where it has them.",
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--prompts-file", type=Path, help="a text file with a prompt on each line")
+    parser.add_argument("--output", type=Path, help="file or folder (default: RUN/samples)")
+    parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
+                        help="of files in a folder (default: gif; png for one frame)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_flags(parser, Sampling())
+    args = parser.parse_intermixed_args()
+    prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    if not prompts:
+        raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
+    if args.batch_size < 1 or args.seed < 0:
+        raise ValueError(
+            f"--batch-size needs >= 1 and --seed >= 0, got {args.batch_size}, {args.seed}"
+        )
+    pipeline = load_pipeline(args.run).to(choose_device(args.device))
+    sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
+    output = args.output or args.run / "samples"
+    suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
+    if output.suffix and not output.is_dir():
+        suffix = output.suffix.lower()
+    require_writer("x" + suffix)  # before the work, not after it
+    torch.set_flush_denormal(True)
+    clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
+    for path in write_samples(clips, prompts, output, suffix, sampling):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_main(main)
