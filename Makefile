@@ -22,6 +22,7 @@ FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 demo: .venv/installed
 	$(FAST) $(PY) train.py runs/demo --data shapes --resume
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
+	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif --zoom 4
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
 
 test: .venv/installed

@@ -157,9 +157,7 @@ class Diffusion:
         x0, eps = self.predict(model_output, x_t, t)
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         sigma = eta * math.sqrt(max(variance, 0.0))
-        rest = max(
-            1 - alpha_bar_prev - sigma**2, 0.0
-        )  # 0 from alpha_bar = 0 with eta = 1, or -1e-17
+        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding makes 0 a -1e-17
         mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
         return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
 

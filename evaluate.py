@@ -11,7 +11,6 @@ and on noise. It is saved as RUN/evaluation.json.
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +60,10 @@ def recognise(frames):
 def recognise_shape(covered, x, y, area):
     """The shape that overlaps best, over all frames, with coverage (t, h, w) around (x, y)."""
     axis = np.arange(covered.shape[-1]) + 0.5
-    radius = np.sqrt(area / math.pi)[:, None, None]  # the shapes' areas are that of a circle
     across, below = axis - x[:, None, None], axis[:, None] - y[:, None, None]
     overlaps = {}
-    for shape in SHAPES:
+    for shape, unit_area in SHAPES.items():
+        radius = np.sqrt(area / unit_area)[:, None, None]
         lift = 0.389 * radius if shape == "triangle" else 0.0  # its centre of mass sits low
         ideal = coverage(shape, across, below + lift, radius)
         together = np.minimum(covered, ideal).sum((1, 2)), np.maximum(covered, ideal).sum((1, 2))
@@ -117,7 +116,10 @@ def evaluate_reader(vae, sampling, num_clips, seed):
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(clip.shape, generator=generator).clamp(-1, 1) for clip in real]
     sources = {"real clips": real, "real, autoencoded": coded, "noise": noise}
-    return {name: rates(agreement(clips, data.combinations)) for name, clips in sources.items()}
+    picture = sampling.num_frames == 1
+    return {
+        name: rates(agreement(clips, data.combinations), picture) for name, clips in sources.items()
+    }
 
 
 def evaluate(pipeline, num_prompts, seed, batch_size):

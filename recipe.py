@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 
+import model
+import vae
 from cli import option
 from diffusion import Diffusion
 from files import read_json
+from pipeline import Sampling
 
 STAGES = ("vae", "image", "video")
 FREE = {"free": True}  # a resumed run may change it, since it does not touch the result
@@ -38,14 +41,14 @@ class TrainOptions:
     vae_learning_rate: float = option(3e-3, "learning rate of the vae stage")
     kl_weight: float = option(1e-3, "weight of the pull of latents towards N(0, 1)")
     motion_weight: float = option(5.0, "additional weight of pixels that differ from their frame")
-    image_steps: int = option(450, "steps of the image stage")
+    image_steps: int = option(650, "steps of the image stage")
     image_batch_size: int = option(64, "pictures a step")
     image_learning_rate: float = option(2e-3, "learning rate of the image stage")
     text_rate: float = option(0.01, "the text encoder's part of the image stage's learning rate")
-    video_steps: int = option(1700, "steps of the video stage")
+    video_steps: int = option(1900, "steps of the video stage")
     video_batch_size: int = option(8, "clips a step")
     video_learning_rate: float = option(2e-3, "learning rate of the video stage")
-    image_every: int = option(8, "every so many steps of the video stage see pictures; 0: none do")
+    image_every: int = option(10, "every so many steps of the video stage see pictures; 0: none do")
     # the model's way through time
     temporal: str = option("shift", "how frames exchange channels", choices=("shift", "none"))
     shift_before: str = option("both", "convolutions of a block that see shifted channels",
@@ -79,25 +82,53 @@ class TrainOptions:
     save_every: int = option(250, "steps between saved states", **FREE)
     preview_every: int = option(500, "steps between previews", **FREE)
     # what sample.py does with the run unless told otherwise
-    guidance_scale: float = option(2.0, "weight of the text in samples")
-    num_steps: int = option(12, "denoising steps of samples")
-    frames_per_second: float = option(8.0, "of the clips that are written")
+    guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
+    num_steps: int = option(12, "denoising steps of samples", **FREE)
+    frames_per_second: float = option(8.0, "of the clips that are written", **FREE)
 
     def __post_init__(self):
-        counts = [name for name, kind in type(self).__annotations__.items() if kind is int]
-        for name in counts:
-            least = 0 if name in ("seed", "image_every", "warmup_steps") else 1
-            if getattr(self, name) < least:
+        kinds = type(self).__annotations__
+        others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3}
+        for name in [name for name, kind in kinds.items() if kind in (int, float)]:
+            least = 0 if kinds[name] is float else others.get(name, 1)
+            if not getattr(self, name) >= least:  # so put, NaN fails, too
                 raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, "
                                  f"got {getattr(self, name)}")  # fmt: skip
         for name in ("shared_noise", "caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} needs to lie in [0, 1], "
                                  f"got {getattr(self, name)}")  # fmt: skip
+        # What a later stage or sampling would refuse is refused now, and not hours later.
+        factor = self.vae().downscale * 2 ** (len(self.unet().block_out_channels) - 1)
+        if self.image_size % factor:
+            raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")
+        self.diffusion().timestep_pairs(self.num_steps)
+        self.sampling(self.num_frames)
 
     def uses_bf16(self, device):
         """Whether the networks compute in bfloat16 (their weights stay float32)."""
         return device.type == "cuda" and self.precision != "fp32"
+
+    def vae(self):
+        """The autoencoder's configuration, before the scale of its latents is known."""
+        preset = "sd" if self.preset in ("sd1", "sd2") else self.preset
+        return dataclasses.replace(
+            vae.PRESETS[preset], sample_size=self.image_size, scaling_factor=1.0
+        )
+
+    def unet(self):
+        """The U-Net's configuration."""
+        return dataclasses.replace(
+            model.PRESETS[self.preset], temporal=self.temporal, shift_before=self.shift_before,
+            sample_size=self.image_size // self.vae().downscale,
+        )  # fmt: skip
+
+    def sampling(self, num_frames):
+        """What sample.py does with the run unless told otherwise."""
+        return Sampling(
+            num_frames, self.image_size, self.frames_per_second, self.num_steps,
+            self.guidance_scale, shared_noise=self.shared_noise,
+        )  # fmt: skip
 
     def diffusion(self):
         """The noise schedule of the run."""

@@ -63,6 +63,11 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
             yield from pipeline.decode(latents)
 
 
+def enlarge(clip, zoom):
+    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom."""
+    return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+
+
 def write_samples(clips, prompts, output, suffix, sampling):
     """Write clips into a folder, one file each, or into one file together. Returns the paths."""
     rate = sampling.frames_per_second
@@ -91,6 +96,7 @@ def main():
     parser.add_argument("--output", type=Path, help="file or folder (default: RUN/samples)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="of files in a folder (default: gif; png for one frame)")  # fmt: skip
+    parser.add_argument("--zoom", type=int, default=1, help="enlarge pixels so often (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
@@ -99,10 +105,9 @@ def main():
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
-    if args.batch_size < 1 or args.seed < 0:
-        raise ValueError(
-            f"--batch-size needs >= 1 and --seed >= 0, got {args.batch_size}, {args.seed}"
-        )
+    if min(args.batch_size, args.zoom) < 1 or args.seed < 0:
+        raise ValueError("--batch-size and --zoom need >= 1, --seed needs >= 0, got "
+                         f"{args.batch_size}, {args.zoom}, {args.seed}")  # fmt: skip
     pipeline = load_pipeline(args.run).to(choose_device(args.device))
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     output = args.output or args.run / "samples"
@@ -112,6 +117,7 @@ def main():
     require_writer("x" + suffix)  # before the work, not after it
     torch.set_flush_denormal(True)
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
+    clips = (enlarge(clip, args.zoom) for clip in clips)
     for path in write_samples(clips, prompts, output, suffix, sampling):
         print(path)
 

@@ -19,7 +19,7 @@ COLOURS = {
     "yellow": (1.0, 0.95, 0.1), "magenta": (1.0, 0.2, 1.0), "cyan": (0.1, 0.95, 1.0),
 }  # fmt: skip
 BACKGROUND = 0.06  # of 1, in all three channels
-SHAPES = ("circle", "square", "triangle")
+SHAPES = {"circle": math.pi, "square": 4.0, "triangle": math.pi}  # and their areas at radius 1
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x right, y down
 COMBINATIONS = [(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
@@ -47,12 +47,12 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 def coverage(shape, x, y, radius):
     """How much of each pixel a shape covers, in [0, 1]. x and y are pixels from its centre.
 
-    The three shapes have the same area for the same radius, so that size gives nothing away.
+    A square is as wide as a circle of the same radius; a triangle has the circle's area.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - 0.886 * radius  # sqrt(pi) / 2
+        distance = np.maximum(np.abs(x), np.abs(y)) - radius
     else:  # upright, equilateral: the largest distance to its three sides
         inner = 0.778 * radius  # radius of the circle inside: sqrt(pi / (3 sqrt(3)))
         y = y - inner / 2  # half its height above the centre, half below

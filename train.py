@@ -23,7 +23,6 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-import model
 import text
 import vae
 from cli import add_flags, choose_device, given_flags, run_main
@@ -31,8 +30,9 @@ from data import ClipFolder, MovingShapes, random_window
 from diffusion import randn
 from files import write_json
 from losses import DenoisingLoss, ReconstructionLoss
+from model import UNet
 from pictures import contact_sheet, side_by_side, write_clip
-from pipeline import Pipeline, Sampling
+from pipeline import Pipeline
 from recipe import RECIPES, STAGES, merge_options, stages_to_run
 from trainer import Plan, Trainer, processes, start_processes, step_generator
 from weights import load_text, load_unet, load_vae, save_schedule, save_text, save_unet, save_vae
@@ -123,10 +123,7 @@ def open_data(options):
 def train_vae(run, clips):
     """Stage one: the autoencoder, then the scale that gives its latents unit variance."""
     options = run.options
-    preset = "sd" if options.preset.startswith("sd") else options.preset
-    autoencoder = vae.AutoencoderKL(
-        dataclasses.replace(vae.PRESETS[preset], sample_size=options.image_size, scaling_factor=1.0)
-    ).to(memory_format=torch.channels_last)
+    autoencoder = vae.AutoencoderKL(options.vae()).to(memory_format=torch.channels_last)
     config, frames, count = autoencoder.config, torch.cat(clips), options.vae_batch_size
     size = options.image_size // config.downscale
 
@@ -216,15 +213,6 @@ def new_text_model(options, captions):
     return encoder, tokenizer
 
 
-def new_unet(options, autoencoder):
-    """An untrained U-Net of the run's preset."""
-    config = dataclasses.replace(
-        model.PRESETS[options.preset], temporal=options.temporal, shift_before=options.shift_before,
-        sample_size=options.image_size // autoencoder.config.downscale,
-    )  # fmt: skip
-    return model.UNet(config)
-
-
 def train_unet(run, stage, clips, captions):
     """Stage two, image: the U-Net and the text encoder. Stage three, video: the U-Net alone."""
     options = run.options
@@ -233,18 +221,14 @@ def train_unet(run, stage, clips, captions):
     latents = encode_clips(run, autoencoder, clips)
     if stage == "image":
         encoder, tokenizer = new_text_model(options, captions)
-        unet = new_unet(options, autoencoder)
+        unet = UNet(options.unet())
     else:
         encoder, tokenizer = load_text(run.path)
         unet = load_unet(run.path / "image_unet", options.temporal)
     encoder.to(run.device)
     unet.to(run.device, memory_format=torch.channels_last)
     unet.gradient_checkpointing = options.gradient_checkpointing
-    num_frames = 1 if stage == "image" else options.num_frames
-    sampling = Sampling(
-        num_frames, options.image_size, options.frames_per_second, options.num_steps,
-        options.guidance_scale, shared_noise=options.shared_noise,
-    )  # fmt: skip
+    sampling = options.sampling(1 if stage == "image" else options.num_frames)
     pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, options.diffusion(), sampling)
     unique = ["", *dict.fromkeys(captions)]
     texts = tokenizer(unique) if stage == "image" else pipeline.encode_text(unique).cpu()

@@ -225,15 +225,24 @@ class Trainer:
                             "steps_per_second": (self.step - first) / (now - started),
                         })  # fmt: skip
                     started, first = now, self.step
-                if self.step % options.save_every == 0 or last or received:
+                stopping = self._stopping(received)
+                if self.step % options.save_every == 0 or last or stopping:
                     self.save_state()
-                if received:
+                if stopping:
                     raise Stopped(f"stopped at step {self.step} of the {plan.stage} stage; "
                                   "continue with --resume")  # fmt: skip
                 if self.main and not last and self.step % options.preview_every == 0:
                     with self.average.swapped():
                         plan.on_preview(self.step)
         self.average.copy(self.average.values)
+
+    def _stopping(self, received):
+        """Whether any process got a signal: all stop after the same step, or one waits for ever."""
+        if not distributed.is_initialized():
+            return bool(received)
+        count = torch.tensor(float(len(received)), device=self.device)
+        distributed.all_reduce(count)
+        return count.item() > 0
 
     def _wrapped(self):
         """The objective as a step calls it: compiled if asked for, one with other processes."""
