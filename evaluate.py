@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from cli import choose_device, run_main
-from files import read_json, write_json
+from files import write_json
+from recipe import read_record
 from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes, caption_of, coverage
 from vae import decode_clips, encode_clip
@@ -167,8 +168,8 @@ def main():
     args = parser.parse_args()
     if args.num_prompts < 2 or args.batch_size < 1 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2, --batch-size >= 1, --seed >= 0")
-    record = args.run / "train.json"
-    data = read_json(record)["options"]["data"] if record.exists() else "other data"
+    known = (args.run / "train.json").exists()
+    data = read_record(args.run)[0].data if known else "other data"
     if data != "shapes":
         raise ValueError(f"{args.run}: trained on {data}; only of MovingShapes (--data shapes) "
                          "is the truth known")  # fmt: skip

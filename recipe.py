@@ -45,7 +45,7 @@ class TrainOptions:
     image_batch_size: int = option(64, "pictures a step")
     image_learning_rate: float = option(2e-3, "learning rate of the image stage")
     text_rate: float = option(0.01, "the text encoder's part of the image stage's learning rate")
-    video_steps: int = option(1900, "steps of the video stage")
+    video_steps: int = option(1200, "steps of the video stage")
     video_batch_size: int = option(8, "clips a step")
     video_learning_rate: float = option(2e-3, "learning rate of the video stage")
     image_every: int = option(10, "every so many steps of the video stage see pictures; 0: none do")
@@ -60,7 +60,7 @@ class TrainOptions:
     snr_divisor: float = option(
         4.0, "divide all signal-to-noise ratios: few latents need more noise"
     )
-    shared_noise: float = option(0.5, "part of the noise's variance that a clip's frames share")
+    shared_noise: float = option(0.0, "part of the noise's variance that a clip's frames share")
     early_noise: float = option(
         3.0, "how much the first half of the video steps prefers noise; 0: not"
     )
@@ -164,7 +164,7 @@ RECIPES = {
         image_steps=100000, image_batch_size=32, image_learning_rate=1e-4,
         video_steps=100000, video_batch_size=1, video_learning_rate=1e-5, image_every=8,
         prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0,
-        shared_noise=0.0, early_noise=0.0,
+        early_noise=0.0,
         warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=True,
         save_every=5000, preview_every=5000, guidance_scale=7.5, num_steps=50,
     ),
@@ -174,22 +174,30 @@ RECIPES["sd2"] = dataclasses.replace(
 )
 
 
+def read_record(path):
+    """(TrainOptions, finished stages) of a run, as its train.json tells them."""
+    record_path = Path(path) / "train.json"
+    record = read_json(record_path)
+    try:
+        options, finished = TrainOptions(**record["options"]), record["finished"]
+        if finished != list(STAGES[: len(finished)]):
+            raise ValueError(f"finished stages {finished}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None
+    return options, finished
+
+
 def merge_options(path, given):
     """(TrainOptions, finished stages) of a run: its own if it exists, with the flags given.
 
     Raises ValueError if a flag contradicts what the run has been trained with.
     """
-    record_path = Path(path) / "train.json"
-    if not record_path.exists():
+    if not (Path(path) / "train.json").exists():
         if Path(path).exists() and any(Path(path).iterdir()):
             raise ValueError(f"{path}: is not empty and no run; choose a new folder")
         base = RECIPES[given.get("preset", "tiny")]
         return dataclasses.replace(base, **given), []
-    record = read_json(record_path)
-    try:
-        stored, finished = TrainOptions(**record["options"]), record["finished"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None
+    stored, finished = read_record(path)
     begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
     for field in dataclasses.fields(stored):
         name, old = field.name, getattr(stored, field.name)

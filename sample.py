@@ -1,9 +1,9 @@
 """Draw clips and pictures from text with a trained model.
 
-    python sample.py runs/demo "a red circle moving left" python sample.py runs/demo --prompts-file
-    prompts.txt --output clips/ --format webp python sample.py runs/demo "a green square moving up"
-    "a blue circle moving up" --output both.gif python sample.py runs/demo "a cyan triangle"
-    --num-frames 1 --output triangle.png
+    python sample.py runs/demo "a red circle moving left"
+    python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format webp
+    python sample.py runs/demo "a green square moving up" "a blue circle moving up" --output both.gif
+    python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
 
 A clip depends on its prompt and its seed alone: prompt i is drawn with seed + i, whatever the size
 of a batch and on whatever device. A folder as --output gets a file per prompt, a file shows all of
@@ -40,7 +40,9 @@ def file_names(prompts, suffix):
     """A file name for each prompt: its words joined by "-", numbered where two are the same."""
     names = []
     for prompt in prompts:
-        stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:100] or "no-text"
+        stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
+        # At most 200 bytes: a file name may have 255, and there are letters of four bytes.
+        stem = stem.encode()[:200].decode(errors="ignore") or "no-text"
         count, name = 1, stem + suffix
         while name in names:
             count += 1
@@ -112,9 +114,10 @@ def main():
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     output = args.output or args.run / "samples"
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
-    if output.suffix and not output.is_dir():
-        suffix = output.suffix.lower()
-    require_writer("x" + suffix)  # before the work, not after it
+    one_file = output.suffix and not output.is_dir()
+    if one_file and args.format not in (None, output.suffix[1:].lower()):
+        raise ValueError(f"--format {args.format} contradicts --output {output}")
+    require_writer(output if one_file else f"x{suffix}")  # before the work, not after it
     torch.set_flush_denormal(True)
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
     clips = (enlarge(clip, args.zoom) for clip in clips)

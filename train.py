@@ -101,7 +101,10 @@ class Run:
 def read_state(path):
     """A training state; nothing but tensors and plain values is ever loaded from it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "stage" not in state:
+            raise RuntimeError("of another program")
+        return state
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "

@@ -194,9 +194,9 @@ class Trainer:
 
     def _refuse(self, what):
         raise ValueError(
-            f"the {what} of the {self.plan.stage} stage is not finite at step {self.step} (at most "
-            f"{self.loss_count} steps ago it was); nothing of it is saved: lower "
-            f"--{self.plan.stage}-learning-rate or raise --warmup-steps, and train in a new folder"
+            f"the {what} of the {self.plan.stage} stage is not finite at step {self.step} (it was at "
+            f"most {self.loss_count} steps ago); nothing of it is saved: remove {self.state_path} if "
+            f"it exists, and start the stage anew with a lower --{self.plan.stage}-learning-rate"
         )
 
     def run(self):
@@ -240,6 +240,8 @@ class Trainer:
         """Whether any process got a signal: all stop after the same step, or one waits for ever."""
         if not distributed.is_initialized():
             return bool(received)
+        if self.step % self.options.log_every:  # asking the others waits for them
+            return False
         count = torch.tensor(float(len(received)), device=self.device)
         distributed.all_reduce(count)
         return count.item() > 0

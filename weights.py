@@ -40,7 +40,7 @@ UNET_CONSTANTS = {
 VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 VAE_IGNORED = ("force_upcast", "use_quant_conv", "use_post_quant_conv")
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-COMMENTS = ("_diffusers_version", "_name_or_path", "_class_name")
+COMMENTS = ("_diffusers_version", "_name_or_path")
 
 
 def _from_config(cls, values, constants, where):
@@ -150,8 +150,13 @@ def load_network(folder, parse, build, weights):
     for name in ("config.json", weights):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: has no {name}; is the folder half written or incomplete?")
-    with torch.device("meta"):
-        network = build(parse(read_json(folder / "config.json"), folder / "config.json"))
+    where = folder / "config.json"
+    config = parse(read_json(where), where)
+    try:
+        with torch.device("meta"):
+            network = build(config)
+    except TypeError as error:  # a number where a list should be, or the other way round
+        raise ValueError(f"{where}: describes no network that is built here ({error})") from None
     tensors, expected = load_safetensors(folder / weights), network.state_dict()
     differences = {
         "missing": expected.keys() - tensors.keys(),

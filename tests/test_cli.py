@@ -1,0 +1,153 @@
+"""Flags made from a dataclass, and mistakes that are one line and a status."""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from cli import add_flags, choose_device, given_flags, option, run_main
+
+ROOT = Path(cli.__file__).parent
+
+
+@dataclass(frozen=True)
+class Options:
+    num_steps: int = option(50, "how many steps")
+    rate: float | None = option(None, "how fast")
+    name: str = option("ddim", "which one", choices=("ddim", "ddpm"))
+    mirror: bool = option(True, "left is right")
+
+
+def given(*words):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, Options())
+    return given_flags(parser.parse_args(words), Options())
+
+
+# Flags
+
+
+def test_only_what_the_command_line_sets_is_given():
+    assert given() == {}
+    assert given("--num-steps", "50") == {"num_steps": 50}  # even if it is the default
+
+
+def test_a_boolean_can_be_switched_on_and_off():
+    assert given("--mirror") == {"mirror": True}
+    assert given("--no-mirror") == {"mirror": False}
+
+
+def test_an_optional_value_has_the_type_of_the_value():
+    assert given("--rate", "3") == {"rate": 3.0}
+
+
+def test_the_default_stands_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        given("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "how many steps (default: 50)" in text and "left is right (default: True)" in text
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--num-step", "3"), "unrecognized arguments: --num-step"),
+    (("--num-steps", "3.5"), "--num-steps: invalid int value: '3.5'"),
+    (("--name", "euler"), "--name: invalid choice: 'euler'"),
+    (("--mirror", "no"), "unrecognized arguments: no"),
+])  # fmt: skip
+def test_a_wrong_flag_is_named_and_ends_with_status_2(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        given(*words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# Devices
+
+
+def test_auto_chooses_cuda_if_there_is_one():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"--device {name}: not usable"):
+        choose_device(name)
+
+
+# Ends
+
+
+def end_of(main):
+    """The exit status of run_main(main)."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    return stop.value.code
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_command_that_works_ends_with_status_0():
+    assert end_of(lambda: None) in (0, None)
+
+
+def test_a_command_can_choose_its_status():
+    assert end_of(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("rate needs > 0, got -1"), "x.py: error: rate needs > 0, got -1\n"),
+    (FileNotFoundError(2, "No such file", "a.gif"), "x.py: error: [Errno 2] No such file: 'a.gif'\n"),
+    (OSError(), "x.py: error: OSError\n"),
+])  # fmt: skip
+def test_a_mistake_of_the_user_is_one_line_and_status_1(monkeypatch, capsys, error, line):
+    monkeypatch.setattr(sys, "argv", ["some/x.py"])
+    assert end_of(fail(error)) == 1
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run_main(fail(KeyError("name")))
+
+
+@pytest.mark.parametrize("error, line", [
+    (KeyboardInterrupt(), "stopped by Ctrl-C"),
+    (KeyboardInterrupt("stopped at step 7"), "stopped at step 7"),
+])  # fmt: skip
+def test_ctrl_c_is_one_line_and_status_130(capsys, error, line):
+    assert end_of(fail(error)) == 130
+    assert capsys.readouterr().err == f"\n{line}\n"
+
+
+@pytest.mark.parametrize("words", [
+    ("train.py", "new", "--stage", "video"),
+    ("train.py", "new", "--image-size", "20"),
+    ("sample.py", "nowhere", "a red circle"),
+    ("evaluate.py", "nowhere"),
+])  # fmt: skip
+def test_every_script_ends_a_mistake_with_one_line(tmp_path, words):
+    script, *rest = words
+    command = [sys.executable, ROOT / script, *rest]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"{script}: error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    code = "import cli; cli.run_main(lambda: [print('x' * 1000) for _ in range(1000)] and None)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    process.wait()

@@ -1,0 +1,239 @@
+"""The reader of clips has to be right about real ones and silent about what is not there."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from conftest import call, train_small
+from evaluate import agreement, rates, recognise
+from pictures import write_clip
+from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SHAPES, MovingShapes, caption_of
+
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def clips_of(combinations, num_frames=8, image_size=32, seed=0):
+    """Clips (t, 3, h, w) in [0, 1] of combinations."""
+    data = MovingShapes(len(combinations), num_frames, image_size, seed, combinations)
+    return [data[i][0].numpy() / 255 for i in range(len(data))]
+
+
+# What the reader sees
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_all_real_combinations_are_recognised(seed):
+    seen = [recognise(clip) for clip in clips_of(COMBINATIONS, seed=seed)]
+    assert seen == COMBINATIONS
+
+
+@pytest.mark.parametrize("image_size, num_frames", [(16, 8), (64, 8), (32, 4), (32, 16)])
+def test_other_sizes_and_lengths_are_recognised(image_size, num_frames):
+    combinations = COMBINATIONS[::5]
+    clips = clips_of(combinations, num_frames, image_size)
+    assert [recognise(clip) for clip in clips] == combinations
+
+
+def test_blur_and_a_little_noise_are_forgiven():
+    rng = np.random.default_rng(0)
+    for clip, combination in zip(clips_of(COMBINATIONS), COMBINATIONS, strict=True):
+        blurred = sum(np.roll(clip, (y, x), (2, 3)) for y in (0, 1) for x in (0, 1)) / 4
+        assert recognise(blurred + 0.02 * rng.standard_normal(clip.shape)) == combination
+
+
+def test_a_clip_played_backwards_moves_the_other_way():
+    for clip, (colour, shape, direction) in zip(clips_of(COMBINATIONS), COMBINATIONS, strict=True):
+        assert recognise(clip[::-1]) == (colour, shape, OPPOSITE[direction])
+
+
+def test_a_clip_on_its_side_moves_the_other_way():
+    clip = clips_of([("red", "circle", "left")])[0]
+    assert recognise(clip.swapaxes(2, 3)) == ("red", "circle", "up")
+
+
+def test_a_clip_in_another_order_of_channels_has_another_colour():
+    clip = clips_of([("red", "square", "left")])[0]
+    assert recognise(clip[:, [2, 1, 0]])[0] == "blue"
+
+
+def test_a_triangle_upside_down_is_none():
+    for clip in clips_of([(colour, "triangle", "left") for colour in COLOURS]):
+        assert recognise(clip[:, :, ::-1])[1] is None
+
+
+def test_a_colour_between_two_is_none():
+    clip = clips_of([("red", "square", "left")])[0]
+    gray = clip.mean(axis=1, keepdims=True).repeat(3, axis=1)
+    assert recognise(gray)[0] is None
+
+
+def test_a_static_clip_has_no_direction():
+    for clip, combination in zip(clips_of(COMBINATIONS), COMBINATIONS, strict=True):
+        assert recognise(clip[:1].repeat(8, axis=0)) == (*combination[:2], None)
+
+
+def test_a_picture_has_no_direction():
+    clip = clips_of([("cyan", "triangle", "up")], num_frames=1)[0]
+    assert recognise(clip) == ("cyan", "triangle", None)
+
+
+@pytest.mark.parametrize("order", [[0, 7] * 4, [0, 7, 1, 6, 2, 5, 3, 4], [0, 2, 4, 6, 7, 5, 3, 1]])
+def test_to_and_fro_is_no_direction(order):
+    clip = clips_of([("green", "circle", "right")])[0]
+    assert recognise(clip[order])[2] is None
+
+
+def test_a_diagonal_is_no_direction():
+    right, down = clips_of([("green", "circle", "right"), ("green", "circle", "down")])
+    steps = [np.roll(right[0], (2 * i, 2 * i), (1, 2)) for i in range(-2, 3)]
+    assert recognise(np.stack(steps))[2] is None
+
+
+@pytest.mark.parametrize("value", [0.0, 0.06, 0.5, 1.0])
+def test_a_blank_clip_is_nothing(value):
+    assert recognise(np.full((8, 3, 32, 32), value)) == (None, None, None)
+
+
+def test_noise_has_neither_shape_nor_direction():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert recognise(rng.random((8, 3, 32, 32)))[1:] == (None, None)
+
+
+def test_a_shape_that_vanishes_is_not_recognised():
+    clip = clips_of([("red", "circle", "left")])[0].copy()
+    clip[3] = 0.06
+    assert recognise(clip)[1:] == (None, None)
+
+
+def test_two_shapes_at_once_are_none():
+    clip = clips_of([("red", "circle", "left")])[0]
+    assert recognise(np.maximum(clip, np.roll(clip, 16, axis=2)))[1] is None
+
+
+# Numbers
+
+
+def test_agreement_is_counted_for_each_word():
+    clips = [torch.from_numpy(2 * clip - 1) for clip in clips_of([("red", "circle", "left")] * 3)]
+    asked = [("red", "circle", "left"), ("red", "square", "left"), ("blue", "circle", "up")]
+    assert agreement(clips, asked).tolist() == [
+        [True, True, True], [True, False, True], [False, True, False],
+    ]  # fmt: skip
+
+
+def test_rates_are_percentages_of_clips():
+    right = np.array([[True, True, True], [True, False, True], [True, True, False]])
+    assert rates(right) == {
+        "count": 3, "colour": 100.0, "shape": 66.7, "direction": 66.7, "all": 33.3,
+    }  # fmt: skip
+
+
+def test_a_picture_is_right_without_a_direction():
+    right = np.array([[True, True, False], [True, False, False]])
+    assert rates(right, picture=True) == {"count": 2, "colour": 100.0, "shape": 50.0, "all": 50.0}
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def report(trained, tmp_path_factory):
+    """evaluation.json of the small run, and the prompts it was asked to draw."""
+    asked, generate = [], evaluate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "write_json", lambda path, value: asked.append(value))
+        patch.setattr(evaluate, "generate", lambda pipeline, texts, sampling, *rest: (
+            asked.append((texts, sampling.num_frames)) or generate(pipeline, texts, sampling, *rest)
+        ))  # fmt: skip
+        call(evaluate.main, trained, "--num-prompts", 7, "--batch-size", 3, "--device", "cpu")
+    *asked, report = asked
+    return asked, report
+
+
+def test_as_many_prompts_are_drawn_as_asked_for(report):
+    asked, _ = report
+    assert [(len(texts), num_frames) for texts, num_frames in asked] == [(7, 3), (7, 1)]
+
+
+def test_half_of_the_prompts_are_held_out_ones(report):
+    (texts, _), _ = report[0]
+    held_out = {caption_of(*combination) for combination in HELD_OUT}
+    assert [text in held_out for text in texts] == [True] * 3 + [False] * 4
+
+
+def test_the_rows_of_the_table_add_up(report):
+    rows = report[1]["agreement"]
+    for kind in ("clips", "pictures"):
+        seen, held_out, both = (rows[f"{kind}, {part}"] for part in ("seen", "held out", "all"))
+        assert (seen["count"], held_out["count"], both["count"]) == (4, 3, 7)
+        for name in set(both) - {"count"}:
+            mean = (4 * seen[name] + 3 * held_out[name]) / 7
+            assert both[name] == pytest.approx(mean, abs=0.15)  # they are rounded
+
+
+def test_the_reader_is_measured_on_real_clips_and_on_noise(report):
+    rows = report[1]["agreement"]
+    assert rows["real clips"]["all"] == 100.0 and rows["noise"]["all"] == 0.0
+    assert rows["real, autoencoded"]["count"] == 7
+
+
+def test_the_report_is_printed_and_written(run, capsys):
+    call(evaluate.main, run, "--num-prompts", 2)
+    lines = capsys.readouterr().out.splitlines()
+    written = json.loads((run / "evaluation.json").read_text())
+    assert [line[:28].strip() for line in lines[1:]] == list(written["agreement"])
+    for line, row in zip(lines[1:], written["agreement"].values(), strict=True):
+        cells = dict(zip(lines[0].split()[-5:], line[28:].split(), strict=True))
+        assert {name: float(cell) for name, cell in cells.items() if cell != "-"} == row
+    assert (written["num_prompts"], written["seed"]) == (2, 1000)
+
+
+def test_few_prompts_show_every_word(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "generate", lambda pipeline, texts, *rest: asked.extend(texts))
+    with pytest.raises(TypeError):  # there are no clips to look at
+        call(evaluate.main, trained, "--num-prompts", 24)
+    words = {word for text in asked for word in text.split()}
+    assert words >= {*COLOURS, *SHAPES, *DIRECTIONS}
+
+
+def test_a_run_on_other_data_is_refused(tmp_path):
+    write_clip(tmp_path / "clips/a_dog/1.gif", torch.zeros(3, 3, 16, 16))
+    write_clip(tmp_path / "clips/a_dog/2.gif", torch.ones(3, 3, 16, 16))
+    train_small(tmp_path / "run", "--stage", "vae", data=tmp_path / "clips")
+    with pytest.raises(ValueError, match="trained on .*clips; only of MovingShapes"):
+        call(evaluate.main, tmp_path / "run")
+
+
+def test_a_model_from_elsewhere_is_refused(run):
+    (run / "train.json").unlink()
+    with pytest.raises(ValueError, match="only of MovingShapes"):
+        call(evaluate.main, run)
+
+
+def test_a_damaged_record_is_refused_by_name(run):
+    (run / "train.json").write_text('{"options": {}')
+    with pytest.raises(ValueError, match="train.json: not a JSON file"):
+        call(evaluate.main, run)
+
+
+@pytest.mark.parametrize("words", [
+    ("--num-prompts", 1), ("--batch-size", 0), ("--seed", -1), ("--device", "abacus"),
+])  # fmt: skip
+def test_a_wrong_number_is_refused(run, words):
+    with pytest.raises(ValueError, match=words[0]):
+        call(evaluate.main, run, *words)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_run_without_a_video_stage_is_measured_on_pictures(tmp_path, capsys):
+    train_small(tmp_path / "run", "--stage", "vae")
+    train_small(tmp_path / "run", "--stage", "image")
+    call(evaluate.main, tmp_path / "run", "--num-prompts", 2)
+    rows = json.loads((tmp_path / "run/evaluation.json").read_text())["agreement"]
+    assert not any(name.startswith("clips") for name in rows)
+    assert rows["real clips"] == {"count": 2, "colour": 100.0, "shape": 100.0, "all": 100.0}

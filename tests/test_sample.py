@@ -1,0 +1,254 @@
+"""Drawing clips: the same ones from the same seeds, in files that hold what they should."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from conftest import call
+from model import UNet
+from pipeline import Sampling
+from sample import file_names, generate
+from video import read_clip
+from weights import load_pipeline
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+PROMPTS = ["a red circle moving left", "a blue square moving up", "a green triangle moving down"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained):
+    return load_pipeline(trained).to("cpu")
+
+
+def draw(pipeline, prompts, seed=0, batch_size=8, **options):
+    sampling = dataclasses.replace(pipeline.sampling, **options)
+    return list(generate(pipeline, prompts, sampling, seed, batch_size))
+
+
+
+# What a clip depends on
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance_scale": 1.0},
+], ids=["ddim", "ddpm", "eta 1", "no guidance"])  # fmt: skip
+def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline, options):
+    alone, together = draw(pipeline, PROMPTS, 5, 1, **options), draw(pipeline, PROMPTS, 5, 2, **options)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_prompt_i_is_drawn_with_seed_plus_i(pipeline):
+    third = draw(pipeline, PROMPTS, seed=5)[2]
+    assert torch.allclose(third, draw(pipeline, PROMPTS[2:], seed=7)[0], atol=1e-5)
+
+
+def test_the_same_seed_draws_the_same_clip(pipeline):
+    assert torch.equal(draw(pipeline, PROMPTS[:1])[0], draw(pipeline, PROMPTS[:1])[0])
+
+
+def test_another_seed_draws_another_clip(pipeline):
+    a, b = (draw(pipeline, PROMPTS[:1], seed)[0] for seed in (0, 1))
+    assert (a - b).abs().max() > 0.01
+
+
+def test_another_prompt_draws_another_clip(pipeline):
+    a, b = (draw(pipeline, [prompt])[0] for prompt in PROMPTS[:2])
+    assert (a - b).abs().max() > 1e-4
+
+
+def test_drawing_does_not_touch_the_global_random_state(pipeline):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    draw(pipeline, PROMPTS[:1], eta=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Guidance
+
+
+def rows_of(pipeline, monkeypatch, **options):
+    """The number of clips in each call of the U-Net while one clip is drawn."""
+    rows, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: (
+        rows.append(len(x)) or forward(self, x, *rest)
+    ))  # fmt: skip
+    draw(pipeline, PROMPTS[:1], num_steps=3, **options)
+    return rows
+
+
+def test_without_guidance_the_network_sees_a_clip_once_a_step(pipeline, monkeypatch):
+    assert rows_of(pipeline, monkeypatch, guidance_scale=1.0) == [1, 1, 1]
+
+
+def test_with_guidance_the_network_sees_it_with_and_without_text(pipeline, monkeypatch):
+    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [2, 2, 2]
+
+
+def test_one_guided_step_equals_the_formula(pipeline):
+    sampling = Sampling(num_frames=3, image_size=16, num_steps=1, guidance_scale=2.5)
+    (guided,) = pipeline.sample(PROMPTS[:1], [4], sampling)
+    x_t = torch.randn((1, 3, 4, 4, 4), generator=torch.Generator().manual_seed(4))
+    t = pipeline.diffusion.timestep_pairs(1)[0][0]
+    with torch.no_grad():
+        text, none = (
+            pipeline.unet(x_t, torch.tensor([t]), pipeline.encode_text([prompt]))
+            for prompt in (PROMPTS[0], "")
+        )
+    expected = pipeline.diffusion.ddim_step(none + 2.5 * (text - none), x_t, t, -1)
+    assert torch.allclose(guided, expected, atol=1e-5)
+
+
+def test_guidance_of_one_is_no_other_clip_than_guidance_near_one(pipeline):
+    a, b = (draw(pipeline, PROMPTS[:1], guidance_scale=scale)[0] for scale in (1.0, 1.000001))
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_frames_share_the_part_of_the_first_noise_asked_for(pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: seen.append(x) or x)
+    draw(pipeline, PROMPTS[:1], shared_noise=1.0, guidance_scale=1.0)
+    assert torch.equal(seen[0][:, 0], seen[0][:, 2])
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_an_animation_has_every_frame_and_the_rate(run, tmp_path, capsys, suffix):
+    words = ("--output", tmp_path / "out", "--format", suffix, "--frames-per-second", 5)
+    call(sample.main, run, *PROMPTS[:2], *words)
+    names = [f"a-red-circle-moving-left.{suffix}", f"a-blue-square-moving-up.{suffix}"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in names]
+    for name in names:
+        frames, rate = read_clip(tmp_path / "out" / name)
+        assert frames.shape == (3, 16, 16, 3) and rate == pytest.approx(5)
+
+
+@needs_ffmpeg
+def test_an_mp4_has_every_frame(run, tmp_path):
+    call(sample.main, run, PROMPTS[0], "--output", tmp_path / "a.mp4")
+    assert len(read_clip(tmp_path / "a.mp4")[0]) == 3
+
+
+def test_a_lossless_file_holds_the_clip_that_was_drawn(run, pipeline, tmp_path):
+    call(sample.main, run, PROMPTS[1], "--seed", 9, "--output", tmp_path / "a.webp")
+    frames = torch.from_numpy(read_clip(tmp_path / "a.webp")[0].copy())
+    drawn = draw(pipeline, PROMPTS[1:2], seed=9)[0]
+    # One level of 255, since a rounding may fall either way.
+    assert (frames.permute(0, 3, 1, 2) - (drawn + 1) * 127.5).abs().max() <= 1
+
+
+def test_samples_lie_in_the_run_unless_told_otherwise(run):
+    call(sample.main, run, PROMPTS[0])
+    assert [file.name for file in (run / "samples").iterdir()] == ["a-red-circle-moving-left.gif"]
+
+
+def test_one_frame_is_a_picture(run, tmp_path):
+    call(sample.main, run, PROMPTS[0], "--num-frames", 1, "--output", tmp_path)
+    with Image.open(tmp_path / "a-red-circle-moving-left.png") as picture:
+        assert picture.size == (16, 16)
+
+
+def test_frames_and_size_can_be_others_than_those_of_training(run, tmp_path):
+    words = ("--num-frames", 5, "--image-size", 24, "--output", tmp_path / "a.gif")
+    call(sample.main, run, PROMPTS[0], *words)
+    assert read_clip(tmp_path / "a.gif")[0].shape == (5, 24, 24, 3)
+
+
+@pytest.mark.parametrize("name, num_prompts, frames, size", [
+    ("a.gif", 1, 3, (16, 16)),
+    ("a.gif", 3, 3, (34, 34)),  # a grid of 2 x 2, with 2 pixels between
+    ("a.png", 1, 1, (52, 16)),  # a row of its frames
+    ("a.png", 3, 1, (52, 52)),  # a row for each
+])  # fmt: skip
+def test_a_file_shows_all_prompts(run, tmp_path, name, num_prompts, frames, size):
+    call(sample.main, run, *PROMPTS[:num_prompts], "--output", tmp_path / name)
+    with Image.open(tmp_path / name) as picture:
+        assert (getattr(picture, "n_frames", 1), picture.size) == (frames, size)
+
+
+def test_a_file_of_pictures_shows_all_prompts(run, tmp_path):
+    call(sample.main, run, *PROMPTS, "--num-frames", 1, "--output", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * 18 - 2, 16)
+
+
+def test_prompts_become_names():
+    names = file_names(["A cat!", "a  cat?", "Zwölf/../Bären", "", "a cat 2", "..."], ".gif")
+    assert names == [
+        "a-cat.gif", "a-cat-2.gif", "zwölf-bären.gif", "no-text.gif", "a-cat-2-2.gif",
+        "no-text-2.gif",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "猫", "𠮷"])
+def test_a_long_prompt_becomes_a_name_that_a_file_may_have(tmp_path, letter):
+    (name,) = file_names([1000 * letter], ".webp")
+    (tmp_path / f".{name}.1234567.tmp").touch()  # what atomic() writes first
+
+
+# Prompts
+
+
+def test_prompts_are_read_from_a_file_after_those_of_the_command(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  a dog  \r\n", encoding="utf-8")
+    call(sample.main, run, "a cow", "--prompts-file", tmp_path / "prompts.txt")
+    names = [line.rsplit("/", 1)[-1] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["a-cow.gif", "a-cat.gif", "a-dog.gif"]
+
+
+def test_words_never_seen_are_drawn_like_others(run, tmp_path):
+    call(sample.main, run, "ein Pferd 🐎 " * 50, "--output", tmp_path / "a.gif")
+    assert len(read_clip(tmp_path / "a.gif")[0]) == 3
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("words, message", [
+    ((), "needs a prompt"),
+    (("x", "--prompts-file", "nowhere.txt"), "nowhere.txt"),
+    (("--prompts-file", "empty.txt"), "empty.txt: no prompts in it"),
+    (("--prompts-file", "latin.txt"), "latin.txt: not a text file in UTF-8"),
+    (("x", "--output", "a.avi"), "a.avi: needs one of the suffixes .gif"),
+    (("x", "--output", "a.gif", "--format", "webp"), "--format webp .* a.gif"),
+    (("x", "--num-frames", "0"), "num_frames needs >= 1, got 0"),
+    (("x", "--num-steps", "0"), "num_steps needs"),
+    (("x", "--num-steps", "1001"), "num_steps needs to lie in"),
+    (("x", "--image-size", "18"), "image_size needs a multiple of 4, got 18"),
+    (("x", "--image-size", "20"), "multiples of 2"),
+    (("x", "--eta", "2"), "eta needs to lie in"),
+    (("x", "--frames-per-second", "0"), "frames_per_second needs"),
+    (("x", "--batch-size", "0"), "--batch-size"),
+    (("x", "--seed", "-1"), "--seed"),
+    (("x", "--device", "abacus"), "--device abacus: not usable"),
+])  # fmt: skip
+def test_a_mistake_is_named_and_writes_nothing(run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=message):
+        call(sample.main, run, *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [
+    ("x", "--guidance", "2"), ("x", "--sampler", "euler"), ("x", "--format", "avi"),
+    ("x", "--num-frames", "many"),
+])  # fmt: skip
+def test_a_wrong_flag_ends_with_status_2(run, words):
+    with pytest.raises(SystemExit) as stop:
+        call(sample.main, run, *words)
+    assert stop.value.code == 2
+
+
+def test_a_run_without_a_unet_says_how_to_train_one(run):
+    shutil.rmtree(run / "unet")
+    with pytest.raises(ValueError, match="has no unet/; train one with `python train.py"):
+        call(sample.main, run, "a cat")
