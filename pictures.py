@@ -1,8 +1,8 @@
 """Clips as files that people look at: GIF, animated WebP, PNG contact sheets, MP4.
 
 A clip is a tensor (t, 3, h, w) in [-1, 1]. A file has exactly its frames, each shown equally long,
-and appears whole or not at all. GIF and WebP containers are put together here, frame by frame, since
-the encoders behind Pillow merge frames that are equal.
+and appears whole or not at all. GIF and WebP containers are put together here, frame by frame,
+since the encoders behind Pillow merge frames that are equal.
 """
 
 import io

@@ -48,7 +48,7 @@ class TrainOptions:
     video_steps: int = option(1200, "steps of the video stage")
     video_batch_size: int = option(8, "clips a step")
     video_learning_rate: float = option(2e-3, "learning rate of the video stage")
-    image_every: int = option(10, "every so many steps of the video stage see pictures; 0: none do")
+    image_every: int = option(20, "every so many steps of the video stage see pictures; 0: none do")
     # the model's way through time
     temporal: str = option("shift", "how frames exchange channels", choices=("shift", "none"))
     shift_before: str = option("both", "convolutions of a block that see shifted channels",

@@ -2,7 +2,7 @@
 
     python sample.py runs/demo "a red circle moving left"
     python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format webp
-    python sample.py runs/demo "a green square moving up" "a blue circle moving up" --output both.gif
+    python sample.py runs/demo "a red square moving up" "a red circle moving up" --output both.gif
     python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
 
 A clip depends on its prompt and its seed alone: prompt i is drawn with seed + i, whatever the size

@@ -194,9 +194,10 @@ class Trainer:
 
     def _refuse(self, what):
         raise ValueError(
-            f"the {what} of the {self.plan.stage} stage is not finite at step {self.step} (it was at "
-            f"most {self.loss_count} steps ago); nothing of it is saved: remove {self.state_path} if "
-            f"it exists, and start the stage anew with a lower --{self.plan.stage}-learning-rate"
+            f"the {what} of the {self.plan.stage} stage is not finite at step {self.step} (it was "
+            f"at most {self.loss_count} steps ago); nothing of it is saved: remove "
+            f"{self.state_path} if it exists, and start the stage anew with a lower "
+            f"--{self.plan.stage}-learning-rate"
         )
 
     def run(self):

@@ -105,7 +105,7 @@ def test_a_command_can_choose_its_status():
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("rate needs > 0, got -1"), "x.py: error: rate needs > 0, got -1\n"),
-    (FileNotFoundError(2, "No such file", "a.gif"), "x.py: error: [Errno 2] No such file: 'a.gif'\n"),
+    (FileNotFoundError(2, "Not there", "a.gif"), "x.py: error: [Errno 2] Not there: 'a.gif'\n"),
     (OSError(), "x.py: error: OSError\n"),
 ])  # fmt: skip
 def test_a_mistake_of_the_user_is_one_line_and_status_1(monkeypatch, capsys, error, line):

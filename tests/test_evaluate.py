@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import call, train_small
 
 import evaluate
-from conftest import call, train_small
 from evaluate import agreement, rates, recognise
 from pictures import write_clip
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SHAPES, MovingShapes, caption_of

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import call
 from PIL import Image
 
 import sample
-from conftest import call
 from model import UNet
 from pipeline import Sampling
 from sample import file_names, generate
@@ -29,7 +29,6 @@ def draw(pipeline, prompts, seed=0, batch_size=8, **options):
     return list(generate(pipeline, prompts, sampling, seed, batch_size))
 
 
-
 # What a clip depends on
 
 
@@ -37,7 +36,7 @@ def draw(pipeline, prompts, seed=0, batch_size=8, **options):
     {}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance_scale": 1.0},
 ], ids=["ddim", "ddpm", "eta 1", "no guidance"])  # fmt: skip
 def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline, options):
-    alone, together = draw(pipeline, PROMPTS, 5, 1, **options), draw(pipeline, PROMPTS, 5, 2, **options)
+    alone, together = (draw(pipeline, PROMPTS, 5, size, **options) for size in (1, 2))
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 

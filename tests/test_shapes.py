@@ -8,7 +8,15 @@ import torch
 
 import shapes
 from shapes import (
-    COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes, caption_of, coverage,
+    COLOURS,
+    COMBINATIONS,
+    DIRECTIONS,
+    HELD_OUT,
+    SEEN,
+    SHAPES,
+    MovingShapes,
+    caption_of,
+    coverage,
     render,
 )  # fmt: skip
 

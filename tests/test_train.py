@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SMALL, call, flags, train_small
 from torch import nn
 
 import losses
 import train
 import trainer
 import vae
-from conftest import SMALL, call, flags, train_small
 from diffusion import Diffusion
 from pictures import write_clip
 from recipe import RECIPES, STAGES, TrainOptions, merge_options
@@ -169,7 +169,6 @@ def test_a_stage_ends_with_the_weights_of_the_average(tmp_path):
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
     def both(step, micro):
         return [torch.cat(pair) for pair in zip(points(step, 0), points(step, 1), strict=True)]
-
 
     halves = line_trainer(tmp_path / "2", points, accumulate=2)
     whole = line_trainer(tmp_path / "1", both)
@@ -646,7 +645,7 @@ def test_a_mistake_leaves_no_folder_behind(tmp_path):
     {"vae_steps": 5}, {"image_steps": 5}, {"gradient_checkpointing": True}, {"data": "clips"},
 ])  # fmt: skip
 def test_an_option_that_differs_from_the_runs_is_refused_by_name(killed, given):
-    (name, value), = given.items()
+    ((name, value),) = given.items()
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(ValueError, match=f"was trained with {flag} .*, not {value}; choose a new"):
         merge_options(killed, given)
@@ -658,7 +657,7 @@ def test_an_option_that_differs_from_the_runs_is_refused_by_name(killed, given):
     {"video_learning_rate": 0.5}, {"seed": 0},
 ])  # fmt: skip
 def test_what_does_not_touch_the_past_may_differ(killed, given):
-    (name, value), = given.items()
+    ((name, value),) = given.items()
     options, finished = merge_options(killed, given)
     assert getattr(options, name) == value and finished == ["vae"]
 
