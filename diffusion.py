@@ -56,12 +56,17 @@ class Diffusion:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps needs >= 1, got {self.num_train_timesteps}")
-        betas = self._betas()
-        if not bool(((betas >= 0) & (betas <= 1)).all()):
+        least = 2 if self.rescale_betas_zero_snr else 1
+        if self.num_train_timesteps < least:
             raise ValueError(
-                "betas need to lie in [0, 1]; look at beta_start, beta_end, trained_betas"
+                f"num_train_timesteps needs >= {least}, got {self.num_train_timesteps}"
+            )
+        if self.steps_offset < 0:
+            raise ValueError(f"steps_offset needs >= 0, got {self.steps_offset}")
+        betas = self._betas()
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError(
+                "betas need to lie in (0, 1]; look at beta_start, beta_end, trained_betas"
             )
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
@@ -197,6 +202,8 @@ def randn(shape, generator=None, shared_noise=0.0):
                 f"need one generator a clip, got {len(generator)} for {shape[0]} clips"
             )
         return torch.cat([randn((1, *shape[1:]), one, shared_noise) for one in generator])
+    if not 0 <= shared_noise <= 1:
+        raise ValueError(f"shared_noise needs to lie in [0, 1], got {shared_noise}")
     noise = torch.randn(shape, generator=generator)
     if shared_noise == 0:
         return noise

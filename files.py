@@ -70,6 +70,8 @@ def save_safetensors(path, tensors, metadata=None):
     """Write {name: tensor} as a safetensors file, atomically and one tensor at a time."""
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, which safetensors does not have")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],

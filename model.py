@@ -60,6 +60,9 @@ class UNetConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
         levels = len(self.block_out_channels)
+        if min(levels, self.layers_per_block, self.norm_num_groups, *self.num_heads) < 1:
+            raise ValueError("block_out_channels needs a level; layers_per_block, norm_num_groups "
+                             "and the numbers of heads need >= 1")  # fmt: skip
         if len(self.attention_levels) != levels or len(self.num_heads) != levels:
             raise ValueError(f"attention_levels and attention_head_dim need {levels} values, one a "
                              f"level, got {self.attention_levels}, {self.num_heads}")  # fmt: skip

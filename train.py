@@ -101,11 +101,14 @@ class Run:
 def read_state(path):
     """A training state; nothing but tensors and plain values is ever loaded from it."""
     try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # torch would take it for a file of its early days
+                raise RuntimeError("no archive")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or "stage" not in state:
             raise RuntimeError("of another program")
         return state
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
                          "anew") from None  # fmt: skip

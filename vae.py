@@ -39,8 +39,9 @@ class VAEConfig:
     sample_size: int = 512  # pixels it was trained on; a note, not a limit
 
     def __post_init__(self):
-        if not self.block_out_channels or min(self.block_out_channels) < 1:
-            raise ValueError(f"block_out_channels needs widths, got {self.block_out_channels}")
+        if min(self.block_out_channels, default=0) < 1 or self.norm_num_groups < 1:
+            raise ValueError("block_out_channels needs widths and norm_num_groups >= 1, got "
+                             f"{self.block_out_channels}, {self.norm_num_groups}")  # fmt: skip
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(
@@ -202,18 +203,25 @@ class AutoencoderKL(nn.Module):
         """The Gaussian over latents of frames x (n, 3, h, w) in [-1, 1].
 
         Raises:
-            ValueError: if h or w is no multiple of config.downscale, or x has another rank.
+            ValueError: if x has another shape, or h or w is no multiple of config.downscale.
         """
-        f = self.config.downscale
-        if x.ndim != 4 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"encode needs frames (n, 3, h, w) with h and w multiples of {f}, "
+        f, c = self.config.downscale, self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != c or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")  # fmt: skip
         chunk = max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
         moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))
 
     def decode(self, z):
-        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
+        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w).
+
+        Raises:
+            ValueError: if z has another shape.
+        """
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"decode needs latents (n, {self.config.latent_channels}, h, w), "
+                             f"got {tuple(z.shape)}")  # fmt: skip
         pixels = z.shape[2] * z.shape[3] * self.config.downscale**2
         chunk = max(1, CHUNK_PIXELS // pixels)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])

@@ -48,7 +48,7 @@ def _from_config(cls, values, constants, where):
     names = {field.name for field in dataclasses.fields(cls) if field.init}
     for name, value in values.items():
         known = name in names or name in COMMENTS
-        if not known and value not in (None, False) and constants.get(name) != value:
+        if not known and value not in ([constants[name]] if name in constants else [None, False]):
             raise ValueError(f"{where}: {name}={value!r} is not built here")
     chosen = {name: value for name, value in values.items() if name in names}
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}

@@ -102,8 +102,8 @@ def test_zero_terminal_snr_moves_and_stretches_the_signal():
     ({"beta_schedule": "cosine"}, "beta_schedule needs one of .* got 'cosine'"),
     ({"num_train_timesteps": 0}, "num_train_timesteps needs >= 1, got 0"),
     ({"trained_betas": (0.1, 0.2)}, "trained_betas needs 1000 values, got 2"),
-    ({"num_train_timesteps": 1, "trained_betas": (1.1,)}, r"betas need to lie in \[0, 1\]"),
-    ({"beta_end": float("nan")}, r"betas need to lie in \[0, 1\]"),
+    ({"num_train_timesteps": 1, "trained_betas": (1.1,)}, r"betas need to lie in \(0, 1\]"),
+    ({"beta_end": float("nan")}, r"betas need to lie in \(0, 1\]"),
 ])  # fmt: skip
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -57,6 +57,12 @@ def test_writes_the_bytes_of_the_specification(path):
     assert raw[8 + length :] == b"\x01\x00\x00\x01"
 
 
+@pytest.mark.parametrize("name", ["a" * length for length in range(1, 9)])
+def test_tensors_begin_at_a_multiple_of_eight_bytes(path, name):
+    save_safetensors(path, {name: torch.ones(1)})
+    assert (path.stat().st_size - 4) % 8 == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_every_dtype_comes_back(path, dtype):
     x = torch.tensor([[0, 1, 5], [7, 100, 127]]).to(dtype)

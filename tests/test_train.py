@@ -110,6 +110,7 @@ def points(step, micro=0):
 
 
 def line_trainer(path, make_batch=points, num_steps=6, **options):
+    path.mkdir(exist_ok=True)
     plan = Plan("vae", num_steps, 0.1, Line(), make_batch, lambda step: None)
     options = TrainOptions(log_every=2, save_every=2, warmup_steps=0, **options)
     return Trainer(path, plan, options, torch.device("cpu"))
@@ -246,7 +247,8 @@ def batches(stage, **options):
 
 
 def test_a_batch_has_successive_frames_and_their_caption():
-    x0, _, _, context = batches("video", video_batch_size=200, num_frames=5, caption_dropout=0.0)(0)
+    make_batch = batches("video", video_batch_size=200, num_frames=5, caption_dropout=0.0)
+    x0, _, _, context = make_batch(0, 0)
     first = x0[:, 0, 0, 0, 0]
     assert torch.equal(x0[:, :, 0, 0, 0], first[:, None] + torch.arange(5))
     assert torch.equal((first // 100).long(), context[:, 0])
