@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from text import PRESETS, CLIPTextModel, CLIPTokenizer, TextConfig, quick_gelu, split_words
+from text import PRESETS, CLIPTextModel, CLIPTokenizer, TextConfig, quick_gelu, standardise
+from tokenizer import split_words
 
 CAPTIONS = [
     f"A {color} {shape} moves {side}."
@@ -320,15 +321,25 @@ def test_presets_of_stable_diffusion_have_its_number_of_parameters(preset, count
 
 
 @torch.no_grad()
-def test_new_models_tell_words_apart():
-    ids = trained()(CAPTIONS[:2])  # left, right: the word before the full stop
-    word = int((ids[0] != ids[1]).nonzero()[0])
-    cosines = []
-    for seed in range(8):
-        torch.manual_seed(seed)
-        left, right = CLIPTextModel(PRESETS["tiny"])(ids)[:, word]
-        cosines.append(F.cosine_similarity(left, right, dim=0))
-    assert sum(cosines) / len(cosines) < 0.5
+def test_standardised_last_tokens_have_mean_0_and_variance_1_in_every_channel():
+    ids = trained()(CAPTIONS)
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(PRESETS["tiny"])
+    standardise(encoder, ids)
+    last = encoder(ids)[:, -1]
+    torch.testing.assert_close(last.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(last.std(0), torch.ones(64), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_standardised_new_models_tell_captions_apart_by_the_last_token():
+    ids = trained()(CAPTIONS)
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(PRESETS["tiny"])
+    before = F.cosine_similarity(*encoder(ids)[:2, -1], dim=0)  # left and right
+    standardise(encoder, ids)
+    after = F.cosine_similarity(*encoder(ids)[:2, -1], dim=0)
+    assert before > 0.95 and after < 0.75  # they share two of three words
 
 
 @pytest.mark.parametrize(
