@@ -1,5 +1,6 @@
 """Commands called in this process, and one small run that all tests of a trained model share."""
 
+import json
 import shutil
 import sys
 
@@ -38,6 +39,21 @@ def call(main, *arguments):
 def train_small(path, *arguments, **options):
     """Train a run of SMALL's options."""
     call(train.main, path, *flags(**SMALL | options), *arguments)
+
+
+def metrics_of(path):
+    """The entries of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(path):
+    """The bytes of everything that training has made, but for its clock and its options."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [file.relative_to(path).as_posix() for file in files]
+    return {
+        name: file.read_bytes() for name, file in zip(names, files, strict=True)
+        if name not in ("metrics.jsonl", "train.json") and "previews" not in name
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
