@@ -65,7 +65,7 @@ class ResnetBlock(nn.Module):
         """The temporal shift, if this is a place for it.
 
         A picture has no neighbours: zeros in their place would cost it two thirds of its channels,
-        so it goes by unshifted, and text-to-image survives the training on clips (README, measured).
+        so it goes by unshifted, and text-to-image survives training on clips (see the README).
         """
         if self.shift not in (place, "both") or x.shape[1] == 1:
             return x
