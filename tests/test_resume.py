@@ -147,22 +147,21 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     assert stop.type is KeyboardInterrupt and not (tmp_path / "run/training_state.pt").exists()
 
 
-def start(path, *more):
-    """train.py in a process of its own, without an end in sight, when it has saved a state."""
-    words = flags(**SMALL | {"vae_steps": 1_000_000, "save_every": 1, "log_every": 1})
+def start(path, *more, wait_for, **options):
+    """train.py in a process of its own, without an end in sight, when it has written a file."""
+    words = flags(**SMALL | {"vae_steps": 1_000_000, "log_every": 1} | options)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", path, *words, *more], stderr=subprocess.PIPE, text=True
     )
-    wait_for_state(path, process)
+    wait(path / wait_for, process)
     return process
 
 
-def wait_for_state(path, process):
-    """Wait until a process has saved a new state."""
+def wait(file, process):
+    """Wait until a process has written a file anew."""
 
     def modified():
-        state = path / "training_state.pt"
-        return state.stat().st_mtime_ns if state.exists() else None
+        return file.stat().st_mtime_ns if file.exists() else None
 
     before = modified()
     while modified() == before:
@@ -171,17 +170,19 @@ def wait_for_state(path, process):
 
 
 def test_kill_9_leaves_a_state_that_goes_on(tmp_path):
-    with start(tmp_path / "run") as process:
+    state = {"save_every": 1, "wait_for": "training_state.pt"}
+    with start(tmp_path / "run", **state) as process:
         process.kill()
     first = torch.load(tmp_path / "run/training_state.pt", weights_only=True)["step"]
-    with start(tmp_path / "run", "--resume") as process:
+    with start(tmp_path / "run", "--resume", **state) as process:
         process.kill()
     assert torch.load(tmp_path / "run/training_state.pt", weights_only=True)["step"] > first >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_training_with_one_line_and_the_state_of_its_step(tmp_path, number):
-    with start(tmp_path / "run") as process:
+    never = {"save_every": 1_000_000, "wait_for": "metrics.jsonl"}
+    with start(tmp_path / "run", **never) as process:
         process.send_signal(number)
         _, errors = process.communicate()
     step = torch.load(tmp_path / "run/training_state.pt")["step"]
@@ -230,7 +231,7 @@ def test_two_processes_make_one_run(tmp_path):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     endless = {"vae_steps": 1_000_000, "save_every": 1}
     with two_processes(tmp_path / "run", **endless) as (first, second):
-        wait_for_state(tmp_path / "run", first)
+        wait(tmp_path / "run/training_state.pt", first)
         second.send_signal(signal.SIGTERM)
         errors = [process.communicate(timeout=60)[1] for process in (first, second)]
     step = torch.load(tmp_path / "run/training_state.pt")["step"]
