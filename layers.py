@@ -98,7 +98,7 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries x (b, n, d) to a context (b, m, e), or to x itself.
+    """Multi-head attention of x (b, n, d) to itself, or to what `read` made of a context (b, m, e).
 
     `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder
     has.
@@ -112,11 +112,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # [1] is diffusers' dropout
 
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n (heads d) -> b heads n d
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        x = F.scaled_dot_product_attention(q, k, v)
+    def read(self, context):
+        """Keys and values, (b, heads, m, d) each, of a context."""
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
+
+    def forward(self, x, keys_values=None):
+        keys, values = self.read(x) if keys_values is None else keys_values
+        x = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n (heads d) -> b heads n d

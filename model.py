@@ -14,13 +14,23 @@ al. 2022); names are those of diffusers' UNet2DConditionModel.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from layers import Attention, Downsample, ResnetBlock, Upsample, per_frame
+from layers import Downsample, ResnetBlock, Upsample, per_frame
+from transformer import Text, Transformer2D, TransformerBlock, repeat_to
+
+# What gradient checkpointing keeps beside a layer's input: outputs dear to compute, small to store.
+KEPT = [
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+]
 
 
 @dataclass(frozen=True)
@@ -121,82 +131,6 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of another one. Shazeer 2020."""
-
-    def __init__(self, channels, width):
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * width)
-
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """Two layers at each place; net[1] is diffusers' dropout, which takes a place in its names."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
-        )
-
-    def forward(self, x):
-        return self.net(x)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention inside each frame, cross-attention to the clip's text, feed-forward."""
-
-    def __init__(self, channels, num_heads, context_channels):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, num_heads, context_channels)
-        self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
-
-    def forward(self, x, context):
-        """x (b, t, h * w, c) and the text (b, n, d) to (b, t, h * w, c)."""
-        b, t, _, _ = x.shape
-        x = x + self.attn1(self.norm1(x).flatten(0, 1)).unflatten(0, (b, t))
-        # To the text all places of all frames are one long row of queries: so the text becomes keys
-        # and values once for each clip, not once for each frame.
-        x = x + self.attn2(self.norm2(x).flatten(1, 2), context).unflatten(1, (t, -1))
-        return x + self.ff(self.norm3(x))
-
-
-class Transformer2D(nn.Module):
-    """Pictures to tokens, a transformer block, and back, around a residual connection."""
-
-    def __init__(self, channels, num_heads, config):
-        super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.linear = config.use_linear_projection  # Stable Diffusion 2; 1 has 1x1 convolutions
-        project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
-        self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, num_heads, config.cross_attention_dim)]
-        )
-        self.proj_out = project(channels, channels)
-
-    def forward(self, x, context):
-        height_width = x.shape[-2:]
-        tokens = per_frame(self.norm, x)
-        if not self.linear:
-            tokens = per_frame(self.proj_in, tokens)
-        tokens = tokens.flatten(3).transpose(2, 3)  # b t c h w -> b t (h w) c
-        if self.linear:
-            tokens = self.proj_in(tokens)
-        tokens = self.transformer_blocks[0](tokens, context)
-        if self.linear:
-            tokens = self.proj_out(tokens)
-        tokens = tokens.transpose(2, 3).unflatten(3, height_width)  # b t (h w) c -> b t c h w
-        return x + (tokens if self.linear else per_frame(self.proj_out, tokens))
-
-
 class Level(nn.Module):
     """The layers of one resolution: pairs of a ResnetBlock and, perhaps, a Transformer2D.
 
@@ -224,10 +158,10 @@ class Level(nn.Module):
         elif step == "up":
             self.upsamplers = nn.ModuleList([Upsample(channels)])
 
-    def layer(self, i, x, time, context):
+    def layer(self, i, x, time, text):
         """The i-th ResnetBlock, and the Transformer2D after it if there is one."""
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+        x = self.resnets[i](x, time[: len(x)])
+        return self.attentions[i](x, text) if hasattr(self, "attentions") else x
 
 
 class MidBlock(nn.Module):
@@ -239,8 +173,8 @@ class MidBlock(nn.Module):
         self.resnets = pair.resnets
         self.attentions = nn.ModuleList([Transformer2D(channels, num_heads, config)])
 
-    def forward(self, x, time, context):
-        x = self.attentions[0](self.resnets[0](x, time), context)
+    def forward(self, x, time, text):
+        x = self.attentions[0](self.resnets[0](x, time[: len(x)]), text)
         return self.resnets[1](x, time)
 
 
@@ -250,7 +184,7 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only levels' inputs, compute the rest again
+        self.gradient_checkpointing = False  # keep little of each layer, compute the rest again
         widths, heads = config.block_out_channels, config.num_heads
         levels, last = list(range(len(widths))), len(widths) - 1
         time_width = 4 * widths[0]
@@ -277,30 +211,49 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    def read(self, context):
+        """The Text of hidden states (b, n, d): keys and values for every cross-attention.
+
+        forward does it if it gets hidden states; a sampler does it once for all its steps.
+        """
+        width = self.config.cross_attention_dim
+        if context.ndim != 3 or context.shape[2] != width:
+            raise ValueError(f"context needs the shape (b, n, {width}), got {(*context.shape,)}")
+        blocks = [block for block in self.modules() if isinstance(block, TransformerBlock)]
+        return Text({block.attn2: block.attn2.read(context) for block in blocks}, context[:, -1])
+
     def forward(self, latents, timesteps, context):
         """The prediction (b, t, c, h, w) for noisy latents of that shape.
 
-        timesteps is (b,), context the text's hidden states (b, n, d). h and w need to be multiples
-        of 2 ** (levels - 1); t is any number, and a picture is a clip of one frame.
+        timesteps is (b,), context the text's hidden states (b, n, d) or what `read` made of them. h
+        and w need to be multiples of 2 ** (levels - 1); t is any number, and a picture is a clip of
+        one frame.
+
+        With k * b texts, the first of every clip before the second of any, the prediction is (k *
+        b, t, c, h, w): guidance asks twice, and what comes before the first text is done once.
         """
-        self._check(latents, timesteps, context)
+        text = context if isinstance(context, Text) else self.read(context)
+        batch = len(text.last_token)
+        self._check(latents, timesteps, batch)
         time = sinusoid(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
-        time = self.time_embedding(time)
+        time = repeat_to(batch, self.time_embedding(time))
         if hasattr(self, "class_embedding"):
-            time = time + self.class_embedding(context[:, -1])  # it has seen all others
+            time = time + self.class_embedding(text.last_token)  # it has seen all others
+            latents = repeat_to(batch, latents)
         x = per_frame(self.conv_in, latents)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = self._run(level.layer, i, x, time, context)
+                x = self._run(level.layer, i, x, time, text)
                 skips.append(x)
             for downsample in getattr(level, "downsamplers", []):
                 x = downsample(x)
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, context)
+        x = self._run(self.mid_block, x, time, text)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = self._run(level.layer, i, torch.cat([x, skips.pop()], dim=2), time, context)
+                x = torch.cat([x, repeat_to(batch, skips.pop())], dim=2)
+                x = self._run(level.layer, i, x, time, text)
             for upsample in getattr(level, "upsamplers", []):
                 x = upsample(x)
         return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))
@@ -308,10 +261,11 @@ class UNet(nn.Module):
     def _run(self, layer, *inputs):
         """Call a layer; with gradient checkpointing, forget what it computes until it is needed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            keep = partial(create_selective_checkpoint_contexts, KEPT)
+            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep)
         return layer(*inputs)
 
-    def _check(self, latents, timesteps, context):
+    def _check(self, latents, timesteps, num_texts):
         shape, factor = tuple(latents.shape), 2 ** (len(self.config.block_out_channels) - 1)
         if len(shape) != 5 or shape[2] != self.config.in_channels:
             raise ValueError(f"latents need the shape (b, t, {self.config.in_channels}, h, w), "
@@ -322,7 +276,5 @@ class UNet(nn.Module):
             raise ValueError(
                 f"timesteps need the shape ({shape[0]},), got {tuple(timesteps.shape)}"
             )
-        width = self.config.cross_attention_dim
-        if context.ndim != 3 or (context.shape[0], context.shape[2]) != (shape[0], width):
-            raise ValueError(f"context needs the shape ({shape[0]}, n, {width}), "
-                             f"got {tuple(context.shape)}")  # fmt: skip
+        if num_texts == 0 or num_texts % shape[0]:
+            raise ValueError(f"context needs a multiple of {shape[0]} texts, got {num_texts}")

@@ -14,6 +14,7 @@ import torch
 from cli import option
 from diffusion import Diffusion, classifier_free_guidance, randn, sample_loop
 from model import UNet
+from packing import pack
 from text import CLIPTextModel, CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
 
@@ -45,26 +46,38 @@ class Sampling:
 
 @dataclass
 class Pipeline:
-    """The parts of a trained model; `tokenizer` may be None until a text has to be read."""
+    """The parts of a trained model; without a `tokenizer` (None) it reads no texts."""
 
     unet: UNet
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizer | None
     diffusion: Diffusion
     sampling: Sampling = field(default_factory=Sampling)
+    report: object = None  # of a loaded one: what became of the file's tensors (convert.Report)
 
     def to(self, device):
         """Move the networks to a device, and set them up for sampling there."""
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device).eval().requires_grad_(False)
-        for network in (self.unet, self.vae):  # 2-D convolutions are faster with channels innermost
-            network.to(memory_format=torch.channels_last)
+        for network in (self.unet, self.vae):
+            if torch.device(device).type == "cpu":
+                pack(network)
+            else:  # 2-D convolutions are faster with channels innermost
+                network.to(memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
     def encode_text(self, texts):
-        """Texts to their context (len(texts), n, d), on the text encoder's device."""
+        """Texts to their context (len(texts), n, d), on the text encoder's device.
+
+        Raises:
+            ValueError: if there is no tokenizer: the single files of Stable Diffusion hold none.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model holds no tokenizer to read a text with; name a merges "
+                             "file (--merges PATH), such as any diffusers folder has in tokenizer/"
+                             )  # fmt: skip
         ids = self.tokenizer(list(texts))
         return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))
 
@@ -83,12 +96,13 @@ class Pipeline:
         guided = sampling.guidance_scale != 1
         if guided:
             context = torch.cat([self.encode_text([""]).expand_as(context), context])
+        text = self.unet.read(context)
 
         def model(x_t, timesteps):
-            if not guided:
-                return self.unet(x_t, timesteps, context)
-            output = self.unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context)
-            return classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
+            output = self.unet(x_t, timesteps, text)
+            if guided:
+                output = classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
+            return output
 
         size = sampling.image_size // f
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)

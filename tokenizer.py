@@ -184,7 +184,9 @@ class CLIPTokenizer:
     def load(cls, folder):
         """Open a folder that save() wrote, or the tokenizer/ folder of a Stable Diffusion model.
 
-        Raises ValueError if vocab.json is not the vocabulary that merges.txt makes.
+        It holds vocab.json and merges.txt or, from transformers 5 on, both in tokenizer.json.
+
+        Raises ValueError if the vocabulary is not the one that the merges make.
         """
         folder, settings = Path(folder), {}
         # special_tokens_map.json comes last and wins, as in transformers: in the folders of SD 2 it
@@ -197,12 +199,15 @@ class CLIPTokenizer:
         first = BYTE_TO_CHARACTER[ord("!")]
         if pad not in (END, first):
             raise ValueError(f"{folder}: pad_token needs to be {END!r} or {first!r}, got {pad!r}")
-        max_length = settings.get("model_max_length", 77)
-        tokenizer = cls(read_merges(folder / "merges.txt"), max_length, pad_with_end=pad == END)
-        vocabulary = read_json(folder / "vocab.json")
+        if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
+            merges, vocabulary = read_tokenizer_json(folder / "tokenizer.json")
+        else:
+            merges = read_merges(folder / "merges.txt")
+            vocabulary = read_json(folder / "vocab.json")
+        tokenizer = cls(merges, settings.get("model_max_length", 77), pad_with_end=pad == END)
         for token in vocabulary | tokenizer.ids:
             if vocabulary.get(token) != tokenizer.ids.get(token):
-                raise ValueError(f"{folder}: vocab.json and merges.txt disagree about {token!r}")
+                raise ValueError(f"{folder}: vocabulary and merges disagree about {token!r}")
         return tokenizer
 
     def save(self, folder):
@@ -294,3 +299,18 @@ def read_merges(path, num_merges=None):
         if len(pair) != 2:
             raise ValueError(f"{path}: line {number} needs two symbols, got {lines[number - 2]!r}")
     return merges
+
+
+def read_tokenizer_json(path):
+    """The merges and {token: id} of a tokenizer.json. Raises ValueError if it has none."""
+    model = read_json(path).get("model")
+    model = model if isinstance(model, dict) else {}
+    merges, vocabulary = model.get("merges"), model.get("vocab")
+    if not (isinstance(merges, list) and isinstance(vocabulary, dict)):
+        raise ValueError(f"{path}: needs merges and vocab in its model, got {list(model)}")
+    # "a b" up to transformers 4.44, ["a", "b"] after that
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    for number, pair in enumerate(merges, start=1):
+        if not (isinstance(pair, list) and [type(symbol) for symbol in pair] == [str, str]):
+            raise ValueError(f"{path}: merge {number} needs two symbols, got {pair!r}")
+    return merges, vocabulary

@@ -18,7 +18,7 @@ from torch import nn
 from layers import Attention, Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm here; with the U-Net's 1e-5 a checkpoint loads and draws worse
-CHUNK_PIXELS = 2**20  # frames' pixels that go through the network at once: 16 frames of 256x256
+CHUNK_PIXELS = 2**18  # frames' pixels that go through the network at once: 4 frames of 256x256
 
 
 @dataclass(frozen=True)

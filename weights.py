@@ -1,4 +1,4 @@
-"""A model as a folder: the layout of the diffusers library, written and read without it.
+"""A model from disk and onto it: a run's folder, a diffusers folder, a single file.
 
     model_index.json        which class each part is
     unet/                   config.json, diffusion_pytorch_model.safetensors
@@ -8,130 +8,36 @@
     scheduler/              scheduler_config.json
     sampling.json           ours: frames, steps and guidance that suit the model
 
-Our configs have the field names of diffusers, so a config.json is a dataclass and some constants. A
-constant of another value means an architecture that is not built here, and is refused by name.
+A run and a diffusers folder are one and the same layout. Single files of Stable Diffusion 1.x and
+2.x are read (convert.py), never written. Nothing is loaded in part: a tensor is used, or ignored
+for a reason that the report gives, or an error.
+
+    python weights.py v1-5-pruned.safetensors                     # what is it?
+    python weights.py v2-1_768-ema-pruned.ckpt --merges bpe.txt.gz --convert models/sd21
 """
 
+import argparse
 import dataclasses
 from pathlib import Path
 
 import torch
 
+import configs
+import convert
+from checkpoint import find_weights, read_checkpoint
+from cli import run_main
 from diffusion import Diffusion
-from files import load_safetensors, read_json, save_safetensors, write_json
-from model import UNet, UNetConfig
+from files import read_json, save_safetensors, write_json
+from model import UNet
 from pipeline import Pipeline, Sampling
-from text import CLIPTextModel, CLIPTokenizer, TextConfig
-from vae import AutoencoderKL, VAEConfig
+from text import CLIPTextModel, CLIPTokenizer
+from vae import AutoencoderKL
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
-
-# What diffusers lets one choose and this project has one choice for. Other keys of a config.json
-# that are neither here nor a field of ours have to be null, false or absent.
-UNET_CONSTANTS = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "mid_block_type":
-    "UNetMidBlock2DCrossAttn", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-5, "transformer_layers_per_block": 1,
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "time_embedding_type": "positional",
-    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "dropout": 0.0, "attention_type":
-    "default",
-}  # fmt: skip
-VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
-VAE_IGNORED = ("force_upcast", "use_quant_conv", "use_post_quant_conv")
-TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-COMMENTS = ("_diffusers_version", "_name_or_path")
-
-
-def _from_config(cls, values, constants, where):
-    """An instance of a config dataclass from the values of a config.json (lists become tuples)."""
-    names = {field.name for field in dataclasses.fields(cls) if field.init}
-    for name, value in values.items():
-        known = name in names or name in COMMENTS
-        if not known and value not in ([constants[name]] if name in constants else [None, False]):
-            raise ValueError(f"{where}: {name}={value!r} is not built here")
-    chosen = {name: value for name, value in values.items() if name in names}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
-    try:
-        return cls(**chosen)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def unet_to_json(config):
-    """The config.json of a U-Net, as diffusers writes it, and our temporal fields."""
-    values = dataclasses.asdict(config)
-    levels = values.pop("attention_levels")
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in levels]
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(levels)]
-    values |= {"down_block_types": down, "up_block_types": up}
-    if config.class_embed_type is not None:  # the text's last hidden state
-        values["projection_class_embeddings_input_dim"] = config.cross_attention_dim
-    return UNET_CONSTANTS | values
-
-
-def unet_from_json(values, where):
-    """A UNetConfig from a U-Net's config.json. Raises ValueError for what we do not build."""
-    values = dict(values)
-    down, up = values.pop("down_block_types", []), values.pop("up_block_types", [])
-    levels = [name == "CrossAttnDownBlock2D" for name in down]
-    expected = [
-        "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(levels)
-    ]
-    if not down or up != expected or set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
-        raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
-    width = values.pop("projection_class_embeddings_input_dim", None)
-    if values.get("class_embed_type") and width != values.get("cross_attention_dim"):
-        raise ValueError(
-            f"{where}: projection_class_embeddings_input_dim={width} is not built here"
-        )
-    values["attention_levels"] = levels
-    return _from_config(UNetConfig, values, UNET_CONSTANTS, where)
-
-
-def vae_to_json(config):
-    """The config.json of an autoencoder, as diffusers writes it."""
-    levels = len(config.block_out_channels)
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    return VAE_CONSTANTS | dataclasses.asdict(config) | blocks
-
-
-def vae_from_json(values, where):
-    """A VAEConfig from an autoencoder's config.json."""
-    values = {k: v for k, v in values.items() if k not in VAE_IGNORED}
-    down, up = values.pop("down_block_types", []), values.pop("up_block_types", [])
-    if set(down) - {"DownEncoderBlock2D"} or set(up) - {"UpDecoderBlock2D"}:
-        raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
-    return _from_config(VAEConfig, values, VAE_CONSTANTS, where)
-
-
-def text_to_json(config):
-    """The config.json of a text encoder, as transformers writes it."""
-    ends = {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
-    return TEXT_CONSTANTS | dataclasses.asdict(config) | ends
-
-
-def text_from_json(values, where):
-    """A TextConfig from a text encoder's config.json; what shapes no network is ignored."""
-    names = {field.name for field in dataclasses.fields(TextConfig)}
-    return _from_config(TextConfig, {k: v for k, v in values.items() if k in names}, {}, where)
-
-
-def diffusion_to_json(diffusion):
-    """The scheduler_config.json of a schedule."""
-    values = {f.name: getattr(diffusion, f.name) for f in dataclasses.fields(diffusion) if f.init}
-    return {"_class_name": "DDIMScheduler", **values, "clip_sample": False}
-
-
-def diffusion_from_json(values, where):
-    """A Diffusion from a scheduler_config.json; samplers' own settings in it are ignored."""
-    if values.get("clip_sample") or values.get("thresholding"):
-        raise ValueError(f"{where}: clip_sample and thresholding are not built here")
-    names = {field.name for field in dataclasses.fields(Diffusion) if field.init}
-    return _from_config(Diffusion, {k: v for k, v in values.items() if k in names}, {}, where)
+ASSUMED = ("prediction type: v_prediction, which no file of Stable Diffusion 2 says; 2-base needs "
+           "prediction_type='epsilon' (--prediction-type epsilon)")  # fmt: skip
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def save_network(folder, config, network, weights):
@@ -140,90 +46,99 @@ def save_network(folder, config, network, weights):
     save_safetensors(Path(folder) / weights, network.state_dict())
 
 
-def load_network(folder, parse, build, weights):
-    """The network in a folder: built from its config.json, filled with its weights, strictly.
+def fill(network, tensors, dtype):
+    """Give a network on the meta device its tensors, emptying the dict.
 
-    It is built on the meta device, where a tensor is a shape without memory, and then takes the
-    file's tensors as they are: a weight is never in memory twice.
+    Tensors of the dtype (None: of any) are used as they lie in the mapping of their file, others
+    are cast one by one: a model is never in memory twice.
     """
-    folder = Path(folder)
-    for name in ("config.json", weights):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: has no {name}; is the folder half written or incomplete?")
-    where = folder / "config.json"
-    config = parse(read_json(where), where)
-    try:
-        with torch.device("meta"):
-            network = build(config)
-    except TypeError as error:  # a number where a list should be, or the other way round
-        raise ValueError(f"{where}: describes no network that is built here ({error})") from None
-    tensors, expected = load_safetensors(folder / weights), network.state_dict()
-    differences = {
-        "missing": expected.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - expected.keys(),
-        "of another shape": {
-            name for name in expected.keys() & tensors.keys()
-            if expected[name].shape != tensors[name].shape
-        },
-    }  # fmt: skip
-    if any(differences.values()):
-        report = "; ".join(
-            f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}"
-            for kind, names in differences.items() if names
-        )  # fmt: skip
-        raise ValueError(f"{folder / weights}: does not fit its config.json ({report})")
-    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    network.load_state_dict(tensors, assign=True)
+    state = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        state[name] = tensor if dtype is None else tensor.to(dtype)
+    network.load_state_dict(state, assign=True)
     return network
 
 
+def shapes_of(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def build(network, config, where):
+    """A network on the meta device, where a tensor is a shape without memory."""
+    try:
+        with torch.device("meta"):
+            return network(config)
+    except TypeError as error:  # a number where a list should be, or the other way round
+        raise ValueError(f"{where}: describes no network that is built here ({error})") from None
+
+
+def load_network(folder, parse, network, dtype=torch.float32):
+    """(the network in a part's folder, how many tensors were ignored), filled strictly."""
+    folder = Path(folder)
+    where = folder / "config.json"
+    if not where.is_file():
+        raise ValueError(f"{folder}: has no config.json; is the folder half written or incomplete?")
+    network = build(network, parse(read_json(where), where), where)
+    path = find_weights(folder)
+    tensors, ignored = convert.current_names(read_checkpoint(path))
+    expected, found = shapes_of(network.state_dict()), shapes_of(tensors)
+    unexpected = found.keys() - expected.keys()
+    convert.check_fit(expected, found, unexpected, f"{path}: does not fit its config.json")
+    return fill(network, tensors, dtype), ignored
+
+
 def save_unet(folder, unet):
-    save_network(folder, unet_to_json(unet.config), unet, UNET_WEIGHTS)
+    save_network(folder, configs.unet_to_json(unet.config), unet, UNET_WEIGHTS)
+
+
+def _parse_unet(temporal):
+    def parse(values, where):
+        config = configs.unet_from_json(values, where)
+        return config if temporal is None else dataclasses.replace(config, temporal=temporal)
+
+    return parse
 
 
 def load_unet(folder, temporal=None):
     """The U-Net in a folder, with its own way through time or with the one that is named."""
-
-    def parse(values, where):
-        config = unet_from_json(values, where)
-        return config if temporal is None else dataclasses.replace(config, temporal=temporal)
-
-    return load_network(folder, parse, UNet, UNET_WEIGHTS)
+    return load_network(folder, _parse_unet(temporal), UNet)[0]
 
 
 def save_vae(folder, vae):
-    save_network(folder, vae_to_json(vae.config), vae, UNET_WEIGHTS)
+    save_network(folder, configs.vae_to_json(vae.config), vae, UNET_WEIGHTS)
 
 
 def load_vae(folder):
-    return load_network(folder, vae_from_json, AutoencoderKL, UNET_WEIGHTS)
+    return load_network(folder, configs.vae_from_json, AutoencoderKL)[0]
 
 
 def save_text(folder, text_encoder, tokenizer):
-    """Write text_encoder/ and tokenizer/ into a folder."""
-    config = text_to_json(text_encoder.config)
+    """Write text_encoder/ and, if there is one, tokenizer/ into a folder."""
+    config = configs.text_to_json(text_encoder.config)
     save_network(Path(folder) / "text_encoder", config, text_encoder, TEXT_WEIGHTS)
-    tokenizer.save(Path(folder) / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save(Path(folder) / "tokenizer")
 
 
 def load_text(folder):
     """(text encoder, tokenizer) of a model's folder."""
     folder = Path(folder)
-    encoder = load_network(folder / "text_encoder", text_from_json, CLIPTextModel, TEXT_WEIGHTS)
+    encoder, _ = load_network(folder / "text_encoder", configs.text_from_json, CLIPTextModel)
     return encoder, CLIPTokenizer.load(folder / "tokenizer")
 
 
-def save_schedule(folder, diffusion, sampling):
+def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
     """Write what surrounds the networks: scheduler/, sampling.json and model_index.json."""
     folder = Path(folder)
-    write_json(folder / "scheduler" / "scheduler_config.json", diffusion_to_json(diffusion))
+    write_json(folder / "scheduler" / "scheduler_config.json", configs.diffusion_to_json(diffusion))
     write_json(folder / "sampling.json", dataclasses.asdict(sampling))
     write_json(folder / "model_index.json", {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer": ["transformers", "CLIPTokenizer"] if has_tokenizer else [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -232,12 +147,12 @@ def save_schedule(folder, diffusion, sampling):
 
 
 def load_schedule(folder):
-    """(Diffusion, Sampling) of a model's folder; Sampling's defaults if it keeps none."""
+    """(Diffusion, Sampling) of a model's folder; one that keeps no Sampling draws pictures."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    diffusion = diffusion_from_json(read_json(path), path)
+    diffusion = configs.diffusion_from_json(read_json(path), path)
     path = Path(folder) / "sampling.json"
-    values = read_json(path) if path.exists() else {}
-    return diffusion, _from_config(Sampling, values, {}, path)
+    values = read_json(path) if path.exists() else {"num_frames": 1}
+    return diffusion, configs.from_config(Sampling, values, {}, path)
 
 
 def save_pipeline(pipeline, folder):
@@ -245,24 +160,158 @@ def save_pipeline(pipeline, folder):
     save_unet(Path(folder) / "unet", pipeline.unet)
     save_vae(Path(folder) / "vae", pipeline.vae)
     save_text(folder, pipeline.text_encoder, pipeline.tokenizer)
-    save_schedule(folder, pipeline.diffusion, pipeline.sampling)
+    has_tokenizer = pipeline.tokenizer is not None
+    save_schedule(folder, pipeline.diffusion, pipeline.sampling, has_tokenizer)
 
 
-def load_pipeline(path, temporal=None):
-    """Read a whole model from its folder.
+def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=False,
+                  dtype=torch.float32):  # fmt: skip
+    """Read a whole model: a run's folder, a diffusers folder or a single file.
 
-    `temporal` overrides the U-Net's own way through time; the weights are the same for each.
+    temporal: overrides the U-Net's own way through time; a model that has none gets the shift.
+    merges: a merges file (plain or .gz) or a tokenizer folder, for a model without a tokenizer.
+    prediction_type: overrides what the model says, or what is assumed for a single file.
+    ema: take the average of the U-Net's weights that a single file holds beside them.
+    dtype: of the networks; None leaves each tensor as the file has it.
+
+    Its `report` says what was used and what was ignored. `tokenizer` is None if there is none.
 
     Raises:
-        ValueError: naming the part that is absent, incomplete or of an architecture we do not
-        build.
+        ValueError: naming what is absent, damaged, too much or not built here.
     """
     path = Path(path)
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    load = _load_file if path.is_file() else _load_folder
+    pipeline = load(path, temporal, prediction_type, ema, dtype)
+    if merges is not None:
+        pipeline.tokenizer = load_tokenizer(merges, pipeline.text_encoder.config)
+    tokenizer, size = pipeline.tokenizer, pipeline.text_encoder.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size != size:
+        raise ValueError(f"{merges or path}: the tokenizer has {tokenizer.vocab_size} tokens, the "
+                         f"text encoder {size}")  # fmt: skip
+    return pipeline
+
+
+def load_tokenizer(path, config):
+    """The tokenizer for a text encoder, from a merges file or a tokenizer folder.
+
+    Whatever the folder says, CLIP (Stable Diffusion 1) is padded with the end token and OpenCLIP
+    (2), which one knows by its GELU, with 0.
+    """
+    if Path(path).is_dir():
+        merges = CLIPTokenizer.load(path).ranks
+        return CLIPTokenizer(merges, config.max_position_embeddings, config.hidden_act != "gelu")
+    return CLIPTokenizer.from_merges_file(
+        path, config.vocab_size - 2 * 256 - 2, config.max_position_embeddings,
+        pad_with_end=config.hidden_act != "gelu",
+    )  # fmt: skip
+
+
+def _load_folder(path, temporal, prediction_type, ema, dtype):
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
             what = "has no" if path.is_dir() else "is no folder with a model: no"
             raise ValueError(f"{path}: {what} {part}/; train one with `python train.py {path}`")
-    encoder, tokenizer = load_text(path)
+    if ema:
+        raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
+                         "weights beside them")  # fmt: skip
     diffusion, sampling = load_schedule(path)
-    unet, vae = load_unet(path / "unet", temporal), load_vae(path / "vae")
-    return Pipeline(unet, vae, encoder, tokenizer, diffusion, sampling)
+    unet, *ignored = load_network(path / "unet", _parse_unet(temporal), UNet, dtype)
+    vae, more = load_network(path / "vae", configs.vae_from_json, AutoencoderKL, dtype)
+    text, most = load_network(path / "text_encoder", configs.text_from_json, CLIPTextModel, dtype)
+    convert.check_together(unet.config, vae.config, text.config, path)
+    has_tokenizer = (path / "tokenizer").is_dir()
+    tokenizer = CLIPTokenizer.load(path / "tokenizer") if has_tokenizer else None
+    if prediction_type is not None:
+        diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
+    if not (path / "sampling.json").exists():
+        size = unet.config.sample_size * vae.config.downscale
+        sampling = dataclasses.replace(sampling, image_size=size)
+    used = sum(len(network.state_dict()) for network in (unet, vae, text))
+    positions = sum([*ignored, more, most])
+    report = convert.Report(used, {"numbers of positions": positions} if positions else {})
+    return Pipeline(unet, vae, text, tokenizer, diffusion, sampling, report)
+
+
+def _load_file(path, temporal, prediction_type, ema, dtype):
+    tensors = read_checkpoint(path)
+    convert.check_known(tensors, path)
+    stability = configs.openclip(tensors)
+    assumed = "v_prediction" if stability else "epsilon"
+    notes = (ASSUMED,) if stability and prediction_type is None else ()
+    diffusion = Diffusion(prediction_type=prediction_type or assumed)
+    image_size = 768 if diffusion.prediction_type == "v_prediction" else 512
+    unet, vae, text = configs.configs_of(tensors, image_size, path)
+    convert.check_together(unet, vae, text, path)
+    if temporal is not None:
+        unet = dataclasses.replace(unet, temporal=temporal)
+    networks = {
+        "unet": build(UNet, unet, path), "vae": build(AutoencoderKL, vae, path),
+        "text_encoder": build(CLIPTextModel, text, path),
+    }  # fmt: skip
+    parts, report = convert.convert(tensors, networks, ema, path)
+    tensors.clear()
+    for name, network in networks.items():
+        fill(network, parts[name], dtype)
+    sampling = Sampling(num_frames=1, image_size=image_size)
+    report = dataclasses.replace(report, notes=notes)
+    return Pipeline(**networks, tokenizer=None, diffusion=diffusion, sampling=sampling,
+                    report=report)  # fmt: skip
+
+
+def describe(pipeline):
+    """What a model is, in lines for people."""
+    unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
+    form = "2.x" if unet.use_linear_projection else "1.x"
+    ours = unet.class_embed_type or unet.resnet_time_scale_shift != "default"
+    joined = [", ".join(map(str, x)) for x in (unet.block_out_channels, unet.num_heads,
+                                               vae.block_out_channels)]  # fmt: skip
+    lines = {
+        "family": "this project's own" if ours else f"Stable Diffusion {form}",
+        "prediction": pipeline.diffusion.prediction_type,
+        "U-Net": f"levels of {joined[0]} channels, {joined[1]} heads, context of width "
+                 f"{unet.cross_attention_dim}, temporal {unet.temporal}",
+        "autoencoder": f"levels of {joined[2]} channels, {vae.latent_channels} latent channels at "
+                       f"1/{vae.downscale} of the size",
+        "text encoder": f"{text.num_hidden_layers} layers of width {text.hidden_size}, "
+                        f"{text.num_attention_heads} heads, {text.max_position_embeddings} tokens",
+        "tokenizer": "none: --merges PATH names one" if pipeline.tokenizer is None
+                     else f"{pipeline.tokenizer.vocab_size} tokens",
+    }  # fmt: skip
+    networks = {"U-Net": pipeline.unet, "autoencoder": pipeline.vae,
+                "text encoder": pipeline.text_encoder}  # fmt: skip
+    for name, network in networks.items():
+        parameters = list(network.parameters())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        millions = sum(p.numel() for p in parameters) / 1e6
+        lines[name] += f"; {millions:.1f} M parameters, {' and '.join(dtypes)}"
+    return "\n".join(f"{name:13}{line}" for name, line in lines.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Say what a checkpoint is, and convert it.", allow_abbrev=False
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a single file, or a folder")
+    parser.add_argument("--merges", type=Path,
+                        help="a merges file (plain or .gz) or a tokenizer folder")  # fmt: skip
+    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
+                        help="what the U-Net predicts, where the file does not say")  # fmt: skip
+    parser.add_argument("--ema", action="store_true", help="the average of the U-Net's weights")
+    parser.add_argument("--convert", type=Path, metavar="FOLDER",
+                        help="write it in the layout of diffusers")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    args = parser.parse_args()
+    if args.convert and args.convert.exists() and (
+        not args.convert.is_dir() or any(args.convert.iterdir())
+    ):  # fmt: skip
+        raise ValueError(f"--convert {args.convert}: exists already; name a new folder")
+    pipeline = load_pipeline(args.path, merges=args.merges, prediction_type=args.prediction_type,
+                             ema=args.ema, dtype=DTYPES.get(args.dtype))  # fmt: skip
+    print(f"{describe(pipeline)}\n{pipeline.report}")
+    if args.convert:
+        save_pipeline(pipeline, args.convert)
+        print(f"written: {args.convert}")
+
+
+if __name__ == "__main__":
+    run_main(main)

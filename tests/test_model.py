@@ -295,9 +295,9 @@ def test_impossible_networks_are_refused(options, message):
     ((2, 3, 4, 8, 10), (2,), (2, 5, 20), "h and w to be multiples of 4"),
     ((2, 3, 4, 8, 12), (), (2, 5, 20), r"timesteps need the shape \(2,\), got \(\)"),
     ((2, 3, 4, 8, 12), (6,), (2, 5, 20), r"timesteps need the shape \(2,\), got \(6,\)"),
-    ((2, 3, 4, 8, 12), (2,), (1, 5, 20), r"context needs the shape \(2, n, 20\)"),
-    ((2, 3, 4, 8, 12), (2,), (2, 5, 21), r"context needs the shape \(2, n, 20\)"),
-    ((2, 3, 4, 8, 12), (2,), (2, 20), r"context needs the shape \(2, n, 20\)"),
+    ((2, 3, 4, 8, 12), (2,), (1, 5, 20), "context needs a multiple of 2 texts, got 1"),
+    ((2, 3, 4, 8, 12), (2,), (2, 5, 21), r"context needs the shape \(b, n, 20\), got"),
+    ((2, 3, 4, 8, 12), (2,), (2, 20), r"context needs the shape \(b, n, 20\), got"),
 ])  # fmt: skip
 def test_inputs_that_do_not_fit_are_refused(latents, timesteps, context, message):
     with pytest.raises(ValueError, match=message):

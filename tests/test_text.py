@@ -181,6 +181,30 @@ def test_special_tokens_map_tells_the_padding_of_sd2(folder):
     assert CLIPTokenizer.load(folder).pad_id == 0
 
 
+def tokenizer_json(folder, merges=None, **changes):
+    """Put what vocab.json and merges.txt say into the one file that transformers 5 writes."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    if merges is None:
+        merges = [line.split() for line in (folder / "merges.txt").read_text().split("\n")[1:-1]]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges} | changes
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+@pytest.mark.parametrize("join", [list, " ".join], ids=["pairs", "lines of transformers 4"])
+def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
+    texts = [*CAPTIONS, "", "Ünseen! " * 9]
+    tokenizer_json(folder, [join(pair) for pair in trained().ranks])
+    assert torch.equal(CLIPTokenizer.load(folder)(texts), trained()(texts))
+
+
+def test_tokenizer_config_tells_the_padding_of_sd2_beside_tokenizer_json(folder):
+    tokenizer_json(folder)
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+    assert CLIPTokenizer.load(folder).pad_id == 0
+
+
 def test_merges_file_of_clip_is_read_to_its_last_used_merge(tmp_path):
     path = tmp_path / "bpe.txt"
     path.write_text('"bpe.txt#version: 0.2\na b\nb c</w>\nnot used at all\n')
@@ -209,6 +233,33 @@ def test_a_vocabulary_of_other_merges_is_refused(folder):
     vocabulary |= {"red</w>": vocabulary["square</w>"], "square</w>": vocabulary["red</w>"]}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     with pytest.raises(ValueError, match="disagree about '(red|square)</w>'"):
+        CLIPTokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab": {"a": 64}}, "disagree about"),
+        ({"merges": [["r", "e"]]}, "disagree about"),
+        ({"merges": [["r", "e"], ["abc"]]}, r"merge 2 needs two symbols, got \['abc'\]"),
+        ({"merges": ["r e d"]}, "merge 1 needs two symbols"),
+        ({"merges": [[1, 2]]}, "merge 1 needs two symbols"),
+        ({"merges": [None]}, "merge 1 needs two symbols, got None"),
+        ({"merges": {}}, "needs merges and vocab"),
+        ({"vocab": [["a", -1.0]]}, "needs merges and vocab"),  # of another kind, Unigram
+    ],
+)
+def test_a_damaged_tokenizer_json_is_refused(folder, changes, message):
+    tokenizer_json(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        CLIPTokenizer.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_tokenizer_json_without_a_model_is_refused(folder):
+    (folder / "merges.txt").unlink()
+    (folder / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(ValueError, match="needs merges and vocab"):
         CLIPTokenizer.load(folder)
 
 

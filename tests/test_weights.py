@@ -1,14 +1,13 @@
 """A model's folder: what was saved comes back, and what does not fit is refused by name."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
+from conftest import call
 
 import model
-import text
 import vae
 import weights
 from diffusion import Diffusion
@@ -112,53 +111,104 @@ def test_training_on_does_not_write_into_the_file(folder):
     assert (folder / "unet" / weights.UNET_WEIGHTS).read_bytes() == before
 
 
-@pytest.mark.parametrize("preset", model.PRESETS)
-def test_the_configuration_of_every_unet_comes_back(preset):
-    config = model.PRESETS[preset]
-    values = json.loads(json.dumps(weights.unet_to_json(config)))
-    assert weights.unet_from_json(values, "here") == config
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "pytorch_model.bin"])
+def test_weights_under_other_names_are_the_same(folder, name):
+    path = folder / "text_encoder" / weights.TEXT_WEIGHTS
+    tensors = load_safetensors(path)
+    path.unlink()
+    if name.endswith(".bin"):
+        torch.save(tensors, path.with_name(name))
+    else:
+        save_safetensors(path.with_name(name), tensors)
+    loaded = load_pipeline(folder).text_encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("preset", vae.PRESETS)
-def test_the_configuration_of_every_autoencoder_comes_back(preset):
-    config = vae.PRESETS[preset]
-    values = json.loads(json.dumps(weights.vae_to_json(config)))
-    assert weights.vae_from_json(values, "here") == config
+def test_a_text_encoder_without_the_prefix_is_the_same(folder):
+    """As transformers 5 writes it; older ones wrote the numbers of positions, too."""
+    path = folder / "text_encoder" / weights.TEXT_WEIGHTS
+    tensors = load_safetensors(path)
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    save_safetensors(path, bare | {"embeddings.position_ids": torch.arange(9)[None]})
+    pipeline = load_pipeline(folder)
+    loaded = pipeline.text_encoder.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert pipeline.report.ignored == {"numbers of positions": 1}
 
 
-@pytest.mark.parametrize("preset", text.PRESETS)
-def test_the_configuration_of_every_text_encoder_comes_back(preset):
-    config = text.PRESETS[preset]
-    values = json.loads(json.dumps(weights.text_to_json(config)))
-    assert weights.text_from_json(values, "here") == config
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_the_old_names_of_the_autoencoders_attention_are_known(tmp_path, convolutions):
+    torch.manual_seed(1)
+    config = vae.VAEConfig(block_out_channels=(32,), layers_per_block=1)
+    weights.save_vae(tmp_path, vae.AutoencoderKL(config))
+    path = tmp_path / weights.UNET_WEIGHTS
+    old, tensors = {}, load_safetensors(path)
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name, tensor in tensors.items():
+        for new, word in words.items():
+            if f"attentions.0.{new}." in name:
+                name = name.replace(new, word)
+                tensor = tensor[..., None, None] if convolutions and tensor.ndim == 2 else tensor
+        old[name] = tensor
+    save_safetensors(path, old)
+    loaded = weights.load_vae(tmp_path).state_dict()
+    assert old.keys() != tensors.keys() and len(old) == len(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_list_of_betas_comes_back():
-    betas = tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
-    diffusion = Diffusion(trained_betas=betas)
-    values = json.loads(json.dumps(weights.diffusion_to_json(diffusion)))
-    assert weights.diffusion_from_json(values, "here") == diffusion
+def test_what_a_folder_says_can_be_overridden(saved):
+    loaded = load_pipeline(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.unet.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="cannot start from zero terminal SNR"):
+        load_pipeline(saved, prediction_type="epsilon")
 
 
-def test_the_unet_config_of_stable_diffusion_1_5_is_read():
-    """As its repository has it, unet/config.json, to the letter."""
-    values = {
-        "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
-        "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-        "center_input_sample": False, "cross_attention_dim": 768, "down_block_types":
-        ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
-        "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
-        "norm_num_groups": 32, "out_channels": 4, "sample_size": 64, "up_block_types":
-        ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    }  # fmt: skip
-    assert weights.unet_from_json(values, "here") == model.PRESETS["sd1"]
+def test_a_model_without_a_tokenizer_is_saved_and_comes_back_without(saved, tmp_path):
+    pipeline = load_pipeline(saved)
+    pipeline.tokenizer = None
+    save_pipeline(pipeline, tmp_path)
+    assert not (tmp_path / "tokenizer").exists() and load_pipeline(tmp_path).tokenizer is None
+    assert read_json(tmp_path / "model_index.json")["tokenizer"] == [None, None]
+
+
+def test_a_tokenizer_can_be_given_to_a_folder(folder, tmp_path):
+    (folder / "tokenizer").rename(tmp_path / "elsewhere")
+    loaded = load_pipeline(folder, merges=tmp_path / "elsewhere").tokenizer
+    # Padded with 0, as the text encoder has OpenCLIP's activation.
+    assert loaded.vocab_size == fresh_pipeline().tokenizer.vocab_size and loaded.pad_id == 0
+
+
+# The command
+
+
+def test_the_command_says_what_a_folder_is(saved, capsys):
+    call(weights.main, saved)
+    told = capsys.readouterr().out
+    for fact in ("family       this project's own", "prediction   v_prediction", "32, 64 channels",
+                 "1/4 of the size", "1 layers of width 64", "float32", "tensors used"):  # fmt: skip
+        assert fact in told
+
+
+def test_the_command_converts(saved, tmp_path, capsys):
+    call(weights.main, saved, "--convert", tmp_path / "new", "--dtype", "bfloat16")
+    loaded = load_pipeline(tmp_path / "new", dtype=None)
+    expected = fresh_pipeline().unet.state_dict()
+    for name, tensor in loaded.unet.state_dict().items():
+        assert torch.equal(tensor, expected[name].bfloat16())
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_the_command_writes_over_nothing(saved, tmp_path, is_file):
+    (tmp_path / "precious").touch()
+    target = tmp_path / "precious" if is_file else tmp_path
+    with pytest.raises(ValueError, match="--convert .*: exists already; name a new folder"):
+        call(weights.main, saved, "--convert", target)
 
 
 # What is refused
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
 def test_a_missing_part_is_named(folder, part):
     shutil.rmtree(folder / part)
     refuse(folder, f"model: has no {part}/; train one with")
@@ -168,11 +218,9 @@ def test_a_missing_folder_is_named(tmp_path):
     refuse(tmp_path / "nowhere", "nowhere: is no folder with a model")
 
 
-@pytest.mark.parametrize("file", [
-    "unet/config.json", "vae/config.json", "text_encoder/config.json",
-    f"unet/{weights.UNET_WEIGHTS}", f"vae/{weights.UNET_WEIGHTS}",
-    f"text_encoder/{weights.TEXT_WEIGHTS}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
+)
 def test_a_part_half_written_is_named(folder, file):
     part, name = file.split("/")
     (folder / file).unlink()
@@ -188,9 +236,26 @@ def test_a_missing_file_of_the_other_parts_is_named(folder, file):
         load_pipeline(folder)
 
 
-def test_a_model_without_our_settings_has_the_defaults(folder):
+def test_a_part_without_weights_is_named(folder):
+    (folder / "vae" / weights.UNET_WEIGHTS).unlink()
+    refuse(folder, "vae: holds no weights")
+
+
+def test_a_model_without_our_settings_draws_a_picture_of_its_size(folder):
     (folder / "sampling.json").unlink()
-    assert load_pipeline(folder).sampling == Sampling()
+    change(folder / "unet/config.json", sample_size=10)
+    assert load_pipeline(folder).sampling == Sampling(num_frames=1, image_size=40)
+
+
+def test_ema_weights_are_not_looked_for_in_a_folder(saved):
+    with pytest.raises(ValueError, match="model: a folder holds one set of weights"):
+        load_pipeline(saved, ema=True)
+
+
+def test_an_inpainting_model_is_refused_by_name(folder):
+    unet = dataclasses.replace(fresh_pipeline().unet.config, in_channels=9)
+    weights.save_unet(folder / "unet", model.UNet(unet))
+    refuse(folder, "model: holds an inpainting model: its U-Net takes 9 channels")
 
 
 @pytest.mark.parametrize("file", [
@@ -249,9 +314,12 @@ def test_truncated_weights_are_named(folder):
     ("unet", {"in_channels": "four"}, "unet/config.json: describes no network"),
     ("vae", {"act_fn": "relu"}, "act_fn='relu' is not built here"),
     ("vae", {"_class_name": "VQModel"}, "_class_name='VQModel' is not built here"),
+    ("vae", {"use_quant_conv": False}, "use_quant_conv=False is not built here"),
     ("vae", {"shift_factor": 0.06}, "shift_factor=0.06 is not built here"),
     ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "AttnDownEncoderBlock2D"),
     ("vae", {"norm_num_groups": 5}, "vae/config.json: block_out_channels needs multiples"),
+    ("text_encoder", {"architectures": ["CLIPTextModelWithProjection"]}, "WithProjection.* is not"),
+    ("text_encoder", {"model_type": "t5"}, "model_type='t5' is not built here"),
     ("text_encoder", {"hidden_act": "relu"}, "hidden_act needs one of"),
     ("text_encoder", {"hidden_size": None}, "text_encoder/config.json: .*hidden_size"),
     ("text_encoder", {"num_attention_heads": 7}, "num_attention_heads needs to divide"),
@@ -264,6 +332,7 @@ def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part,
 
 @pytest.mark.parametrize("values, message", [
     ({"clip_sample": True}, "clip_sample and thresholding are not built here"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatch.* is not built"),
     ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule needs one of"),
     ({"prediction_type": "sample"}, "scheduler_config.json: prediction_type needs one of"),
     ({"num_train_timesteps": "many"}, "scheduler_config.json: "),

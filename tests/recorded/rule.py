@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import torch
@@ -27,6 +28,23 @@ def fill(module):
             gain = 0.03 if any(part in name for part in SMALL) else 1.0
             state[name].copy_(gain * values / np.prod(shape[1:]) ** 0.5)
     return module
+
+
+def checkpoint(shapes):
+    """{name: tensor} of a single file, made likewise, from {prefix: {name: shape}}."""
+    shapes = {prefix + name: part[name] for prefix, part in shapes.items() for name in part}
+    random, tensors = np.random.RandomState(0), {}
+    norm = re.compile(r"norm|\.ln_|in_layers\.0|out_layers\.0|\.out\.0\.")
+    small = re.compile(r"_layers\.[23]|blocks\.0\.0\.|conv_in|conv1|conv2|to_out|proj_out")
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        values = torch.from_numpy(random.standard_normal(shape)).float()
+        if norm.search(name) or len(shape) < 2:
+            values = 0.03 * values + bool(norm.search(name) and name.endswith("weight"))
+        else:
+            values = values * ((0.03 if small.search(name) else 1.0) / np.prod(shape[1:]) ** 0.5)
+        tensors[name] = values.float()
+    return tensors
 
 
 def normal(*shape, seed=1):

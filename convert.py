@@ -1,0 +1,270 @@
+"""Single files of Stable Diffusion, as CompVis (1.x) and Stability (2.x) wrote them, to our names.
+
+    model.diffusion_model.    the U-Net               model_ema.   its moving average, names dotless
+    first_stage_model.        the autoencoder
+    cond_stage_model.         the text encoder, CLIP (1.x: transformer.) or OpenCLIP (2.x: model.)
+
+Nothing in such a file says what it is. The shape of each network is read off its tensors
+(configs.py), and then each parameter of ours is looked up under the name that the file has for it.
+
+Source of the names: the code of CompVis/stable-diffusion, Stability-AI/stablediffusion, open_clip.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from configs import TEXT, UNET, VAE, clip_prefix, has, openclip
+
+PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
+
+FOREIGN = {  # what the name of one tensor gives away
+    r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model: merge it into one and load that",
+    r"^string_to_|^emb_params$": "a textual inversion, one word for a model and no model itself",
+    r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
+    r"conditioner\.embedders\.|add_embedding\.": "Stable Diffusion XL",
+    r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
+    r"(^|\.)double_blocks\.": "Flux",
+    r"motion_modules\.": "AnimateDiff",
+}
+CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix", 5: "a depth model", 7: "an upscaler"}
+ALONE = {  # parts of a model by themselves, in either naming
+    r"^(down_blocks|input_blocks)\.": "a U-Net",
+    r"^(encoder|decoder)\.(down|up|down_blocks|up_blocks)\.": "an autoencoder",
+    r"^(text_model\.|embeddings\.token_|token_embedding\.)": "a text encoder",
+}
+EMA = r"^model_ema\."
+UNUSED = {  # tensors that draw nothing, and why
+    EMA: "EMA weights (ema=True or --ema takes them)",
+    r"^(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+|"
+    r"lvlb_weights|logvar)$": "the noise schedule, which is computed",
+    r"position_ids$": "numbers of positions",
+    r"^cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$":
+        "parts of CLIP that Stable Diffusion does not use",
+    r"^(first_stage_model\.)?loss\.": "what trained the autoencoder",
+    r"^safety_checker\.": "the safety checker",
+    r"^embedding_manager\.": "what words of a textual inversion were trained with",
+}  # fmt: skip
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+}  # fmt: skip
+VAE_WORDS = {
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm",
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+}  # fmt: skip
+OPENCLIP_WORDS = {
+    "embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers": "transformer.resblocks", "self_attn": "attn", "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a checkpoint's tensors. `ignored` is {reason: how many}."""
+
+    used: int
+    ignored: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self):
+        counts = [f"{count} ignored: {reason}" for reason, count in self.ignored.items()]
+        return "\n".join([f"{self.used} tensors used", *counts, *self.notes])
+
+
+def check_known(tensors, where):
+    """Raise ValueError for a file that is no whole Stable Diffusion 1.x or 2.x, saying what it is.
+
+    The U-Net's input channels are looked at by check_together, when its shape is known.
+    """
+    for pattern, kind in FOREIGN.items():
+        if any(re.search(pattern, name) for name in tensors):
+            raise ValueError(f"{where}: holds {kind}; read are Stable Diffusion 1.x and 2.x")
+    missing = [part for prefix, part in PARTS.items() if not has(tensors, prefix)]
+    if len(missing) == len(PARTS):
+        for pattern, kind in ALONE.items():
+            if any(re.search(pattern, name) for name in tensors):
+                raise ValueError(f"{where}: holds {kind} alone; needs a whole single file, or the "
+                                 "folder with unet/, vae/ and text_encoder/")  # fmt: skip
+        if len(tensors) == 1:
+            raise ValueError(f"{where}: holds one tensor, {[*tensors][0]!r}: a textual inversion? "
+                             "Read are Stable Diffusion 1.x and 2.x")  # fmt: skip
+        raise ValueError(f"{where}: holds no Stable Diffusion; its {len(tensors)} tensors begin "
+                         f"with {', '.join(sorted(tensors)[:3])}")  # fmt: skip
+    if missing:
+        prefixes = [prefix for prefix, part in PARTS.items() if part in missing]
+        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({', '.join(prefixes)}*); "
+                         "needs a whole checkpoint")  # fmt: skip
+
+
+def check_together(unet, vae, text, where):
+    """Raise ValueError if the three networks (their configs) do not make one model."""
+    if unet.in_channels != vae.latent_channels:
+        kind = CHANNELS.get(unet.in_channels, "another model")
+        raise ValueError(f"{where}: holds {kind}: its U-Net takes {unet.in_channels} channels, its "
+                         f"autoencoder makes {vae.latent_channels}")  # fmt: skip
+    if unet.cross_attention_dim != text.hidden_size:
+        raise ValueError(f"{where}: its U-Net reads texts of width {unet.cross_attention_dim}, its "
+                         f"text encoder writes {text.hidden_size}")  # fmt: skip
+
+
+def replace_words(name, words):
+    """The name with each key of `words` that stands in it as whole words replaced."""
+    for ours, theirs in words.items():
+        name = re.sub(rf"(^|(?<=\.)){re.escape(ours)}(?=\.|$)", theirs, name)
+    return name
+
+
+def unet_name(name, config):
+    """The single file's name of a parameter of our U-Net, without its prefix."""
+    kind, *words = name.split(".")
+    if kind == "mid_block":
+        layer, i, *rest = words
+        block = f"middle_block.{2 * int(i) if layer == 'resnets' else 1}"
+    elif kind in ("down_blocks", "up_blocks"):
+        level, layer, i, *rest = words
+        per_level = config.layers_per_block + 1
+        number = int(level) * per_level + int(i)  # counted through all levels
+        if layer == "downsamplers":
+            return f"input_blocks.{number + per_level}.0.op.{rest[1]}"
+        if layer == "upsamplers":  # in the level's last block, behind the transformer if there is
+            place = 2 if config.attention_levels[::-1][int(level)] else 1
+            return f"output_blocks.{number + per_level - 1}.{place}.conv.{rest[1]}"
+        block = f"input_blocks.{number + 1}" if kind == "down_blocks" else f"output_blocks.{number}"
+        block += ".0" if layer == "resnets" else ".1"
+    else:
+        return replace_words(name, UNET_ENDS)
+    rest = ".".join(rest)
+    return f"{block}.{replace_words(rest, RESNET) if layer == 'resnets' else rest}"
+
+
+def vae_name(name, config):
+    """The single file's name of a parameter of our autoencoder, without its prefix."""
+    name = re.sub(r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}", name)
+    name = name.replace(".mid_block.attentions.0", ".mid.attn_1")
+    last = len(config.block_out_channels) - 1  # the decoder's levels are counted from the finest
+    name = re.sub(r"\.up_blocks\.(\d+)", lambda m: f".up.{last - int(m[1])}", name)
+    name = name.replace(".down_blocks.", ".down.").replace(".resnets.", ".block.")
+    return replace_words(name, VAE_WORDS)
+
+
+def openclip_name(name):
+    """(the single file's name, which third of it) of a parameter of our text encoder."""
+    name = replace_words(name.removeprefix("text_model."), OPENCLIP_WORDS)
+    if match := re.search(r"([qkv])_proj\.(weight|bias)$", name):
+        return f"{name[: match.start()]}in_proj_{match[2]}", "qkv".index(match[1])
+    return name, None
+
+
+def places(part, network, tensors, ema):
+    """Where a part's parameters are: {our name: (the file's name, a third of it or None)}."""
+    openclips, clip = openclip(tensors), clip_prefix(tensors)
+    found = {}
+    for name in network.state_dict():
+        third = None
+        if part == "unet":
+            place = unet_name(name, network.config)
+            dotless = "model_ema.diffusion_model" + place.replace(".", "")
+            place = dotless if ema else UNET + place
+        elif part == "vae":
+            place = VAE + vae_name(name, network.config)
+        elif openclips:
+            place, third = openclip_name(name)
+            place = f"{TEXT}model.{place}"
+        else:
+            place = clip + name.removeprefix("text_model.")
+        found[name] = place, third
+    return found
+
+
+def taken(tensor, third, ndim):
+    """A view of a tensor of a single file as our parameter: one third of it, 1x1 taken off."""
+    if third is not None and tensor.ndim and len(tensor) % 3 == 0:
+        tensor = tensor.chunk(3)[third]
+    return tensor.flatten(1) if (tensor.ndim, tensor.shape[2:], ndim) == (4, (1, 1), 2) else tensor
+
+
+def sort_out(names, num_layers, ema):
+    """({reason: how many are ignored for it}, the others) of the names that are not used."""
+    # The one layer too many is OpenCLIP's last.
+    unused = UNUSED | {
+        rf"^cond_stage_model\.model\.transformer\.resblocks\.{num_layers}\.":
+            "the text encoder's last layer, which Stable Diffusion 2 skips",
+    }  # fmt: skip
+    if ema:
+        del unused[EMA]
+        unused[r"^model_ema\.(decay|num_updates)$"] = "counters of the average"
+        unused[r"^model\.diffusion_model\."] = "the U-Net's weights beside their average"
+    reasons = {}
+    for name in names:
+        for pattern, reason in unused.items():
+            if re.search(pattern, name):
+                reasons[name] = reason
+    return dict(Counter(reasons.values())), sorted(names - reasons.keys())
+
+
+def check_fit(expected, found, unexpected, what):
+    """Raise ValueError unless all tensors are there and nothing else, naming five of each kind.
+
+    expected and found are {name: shape}; `unexpected` lists names; `what` begins the message.
+    """
+    differences = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": unexpected,
+        "of another shape": {
+            name for name in expected.keys() & found.keys() if expected[name] != found[name]
+        },
+    }
+    if any(differences.values()):
+        kinds = "; ".join(
+            f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}"
+            for kind, names in differences.items() if names
+        )  # fmt: skip
+        raise ValueError(f"{what} ({kinds})")
+
+
+def convert(tensors, networks, ema, where):
+    """({part: {our name: tensor}}, Report) of a single file; the tensors are views of its own.
+
+    networks is {part: our network}, whose parameters say what is needed. Raises ValueError if they
+    are not all there, or if there is more.
+    """
+    if ema and not has(tensors, "model_ema.diffusion_model"):
+        raise ValueError(
+            f"{where}: holds no EMA weights (model_ema.*); load it without ema (--ema)"
+        )
+    parts, expected, found = {}, {}, {}
+    for part, network in networks.items():
+        parts[part], state = {}, network.state_dict()
+        for name, (place, third) in places(part, network, tensors, ema).items():
+            expected[place] = tuple(state[name].shape)
+            if place in tensors:
+                tensor = taken(tensors[place], third, state[name].ndim)
+                parts[part][name], found[place] = tensor, tuple(tensor.shape)
+    num_layers = networks["text_encoder"].config.num_hidden_layers
+    ignored, unexpected = sort_out(tensors.keys() - expected.keys(), num_layers, ema)
+    check_fit(expected, found, unexpected, f"{where}: is no whole Stable Diffusion")
+    return parts, Report(len(found), ignored)
+
+
+def current_names(tensors):
+    """({our name: tensor}, how many are ignored) of a part of a diffusers folder, old or new."""
+    bare = "embeddings.token_embedding.weight" in tensors  # recent transformers leaves a prefix out
+    old = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")  # of the autoencoder
+    current = {}
+    for name, tensor in tensors.items():
+        if old.search(name):
+            name = old.sub(lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.", name)
+            tensor = taken(tensor, None, 2)
+        if not name.endswith("position_ids"):
+            current["text_model." + name if bare else name] = tensor
+    return current, len(tensors) - len(current)

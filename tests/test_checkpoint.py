@@ -1,0 +1,463 @@
+"""Containers of weights: honest ones of every form, and ones that lie or want to run a program."""
+
+import contextlib
+import json
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import find_weights, read_checkpoint
+from files import save_safetensors
+
+A, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.5, -2.0]).half()
+WEIGHTS = {"a": A, "b": B}
+
+
+def holds_weights(path):
+    read = read_checkpoint(path)
+    same = {
+        name: x.dtype == WEIGHTS[name].dtype and x.equal(WEIGHTS[name]) for name, x in read.items()
+    }
+    return same == {"a": True, "b": True}
+
+
+def save(path, value=WEIGHTS):
+    torch.save(value, path)
+    return path
+
+
+# Forms
+
+
+def test_reads_safetensors(tmp_path):
+    save_safetensors(tmp_path / "x.safetensors", WEIGHTS)
+    assert holds_weights(tmp_path / "x.safetensors")
+
+
+def test_reads_a_torch_file(tmp_path):
+    assert holds_weights(save(tmp_path / "x.ckpt"))
+
+
+def test_reads_a_torch_file_older_than_1_6(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    assert holds_weights(tmp_path / "x.bin")
+
+
+def test_reads_a_torch_file_that_somebody_compressed(tmp_path):
+    with (
+        zipfile.ZipFile(save(tmp_path / "x.ckpt")) as stored,
+        zipfile.ZipFile(tmp_path / "y.ckpt", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    assert holds_weights(tmp_path / "y.ckpt")
+
+
+def test_a_file_is_known_by_what_it_holds_not_by_its_name(tmp_path):
+    save_safetensors(tmp_path / "x.ckpt", WEIGHTS)
+    assert holds_weights(tmp_path / "x.ckpt")
+    assert holds_weights(save(tmp_path / "y.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: {"state_dict": x, "epoch": 3, "global_step": torch.tensor(7)},
+        lambda x: {"state_dict": {"state_dict": x}},
+        lambda x: {**x, "epoch": 3, "names": ["a"], 5: A},
+        lambda x: {"state_dict": {name: torch.nn.Parameter(y) for name, y in x.items()}},
+    ],
+    ids=["Lightning", "twice", "bare, with others", "parameters"],
+)
+def test_tensors_are_taken_out_of_what_is_around_them(tmp_path, wrap):
+    assert holds_weights(save(tmp_path / "x.ckpt", wrap(WEIGHTS)))
+
+
+def test_tensors_need_no_gradient(tmp_path):
+    path = save(tmp_path / "x.ckpt", {"a": torch.nn.Parameter(A)})
+    assert not read_checkpoint(path)["a"].requires_grad
+
+
+def test_a_dict_that_holds_itself_ends(tmp_path):
+    endless = dict(WEIGHTS)
+    endless["state_dict"] = endless
+    assert holds_weights(save(tmp_path / "x.ckpt", endless))
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors"])
+def test_reading_maps_the_file_instead_of_copying_it(tmp_path, name):
+    large = {"a": torch.ones(8 * 2**20)}  # 32 MiB
+    (save if name == "x.ckpt" else save_safetensors)(tmp_path / name, large)
+    before = resident()
+    read = read_checkpoint(tmp_path / name)
+    assert resident() - before < 8 * 2**20
+    assert read["a"][-1] == 1
+
+
+def test_writing_into_a_read_tensor_leaves_the_file_alone(tmp_path):
+    path = save(tmp_path / "x.ckpt")
+    read_checkpoint(path)["a"].zero_()
+    assert holds_weights(path)
+
+
+# What Lightning leaves in a checkpoint
+
+
+@contextlib.contextmanager
+def named(full_name, base=object):
+    """A new class that pickle writes under any name, without the library that has it."""
+    module, _, name = full_name.rpartition(".")
+    parts = module.split(".")
+    with pytest.MonkeyPatch.context() as patch:
+        for prefix in (".".join(parts[: end + 1]) for end in range(len(parts))):
+            if prefix not in sys.modules:
+                patch.setitem(sys.modules, prefix, types.ModuleType(prefix))
+        cls = type(name, (base,), {"__module__": module})
+        patch.setattr(sys.modules[module], name, cls, raising=False)
+        yield cls
+
+
+MODEL_CHECKPOINT = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+def test_reads_what_lightning_1_4_wrote(tmp_path):
+    with named(MODEL_CHECKPOINT) as cls:
+        state = {"monitor": "val/loss", "best_model_score": np.float64(0.25), "best": tmp_path}
+        whole = {
+            "state_dict": OrderedDict(WEIGHTS), "callbacks": {cls: state}, "global_step": 470000,
+            "optimizer_states": [{"exp_avg": A}], "scores": np.ones(3),
+            "by_name": defaultdict(dict),
+        }  # fmt: skip
+        whole["by_name"]["x"]["y"] = 1
+        save(tmp_path / "x.ckpt", whole)
+    assert MODEL_CHECKPOINT.rpartition(".")[0] not in sys.modules
+    assert holds_weights(tmp_path / "x.ckpt")
+
+
+def test_reads_a_configuration_beside_the_weights(tmp_path):
+    with (
+        named("omegaconf.dictconfig.DictConfig") as config,
+        named("omegaconf.nodes.AnyNode") as node,
+        named("pytorch_lightning.utilities.parsing.AttributeDict", dict) as attributes,
+    ):
+        value, leaf = config(), node()
+        leaf.__dict__ |= {"_val": 7, "_type": int}
+        value.__dict__ |= {"_content": {"width": leaf}, "_parent": value}
+        save(tmp_path / "x.ckpt", {**WEIGHTS, "config": value, "hparams": attributes(lr=1e-4)})
+    assert holds_weights(tmp_path / "x.ckpt")
+
+
+def test_a_stub_does_not_outlive_the_reading(tmp_path):
+    with named(MODEL_CHECKPOINT) as cls:
+        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "callbacks": {cls: 1}})
+    read_checkpoint(path)
+    with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
+        torch.load(path, weights_only=True)
+
+
+# Pickles that want to run a program. Each would make the file that `made` names.
+
+
+class Call:
+    """Pickled as a call of a function, which happens when somebody opens the pickle."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+made = None  # set by the fixture, so that the functions below are found by their name
+
+
+def make_file(*_):
+    made.touch()
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "made", tmp_path / "made")
+    return tmp_path / "made"
+
+
+HOSTILE = {
+    "os.system": (lambda p: Call(os.system, f"touch {p}"), "system"),
+    "exec": (lambda p: Call(exec, f"open({str(p)!r}, 'w').close()"), "exec"),
+    "eval": (lambda p: Call(eval, f"open({str(p)!r}, 'w').close()"), "eval"),
+    "open": (lambda p: Call(open, str(p), "w"), "open"),
+    "getattr": (lambda p: Call(getattr, p, "touch"), "getattr"),
+    "a function of the program": (lambda p: Call(make_file), "make_file"),
+    "pathlib": (lambda p: Call(type(p).touch, p), "getattr|touch"),
+    "torch.load": (lambda p: Call(torch.load, str(p)), r"torch.serialization.load"),
+    "in a tensor's rebuilding": (
+        lambda p: Call(torch._tensor._rebuild_from_type_v2, make_file, int, (), {}), "make_file"),
+    "in a parameter's hooks": (
+        lambda p: Call(torch._utils._rebuild_parameter, A, True, Call(make_file)), "make_file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_hostile_pickle_is_refused_by_name_and_never_run(tmp_path, trap, kind, legacy):
+    make, name = HOSTILE[kind]
+    value = {"state_dict": {**WEIGHTS, "z": make(trap)}}
+    torch.save(value, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=rf"x.ckpt: refuses to load [\w.]*({name}):"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["os.system", "exec", "eval", "open", "a function of the program", "in a tensor's rebuilding"],
+)
+def test_the_traps_do_work_where_pickles_are_trusted(tmp_path, trap, kind):
+    path = save(tmp_path / "x.ckpt", {"z": HOSTILE[kind][0](trap)})
+    with contextlib.suppress(AttributeError):  # what was called makes no tensor
+        torch.load(path, weights_only=False)
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_bare_hostile_pickle_is_never_run(tmp_path, trap, protocol):
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": Call(make_file)}, protocol))
+    with pytest.raises(ValueError, match="x.ckpt"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert not trap.exists()
+
+
+def test_a_stub_called_with_anything_does_nothing(tmp_path, trap):
+    with named(MODEL_CHECKPOINT) as cls:
+        value = Call(cls, cls, "os.system", [make_file.__name__])
+        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "z": value})
+    assert holds_weights(path)
+
+
+def opcodes(tmp_path, *code):
+    """A legacy torch file whose object is made by handwritten opcodes."""
+    start = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    (tmp_path / "x.pt").write_bytes(b"".join([*start, b"\x80\x02", *code]))
+    return tmp_path / "x.pt"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cargparse\nNamespace\n)R)R.",  # calls an instance
+        b"cargparse\nNamespace\n}U\x06systemcposix\nsystem\nsb.",  # gives the class a method
+        b"cargparse\nNamespace.__init__.__globals__\n.",  # reaches through it
+        b"ccheckpoint\nload_safetensors\n.",
+        b"cbuiltins\n__import__\n.",
+        b"c__builtin__\neval\nU\x01x\x85R.",  # Python 2's name
+        b"(S'touch made'\nios\nsystem\n.",  # INST
+    ],
+)
+def test_handwritten_opcodes_get_nowhere(tmp_path, code):
+    with pytest.raises(ValueError, match=r"x.pt: (refuses to load|torch cannot read it)"):
+        read_checkpoint(opcodes(tmp_path, code))
+
+
+def test_an_attribute_of_a_tensor_does_not_replace_its_methods(tmp_path):
+    weights = {"a": A.clone(), "b": B}
+    weights["a"].detach = weights["a"].layout_ = OrderedDict
+    assert holds_weights(save(tmp_path / "x.ckpt", weights))
+
+
+# Files that are none
+
+
+def first_half(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def zipped(path, name):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"text")
+
+
+def without_record(path):
+    with zipfile.ZipFile(save(path.with_name("whole"))) as whole, zipfile.ZipFile(path, "w") as cut:
+        for name in whole.namelist():
+            if not name.endswith("data/0"):
+                cut.writestr(name, whole.read(name))
+
+
+def legacy(path):
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
+    first_half(path)
+
+
+def header(shape, end):
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(8)
+
+
+REFUSED = {
+    "empty": (lambda p: p.touch(), "file is empty"),
+    "git-lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+                "git lfs pull"),
+    "web page": (lambda p: p.write_text("\n<!DOCTYPE html><html>"), "a web page"),
+    "text": (lambda p: p.write_text("Not Found"), r"neither .* begins with b'Not Found'"),
+    "zeros": (lambda p: p.write_bytes(bytes(99)), "neither"),
+    "half a zip": (lambda p: first_half(save(p)), "is it complete"),
+    "half a legacy file": (legacy, "is it complete"),
+    "two bytes of a pickle": (lambda p: p.write_bytes(b"\x80\x02"), "is it complete"),
+    "half a safetensors": (lambda p: (save_safetensors(p, WEIGHTS), first_half(p)), "not a whole"),
+    "other zip": (lambda p: zipped(p, "a/readme.txt"), "a zip without data.pkl"),
+    "garbage in a zip": (lambda p: zipped(p, "a/data.pkl"), "torch cannot read it"),
+    "no record": (without_record, "failed locating file data/0"),
+    "no dict": (lambda p: save(p, [A]), "needs a dict of tensors, got list"),
+    "no tensor": (lambda p: save(p, {"epoch": 1, "state_dict": 2}), r"no tensors.*'epoch'"),
+    "empty dict": (lambda p: save(p, {"state_dict": {}}), "no tensors"),
+    "sparse": (lambda p: save(p, {"a": A.to_sparse()}), "'a' is nested, quantized, sparse"),
+    "meta": (lambda p: save(p, {"a": A.to("meta")}), "'a' is .* without values"),
+    "header outside": (lambda p: p.write_bytes(header([2], 800)), "does not fit"),
+    "product past 2**64": (lambda p: p.write_bytes(header([2**32, 2**32], 0)), "does not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
+    make, message = REFUSED[kind]
+    make(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert str(caught.value).startswith(str(tmp_path / "x.ckpt: "))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_path_is_an_oserror_that_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.ckpt"):
+        read_checkpoint(tmp_path / "nowhere.ckpt")
+
+
+def test_a_short_safetensors_file_is_told_by_its_name(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\1\0")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+# Shards
+
+
+def sharded(folder, weight_map, name="model.safetensors.index.json"):
+    save_safetensors(folder / "model-00001-of-00002.safetensors", {"a": A})
+    save_safetensors(folder / "model-00002-of-00002.safetensors", {"b": B})
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder / name
+
+
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+def test_reads_shards_by_their_index(tmp_path):
+    assert holds_weights(sharded(tmp_path, {"a": FIRST, "b": SECOND}))
+
+
+def test_reads_a_folder_of_shards(tmp_path):
+    sharded(tmp_path, {"a": FIRST, "b": SECOND})
+    assert holds_weights(tmp_path)
+
+
+def test_reads_shards_of_pickles(tmp_path):
+    for name in WEIGHTS:
+        save(tmp_path / f"{name}.bin", {name: WEIGHTS[name]})
+    assert holds_weights(sharded(tmp_path, {"a": "a.bin", "b": "b.bin"}))
+
+
+@pytest.mark.parametrize(
+    "weight_map, message",
+    [
+        ({"a": FIRST, "b": "model-00003-of-00003.safetensors"}, "shard model-00003.* is missing"),
+        ({"a": FIRST, "b": FIRST}, "'b' is not in model-00001"),
+        ({"a": FIRST, "b": SECOND, "c": SECOND}, "'c' is not in model-00002"),
+        ({"a": FIRST}, None),
+        ({"b": SECOND, "c": FIRST}, "model-00001.* holds 'a', which the index does not say"),
+        ({"a": "../outside.bin"}, "beside the index, got '../outside.bin'"),
+        ({"a": "/etc/passwd"}, "beside the index"),
+        ({"a": "..\\outside.bin"}, "beside the index"),
+        ({"a": "C:outside.bin"}, "beside the index"),
+        ({"a": ".."}, "missing"),
+        ({"a": "."}, "beside the index"),
+        ({"a": ""}, "missing|beside"),
+        ({"a": "nul\0"}, "missing"),
+        ({"a": 5}, "needs a weight_map"),
+        ([FIRST], "needs a weight_map"),
+        (None, "needs a weight_map"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, weight_map, message):
+    (tmp_path / "part").mkdir()
+    save(tmp_path / "outside.bin", {"a": A})
+    path = sharded(tmp_path / "part", weight_map)
+    if message is None:  # less than the folder holds is no lie
+        assert list(read_checkpoint(path)) == ["a"]
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_an_index_that_is_its_own_shard_ends(tmp_path):
+    with pytest.raises(ValueError, match="neither safetensors"):
+        read_checkpoint(sharded(tmp_path, {"a": "model.safetensors.index.json"}))
+
+
+# Which file of a folder
+
+IN_ORDER = [
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bf16.safetensors",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.non_ema.safetensors",
+    "diffusion_pytorch_model.non_ema.bin",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", range(len(IN_ORDER)))
+def test_the_best_file_of_a_folder_is_chosen(tmp_path, missing):
+    for name in IN_ORDER[missing:]:
+        (tmp_path / name).touch()
+    assert find_weights(tmp_path).name == IN_ORDER[missing]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors.index.json",
+     "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin"],
+)  # fmt: skip
+def test_the_names_of_transformers_are_known(tmp_path, name):
+    for other in ("config.json", FIRST, "model.fp16-00001-of-00002.safetensors",
+                  "model-00001-of-00002.fp16.safetensors", "flax_model.msgpack",
+                  "openvino_model.bin", "pytorch_lora_weights.safetensors"):  # fmt: skip
+        (tmp_path / other).touch()
+    (tmp_path / name).touch()
+    assert find_weights(tmp_path).name == name
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(
+        ValueError, match="holds no weights; needs diffusion_pytorch_model"
+    ) as caught:
+        read_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,429 @@
+"""Single files of Stable Diffusion 1 and 2: read as diffusers reads them, or refused by name."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from recorded.rule import checkpoint, normal, probe
+from torch import nn
+
+import layers
+import model
+import text
+import vae
+import weights
+from checkpoint import read_checkpoint
+from configs import configs_of, text_config
+from convert import places
+from files import load_safetensors, save_safetensors
+from pipeline import Sampling
+from text import CLIPTokenizer
+from weights import load_pipeline
+
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "single_files.json").read_text())
+TOLERANCE = 1e-4
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The paths {"sd1", "sd2"} of small single files, weights by the rule, and of a merges file."""
+    path = tmp_path_factory.mktemp("files")
+    words = ["a red circle", "a blue square", "a green triangle", "moving left", "moving right"]
+    CLIPTokenizer.train(words, 20, max_length=12).save(path / "tokenizer")
+    for family in RECORDED:
+        save_safetensors(path / family, checkpoint(RECORDED[family]["shapes"]))
+    paths = {family: path / family for family in RECORDED}
+    return paths | {"merges": path / "tokenizer" / "merges.txt"}
+
+
+def changed(path, files, family, change):
+    """A copy of a single file whose tensors were changed by a function, at a path."""
+    tensors = load_safetensors(files[family])
+    tensors = change(tensors) or tensors
+    save_safetensors(path, tensors)
+    return path
+
+
+def state(pipeline):
+    parts = ("unet", "vae", "text_encoder")
+    return {f"{part}.{name}": tensor for part in parts
+            for name, tensor in getattr(pipeline, part).state_dict().items()}  # fmt: skip
+
+
+def assert_same(a, b):
+    a, b = state(a), state(b)
+    assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Values
+
+
+@torch.no_grad()
+def outputs(pipeline, name):
+    """What a pipeline makes of the inputs that were recorded."""
+    if name == "unet":
+        inputs = normal(2, 4, 8, 12)[:, None], torch.tensor([37, 2]), normal(2, 12, 128, seed=2)
+        return pipeline.unet(*inputs)
+    if name == "mean":
+        return pipeline.vae.encode(normal(2, 3, 12, 20)).mean
+    if name == "decoded":
+        return pipeline.vae.decode(normal(2, 4, 3, 4, seed=2))
+    if name == "text":
+        return pipeline.text_encoder((torch.arange(24).view(2, 12) * 17) % 534)
+    *_, latents = pipeline.sample(["a red circle"], [3], Sampling(1, 32, num_steps=20))
+    return pipeline.decode(latents) if name == "picture" else latents
+
+
+def distance(pipeline, family, name):
+    """From what diffusers and transformers gave, relative to the largest value."""
+    expected = torch.tensor(RECORDED[family][name], dtype=torch.float64)
+    return (probe(outputs(pipeline, name)) - expected).abs().max() / expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["unet", "mean", "decoded", "text", "latents", "picture"])
+@pytest.mark.parametrize("family", RECORDED)
+def test_a_single_file_gives_what_it_gives_in_diffusers(files, family, name):
+    """latents and picture: the whole path, 20 DDIM steps with guidance, from the same noise."""
+    pipeline = load_pipeline(files[family], temporal="none", merges=files["merges"])
+    assert distance(pipeline, family, name) < TOLERANCE
+
+
+def wrong_heads(pipeline):
+    for module in pipeline.unet.modules():
+        if isinstance(module, layers.Attention):
+            module.num_heads = 4
+
+
+def wrong_heads_of_the_text(pipeline):
+    for layer in pipeline.text_encoder.text_model.encoder.layers:
+        layer.self_attn.num_heads = 4
+
+
+def wrong_eps(pipeline):
+    for module in pipeline.vae.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = 1e-5
+
+
+def symmetric_padding(pipeline):
+    for module in pipeline.vae.modules():
+        if isinstance(module, layers.Downsample):
+            module.asymmetric, module.conv.padding = False, (1, 1)
+
+
+def wrong_activation(pipeline):
+    act = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[pipeline.text_encoder.config.hidden_act]
+    for layer in pipeline.text_encoder.text_model.encoder.layers:
+        layer.mlp.activation = text.ACTIVATIONS[act]
+
+
+def lost_end_token(pipeline):
+    tokenizer = pipeline.tokenizer
+    pipeline.tokenizer = lambda texts: tokenizer(texts).masked_fill(
+        tokenizer(texts) == tokenizer.end_id, tokenizer.pad_id if tokenizer.pad_id == 0 else 5
+    )
+
+
+@pytest.mark.parametrize("mistake, name", [
+    (wrong_heads, "unet"), (wrong_heads_of_the_text, "text"), (wrong_eps, "mean"),
+    (wrong_eps, "decoded"), (symmetric_padding, "mean"), (wrong_activation, "text"),
+    (lost_end_token, "latents"),
+])  # fmt: skip
+@pytest.mark.parametrize("family", RECORDED)
+def test_the_recorded_numbers_notice_a(mistake, name, family, files):
+    pipeline = load_pipeline(files[family], temporal="none", merges=files["merges"])
+    mistake(pipeline)
+    assert distance(pipeline, family, name) > 3 * TOLERANCE
+
+
+# Forms of a file
+
+
+def test_the_names_of_stable_diffusions_own_files_are_known():
+    """A few that are easily wrong, from CompVis' and Stability's files."""
+    with torch.device("meta"):
+        unet, autoencoder = model.UNet(model.PRESETS["sd2"]), vae.AutoencoderKL(vae.PRESETS["sd"])
+        encoder = text.CLIPTextModel(text.PRESETS["sd2"])
+    here = {TEXT + "model.": None}
+    unet, autoencoder, encoder = (
+        places(part, network, here, False)
+        for part, network in [("unet", unet), ("vae", autoencoder), ("text_encoder", encoder)]
+    )
+    assert {unet[f"down_blocks.{i}.downsamplers.0.conv.bias"][0] for i in range(3)} == {
+        UNET + f"input_blocks.{n}.0.op.bias" for n in (3, 6, 9)
+    }
+    assert [unet[f"up_blocks.{i}.upsamplers.0.conv.bias"][0] for i in range(3)] == [
+        UNET + f"output_blocks.{block}.conv.bias" for block in ("2.1", "5.2", "8.2")
+    ]
+    assert autoencoder["decoder.up_blocks.0.resnets.2.norm1.bias"] == (
+        VAE + "decoder.up.3.block.2.norm1.bias", None
+    )  # fmt: skip
+    assert encoder["text_model.encoder.layers.22.self_attn.v_proj.weight"] == (
+        TEXT + "model.transformer.resblocks.22.attn.in_proj_weight", 2
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_the_full_size_is_read_off_the_tensors(family):
+    prefix = TEXT + ("model." if family == "sd2" else "transformer.text_model.")
+    with torch.device("meta"):
+        networks = {
+            "unet": model.UNet(model.PRESETS[family]), "vae": vae.AutoencoderKL(vae.PRESETS["sd"]),
+            "text_encoder": text.CLIPTextModel(text.PRESETS[family]),
+        }  # fmt: skip
+    tensors = {prefix + "x": torch.empty(0)}
+    for part, network in networks.items():
+        full = network.state_dict()
+        for name, (place, third) in places(part, network, {prefix: None}, False).items():
+            tensor = full[name]
+            tensors[place] = tensor if third is None else tensor.repeat_interleave(3, 0)
+    size = model.PRESETS[family].sample_size * 8
+    unet, autoencoder, encoder = configs_of(tensors, size, "here")
+    expected = model.PRESETS[family]
+    assert unet.num_heads == expected.num_heads
+    assert vars(unet) | {"attention_head_dim": 0} == vars(expected) | {"attention_head_dim": 0}
+    assert vars(autoencoder) == vars(vae.PRESETS["sd"]) | {"sample_size": size}
+    assert encoder == text.PRESETS[family]
+
+
+@pytest.mark.parametrize("layers_in_file, layers_used", [(24, 23), (23, 23), (4, 3)])
+def test_the_last_layer_of_openclip_is_skipped_unless_it_is_gone_already(
+    layers_in_file, layers_used
+):
+    shapes = {"token_embedding.weight": (9, 64), "positional_embedding": (7, 64)} | {
+        f"transformer.resblocks.{i}.mlp.c_fc.weight": (96, 64) for i in range(layers_in_file)
+    }
+    tensors = {f"{TEXT}model.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    assert text_config(tensors).num_hidden_layers == layers_used
+
+
+def test_the_skipped_layer_changes_nothing(files, tmp_path):
+    def spoil(tensors):
+        for name in tensors:
+            if "resblocks.3." in name:
+                tensors[name] = torch.zeros_like(tensors[name])
+
+    other = load_pipeline(changed(tmp_path / "x.safetensors", files, "sd2", spoil))
+    assert_same(other, load_pipeline(files["sd2"]))
+
+
+def test_names_without_text_model_are_the_same_model(files, tmp_path):
+    def shorten(tensors):
+        return {name.replace("transformer.text_model.", "transformer."): tensor
+                for name, tensor in tensors.items()}  # fmt: skip
+
+    other = load_pipeline(changed(tmp_path / "x.safetensors", files, "sd1", shorten))
+    assert_same(other, load_pipeline(files["sd1"]))
+
+
+@pytest.mark.parametrize("nested", [0, 1, 2])
+def test_a_ckpt_is_the_same_model(files, tmp_path, nested):
+    checkpoint = load_safetensors(files["sd1"])
+    for _ in range(nested):
+        checkpoint = {"state_dict": checkpoint, "global_step": 3}
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    assert_same(load_pipeline(tmp_path / "x.ckpt"), load_pipeline(files["sd1"]))
+
+
+def test_a_file_of_halves_becomes_float32_or_stays(files, tmp_path):
+    def half(tensors):
+        return {name: tensor.half() for name, tensor in tensors.items()}
+
+    path = changed(tmp_path / "x.safetensors", files, "sd1", half)
+    expected = {name: t.half() for name, t in state(load_pipeline(files["sd1"])).items()}
+    for dtype, wanted in [(torch.float32, torch.float32), (None, torch.float16),
+                          (torch.bfloat16, torch.bfloat16)]:  # fmt: skip
+        loaded = state(load_pipeline(path, dtype=dtype))
+        assert {tensor.dtype for tensor in loaded.values()} == {wanted}
+        assert all(torch.equal(loaded[name], expected[name].to(wanted)) for name in expected)
+
+
+def test_tensors_of_the_right_dtype_are_used_as_they_lie_in_the_file(files, monkeypatch):
+    kept = []
+
+    def read_and_keep(path):
+        tensors = read_checkpoint(path)
+        kept.extend(tensor.data_ptr() for tensor in tensors.values())
+        return tensors
+
+    monkeypatch.setattr(weights, "read_checkpoint", read_and_keep)
+    loaded = state(load_pipeline(files["sd1"]))
+    assert {tensor.data_ptr() for tensor in loaded.values()} <= set(kept)
+
+
+def test_the_shift_adds_drops_and_reshapes_nothing(files):
+    shifted = load_pipeline(files["sd2"])
+    assert shifted.unet.config.temporal == "shift"
+    assert_same(shifted, load_pipeline(files["sd2"], temporal="none"))
+
+
+def test_ema_weights_are_taken_on_request(files, tmp_path):
+    def add_average(tensors):
+        average = {
+            "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
+            for name, tensor in tensors.items() if name.startswith(UNET)
+        }  # fmt: skip
+        return tensors | average | {"model_ema.decay": torch.tensor(0.9999)}
+
+    path = changed(tmp_path / "x.safetensors", files, "sd1", add_average)
+    plain, average = load_pipeline(path), load_pipeline(path, ema=True)
+    count = len(plain.unet.state_dict())
+    assert_same(plain, load_pipeline(files["sd1"]))
+    assert plain.report.ignored["EMA weights (ema=True or --ema takes them)"] == count + 1
+    for name, tensor in average.unet.state_dict().items():
+        assert torch.equal(tensor, plain.unet.state_dict()[name] + 1)
+    assert average.report.ignored["the U-Net's weights beside their average"] == count
+
+
+def test_an_ema_weight_that_nobody_expects_is_refused_when_they_are_asked_for(files, tmp_path):
+    def add_average(tensors):
+        average = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor
+                   for name, tensor in tensors.items() if name.startswith(UNET)}  # fmt: skip
+        return tensors | average | {"model_ema.diffusion_modelsurprise": torch.ones(1)}
+
+    path = changed(tmp_path / "x.safetensors", files, "sd1", add_average)
+    load_pipeline(path)
+    with pytest.raises(ValueError, match="1 unexpected: model_ema.diffusion_modelsurprise"):
+        load_pipeline(path, ema=True)
+
+
+def test_everything_that_is_not_used_is_counted_with_its_reason(files, tmp_path):
+    names = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+             "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+             "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+             "posterior_log_variance_clipped", "posterior_mean_coef1"]  # fmt: skip
+    more = [VAE + "loss.logvar", "safety_checker.concept_embeds", TEXT + "logit_scale"]
+
+    def add(tensors):
+        return tensors | {name: torch.ones(1) for name in names + more}
+
+    report = load_pipeline(changed(tmp_path / "x.safetensors", files, "sd1", add)).report
+    total = sum(len(part) for part in RECORDED["sd1"]["shapes"].values())
+    assert report.used == total - 1  # the numbers of positions, which are in every file of SD 1
+    assert sorted(report.ignored.values()) == [1, 1, 1, 1, len(names)]
+    assert f"{len(names)} ignored: the noise schedule" in str(report)
+
+
+def test_the_prediction_type_of_sd2_is_assumed_and_said_so(files):
+    plain = load_pipeline(files["sd2"])
+    assert plain.diffusion.prediction_type == "v_prediction" and plain.sampling.image_size == 768
+    assert "2-base needs prediction_type='epsilon'" in str(plain.report)
+    chosen = load_pipeline(files["sd2"], prediction_type="epsilon")
+    assert chosen.diffusion.prediction_type == "epsilon" and chosen.sampling.image_size == 512
+    assert not chosen.report.notes
+
+
+def test_sd1_predicts_noise_and_draws_a_picture(files):
+    pipeline = load_pipeline(files["sd1"])
+    assert pipeline.diffusion.prediction_type == "epsilon" and pipeline.report.notes == ()
+    assert (pipeline.sampling.num_frames, pipeline.sampling.image_size) == (1, 512)
+
+
+# The text
+
+
+def test_without_a_tokenizer_only_reading_a_text_is_refused(files):
+    pipeline = load_pipeline(files["sd1"])
+    assert pipeline.tokenizer is None
+    with pytest.raises(ValueError, match=r"no tokenizer .*--merges PATH.* in tokenizer/"):
+        pipeline.encode_text(["a red circle"])
+
+
+@pytest.mark.parametrize("family, padding", [("sd1", 533), ("sd2", 0)])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_the_family_says_how_a_text_is_padded(files, family, padding, as_folder):
+    """The folder is padded with the end token, as of SD 1."""
+    merges = files["merges"].parent if as_folder else files["merges"]
+    ids = load_pipeline(files[family], merges=merges).tokenizer(["a red circle"])
+    assert ids.shape == (1, 12) and ids[0, 0] == 532 and ids[0, -1] == padding and 533 in ids
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(files, tmp_path):
+    CLIPTokenizer.train(["a red circle"], 3).save(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has 517 tokens, the text encoder 534"):
+        load_pipeline(files["sd1"], merges=tmp_path)
+    with pytest.raises(ValueError, match="merges.txt: needs 20 merges, got 3"):
+        load_pipeline(files["sd1"], merges=tmp_path / "merges.txt")
+
+
+# What is refused
+
+
+def rename(pattern, new):
+    return lambda tensors: {re.sub(pattern, new, name): t for name, t in tensors.items()}
+
+
+def add(name, *shape):
+    return lambda tensors: tensors | {name: torch.zeros(shape)}
+
+
+def only(prefix, new=""):
+    return lambda tensors: {
+        new + name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+    }
+
+
+def input_channels(count):
+    return add(UNET + "input_blocks.0.0.weight", 32, count, 3, 3)
+
+
+@pytest.mark.parametrize("change, message", [
+    (rename(TEXT, "conditioner.embedders.0."), "holds Stable Diffusion XL"),
+    (input_channels(9), "an inpainting model: its U-Net takes 9 channels"),
+    (input_channels(8), "InstructPix2Pix"), (input_channels(5), "a depth model"),
+    (input_channels(7), "an upscaler"), (input_channels(6), "another model: .* takes 6 channels"),
+    (lambda _: {"lora_unet_mid.lora_up.weight": torch.zeros(2, 2)}, "holds a LoRA"),
+    (lambda _: {"unet.a.to_q.lora_A.weight": torch.zeros(2, 2)}, "holds a LoRA"),
+    (lambda _: {"a.to_q_lora.down.weight": torch.zeros(2, 2)}, "holds a LoRA"),
+    (add("control_model.zero_convs.0.0.weight", 1), "holds a ControlNet"),
+    (add(UNET + "joint_blocks.0.x", 1), "holds Stable Diffusion 3"),
+    (lambda _: {"double_blocks.0.img_attn.norm": torch.zeros(2)}, "holds Flux"),
+    (lambda _: {"a.motion_modules.0.x": torch.zeros(2)}, "holds AnimateDiff"),
+    (lambda _: {"emb_params": torch.zeros(2, 64)}, "holds a textual inversion"),
+    (lambda _: {"<a-cat>": torch.zeros(64)}, "holds one tensor, '<a-cat>': a textual inversion"),
+    (only(UNET), "holds a U-Net alone"), (only(VAE), "holds an autoencoder alone"),
+    (only(TEXT + "transformer."), "holds a text encoder alone"),
+    (only(UNET, UNET), r"has no autoencoder and no text encoder \(first_stage_model\., cond_"),
+    (lambda tensors: only(UNET, UNET)(tensors) | only(VAE, VAE)(tensors), "has no text encoder"),
+    (lambda _: {"x.y": torch.zeros(1), "x.z": torch.zeros(1)}, "no Stable Diffusion; its 2 tens"),
+    (add(UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 64, 64),
+     "reads texts of width 64, its text encoder writes 128"),
+    (lambda tensors: {k: v for k, v in tensors.items() if k != UNET + "out.2.weight"},
+     "no tensor that ends in 'out.2.weight'"),
+    (add("surprise", 1), r"is no whole Stable Diffusion \(1 unexpected: surprise\)"),
+    (add(UNET + "out.2.bias", 5), r"\(1 of another shape: model.diffusion_model.out.2.bias\)"),
+    (lambda tensors: {k: v for k, v in tensors.items() if "attn_1" not in k or "encoder" in k},
+     r"\(10 missing: (first_stage_model.decoder.mid.attn_1.\w+.\w+(, |\))){5}"),
+])  # fmt: skip
+def test_another_file_is_refused_by_name(files, tmp_path, change, message):
+    path = changed(tmp_path / "file.safetensors", files, "sd1", change)
+    with pytest.raises(ValueError, match="file.safetensors: .*" + message):
+        load_pipeline(path)
+
+
+@pytest.mark.parametrize("name, shape", [
+    (UNET + "input_blocks.1.0.in_layers.2.weight", (96, 64, 3, 3)),
+    (TEXT + "model.token_embedding.weight", (534, 96)),
+])  # fmt: skip
+def test_heads_that_would_not_be_64_wide_are_refused(files, tmp_path, name, shape):
+    path = changed(tmp_path / "x.safetensors", files, "sd2", add(name, *shape))
+    with pytest.raises(ValueError, match="heads are 64 wide in this form, which does not divide"):
+        load_pipeline(path)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (385,)])
+def test_queries_keys_and_values_that_are_no_three_thirds_are_refused(files, tmp_path, shape):
+    name = TEXT + "model.transformer.resblocks.1.attn.in_proj_bias"
+    path = changed(tmp_path / "x.safetensors", files, "sd2", add(name, *shape))
+    with pytest.raises(ValueError, match=f"1 of another shape: {name}"):
+        load_pipeline(path)
+
+
+def test_a_file_without_ema_weights_is_refused_when_they_are_asked_for(files, tmp_path):
+    """Files that were stripped of them still hold their counters."""
+    path = changed(tmp_path / "x.safetensors", files, "sd1", add("model_ema.decay", 1))
+    with pytest.raises(ValueError, match="holds no EMA weights"):
+        load_pipeline(path, ema=True)
