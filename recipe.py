@@ -28,6 +28,9 @@ class TrainOptions:
     preset: str = option("tiny", "size of the model and defaults of all other options",
                          choices=("tiny", "small", "sd1", "sd2"))  # fmt: skip
     seed: int = option(0, "seed of weights, data and noise")
+    init: str | None = option(None, "start from a trained image model: a single file of Stable "
+                              "Diffusion, a diffusers folder or another run")  # fmt: skip
+    merges: str | None = option(None, "the tokenizer's merges file, where --init PATH has none")
     data: str = option("shapes", "`shapes` for MovingShapes, or a folder of captioned clips")
     num_frames: int = option(8, "frames of a training clip")
     image_size: int = option(32, "height and width of a frame, in pixels")
@@ -54,7 +57,7 @@ class TrainOptions:
     shift_before: str = option("both", "convolutions of a block that see shifted channels",
                                choices=("conv1", "conv2", "both"))  # fmt: skip
     # diffusion
-    prediction_type: str = option("v_prediction", "what the U-Net predicts",
+    prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
                                   choices=("epsilon", "v_prediction"))  # fmt: skip
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
     snr_divisor: float = option(
@@ -98,6 +101,8 @@ class TrainOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} needs to lie in [0, 1], "
                                  f"got {getattr(self, name)}")  # fmt: skip
+        if self.init is not None:  # shapes and schedule are those of that model
+            return
         # What a later stage or sampling would refuse is refused now, and not hours later.
         factor = self.vae().downscale * 2 ** (len(self.unet().block_out_channels) - 1)
         if self.image_size % factor:
@@ -195,7 +200,9 @@ def merge_options(path, given):
     if not (Path(path) / "train.json").exists():
         if Path(path).exists() and any(Path(path).iterdir()):
             raise ValueError(f"{path}: is not empty and no run; choose a new folder")
-        base = RECIPES[given.get("preset", "tiny")]
+        base = RECIPES[given.get("preset", "sd1" if "init" in given else "tiny")]
+        if "init" in given:  # None: as that model has it
+            base = dataclasses.replace(base, init=given["init"], prediction_type=None)
         return dataclasses.replace(base, **given), []
     stored, finished = read_record(path)
     begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]

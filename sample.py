@@ -1,6 +1,7 @@
-"""Draw clips and pictures from text with a trained model.
+"""Draw clips and pictures from text with a trained model, or with Stable Diffusion.
 
     python sample.py runs/demo "a red circle moving left"
+    python sample.py v1-5-pruned.safetensors "a red fox in snow" --merges bpe_simple_vocab.txt.gz
     python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format webp
     python sample.py runs/demo "a red square moving up" "a red circle moving up" --output both.gif
     python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
@@ -13,6 +14,7 @@ them in a grid: .gif, .webp, .mp4 (with ffmpeg), or .png, one row per clip.
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from cli import add_flags, choose_device, given_flags, run_main
 from pictures import WRITERS, contact_sheet, require_writer, side_by_side, write_clip
 from pipeline import Sampling
-from weights import load_pipeline
+from weights import add_checkpoint_flags, load_pipeline
 
 
 def read_prompts(path):
@@ -90,12 +92,15 @@ def write_samples(clips, prompts, output, suffix, sampling):
 def main():
     parser = argparse.ArgumentParser(
         description="Draw clips from text.", allow_abbrev=False,
-        epilog="Defaults of the drawing are the run's own (sampling.json) where it has them.",
+        epilog="Defaults of the drawing are the run's own (sampling.json); other "
+        "models draw a picture (one frame) of the size that they were trained on.",
     )  # fmt: skip
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
+    parser.add_argument("path", type=Path, metavar="PATH",
+                        help="a run, a diffusers folder or a single file")  # fmt: skip
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     parser.add_argument("--prompts-file", type=Path, help="a text file with a prompt on each line")
-    parser.add_argument("--output", type=Path, help="file or folder (default: RUN/samples)")
+    parser.add_argument("--output", type=Path,
+                        help="file or folder (default: samples, of a run its own)")  # fmt: skip
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="of files in a folder (default: gif; png for one frame)")  # fmt: skip
     parser.add_argument("--zoom", type=int, default=1, help="enlarge pixels so often (default: 1)")
@@ -103,6 +108,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     add_flags(parser, Sampling())
+    add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args()
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
@@ -110,9 +116,14 @@ def main():
     if min(args.batch_size, args.zoom) < 1 or args.seed < 0:
         raise ValueError("--batch-size and --zoom need >= 1, --seed needs >= 0, got "
                          f"{args.batch_size}, {args.zoom}, {args.seed}")  # fmt: skip
-    pipeline = load_pipeline(args.run).to(choose_device(args.device))
+    device = choose_device(args.device)
+    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
+    for note in pipeline.report.notes:
+        print(note, file=sys.stderr)
+    pipeline.to(device)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
-    output = args.output or args.run / "samples"
+    is_run = (args.path / "train.json").exists()
+    output = args.output or (args.path / "samples" if is_run else Path("samples"))
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
     one_file = output.suffix and not output.is_dir()
     if one_file and args.format not in (None, output.suffix[1:].lower()):

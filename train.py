@@ -7,6 +7,8 @@
 
     python train.py runs/mine --data shapes                 all three, or what is still missing
     python train.py runs/mine --data my_clips --resume      go on after a stop
+    python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
+                                                            stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
 
 The run's folder is a model in the diffusers layout (weights.py), which sample.py and evaluate.py
@@ -17,6 +19,7 @@ clip) and, in mid-stage, training_state.pt.
 import argparse
 import dataclasses
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 import text
 import vae
+import weights
 from cli import add_flags, choose_device, given_flags, run_main
 from data import ClipFolder, MovingShapes, random_window
 from diffusion import randn
@@ -35,9 +39,10 @@ from pictures import contact_sheet, side_by_side, write_clip
 from pipeline import Pipeline
 from recipe import RECIPES, STAGES, merge_options, stages_to_run
 from trainer import Plan, Trainer, processes, start_processes, step_generator
-from weights import load_text, load_unet, load_vae, save_schedule, save_text, save_unet, save_vae
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small clip set become one token each
+PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which comes on top of training's memory
+TEXTS = 64  # captions that are encoded at once
 
 
 class Run:
@@ -151,7 +156,7 @@ def train_vae(run, clips):
     run.fit("vae", ReconstructionLoss(autoencoder, options), make_batch, preview)
     vae.standardise(autoencoder, torch.cat(encode_clips(run, autoencoder, clips)).to(run.device))
     if run.main:
-        save_vae(run.path / "vae", autoencoder)
+        weights.save_vae(run.path / "vae", autoencoder)
     run.finish("vae")
 
 
@@ -161,12 +166,12 @@ def encode_clips(run, autoencoder, clips):
     return [vae.encode_clip(autoencoder, clip.to(run.device)).cpu() for clip in bar]
 
 
-def denoising_batches(run, stage, latents, captions, texts):
+def denoising_batches(run, stage, latents, captions, texts, num_timesteps):
     """make_batch for the U-Net: (latents, noise, timesteps, context) of random clips or frames.
 
     texts[caption] is what the loss wants of a caption; texts[""] stands in for one that is dropped.
     """
-    options, num_timesteps = run.options, run.options.diffusion().num_train_timesteps
+    options = run.options
 
     def make_batch(step, micro):
         generator = step_generator(options.seed, stage, step, micro)
@@ -192,16 +197,44 @@ def denoising_batches(run, stage, latents, captions, texts):
     return make_batch
 
 
+def adopt(run):
+    """Stages one and two of somebody else: a trained model becomes the run's own, whole."""
+    options = run.options
+    if run.main:
+        pipeline = weights.load_pipeline(
+            options.init, options.temporal, options.merges, options.prediction_type
+        )
+        for note in pipeline.report.notes:
+            print(note, file=sys.stderr)
+        pipeline.encode_text([""])  # without a tokenizer, say so now
+        unet, factor = pipeline.unet, pipeline.vae.config.downscale
+        factor *= 2 ** (len(unet.config.block_out_channels) - 1)
+        if options.image_size % factor:
+            raise ValueError(f"--image-size needs a multiple of {factor}, "
+                             f"got {options.image_size}")  # fmt: skip
+        unet.config = dataclasses.replace(unet.config, shift_before=options.shift_before)
+        weights.save_unet(run.path / "image_unet", unet)
+        weights.save_pipeline(pipeline, run.path)
+    run.finished = ["vae"]
+    run.finish("image")
+
+
 def preview_samples(run, stage, pipeline, captions):
     """on_preview for the U-Net: a few captions drawn with the average's weights."""
     prompts = list(dict.fromkeys(captions))
     prompts = prompts[:: max(1, len(prompts) // 9)][:9]
+    sampling = pipeline.sampling
+    at_once = max(1, PREVIEW_PIXELS // (sampling.num_frames * sampling.image_size**2))
 
     def preview(step):
-        *_, latents = pipeline.sample(prompts, range(len(prompts)))
+        clips = []
+        for start in range(0, len(prompts), at_once):
+            batch = prompts[start : start + at_once]
+            *_, latents = pipeline.sample(batch, range(start, start + len(batch)))
+            clips.append(pipeline.decode(latents))
         suffix = ".png" if stage == "image" else ".gif"
         path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
-        clip = side_by_side(pipeline.decode(latents))
+        clip = side_by_side(torch.cat(clips))
         write_clip(path, clip, pipeline.sampling.frames_per_second)
 
     return preview
@@ -222,34 +255,39 @@ def new_text_model(options, captions):
 def train_unet(run, stage, clips, captions):
     """Stage two, image: the U-Net and the text encoder. Stage three, video: the U-Net alone."""
     options = run.options
-    autoencoder = load_vae(run.path / "vae").to(run.device)
+    autoencoder = weights.load_vae(run.path / "vae").to(run.device)
     autoencoder.to(memory_format=torch.channels_last)
     latents = encode_clips(run, autoencoder, clips)
     if stage == "image":
         encoder, tokenizer = new_text_model(options, captions)
-        unet = UNet(options.unet())
+        unet, diffusion = UNet(options.unet()), options.diffusion()
     else:
-        encoder, tokenizer = load_text(run.path)
-        unet = load_unet(run.path / "image_unet", options.temporal)
+        encoder, tokenizer = weights.load_text(run.path)
+        unet = weights.load_unet(run.path / "image_unet", options.temporal)
+        diffusion, _ = weights.load_schedule(run.path)
     encoder.to(run.device)
     unet.to(run.device, memory_format=torch.channels_last)
     unet.gradient_checkpointing = options.gradient_checkpointing
     sampling = options.sampling(1 if stage == "image" else options.num_frames)
-    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, options.diffusion(), sampling)
+    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
     unique = ["", *dict.fromkeys(captions)]
-    texts = tokenizer(unique) if stage == "image" else pipeline.encode_text(unique).cpu()
+    texts = tokenizer(unique)
+    if stage == "video":
+        parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
+        texts = torch.cat([pipeline.encode_text(part).cpu() for part in parts])
     batches = denoising_batches(
-        run, stage, latents, captions, dict(zip(unique, texts, strict=True))
-    )
+        run, stage, latents, captions, dict(zip(unique, texts, strict=True)),
+        diffusion.num_train_timesteps,
+    )  # fmt: skip
     learnt = encoder if stage == "image" else None
     objective = DenoisingLoss(unet, pipeline.diffusion, learnt, options.text_rate)
     run.fit(stage, objective, batches, preview_samples(run, stage, pipeline, captions))
     if run.main:
         if stage == "image":
-            save_text(run.path, encoder, tokenizer)
-            save_unet(run.path / "image_unet", unet)
-        save_schedule(run.path, pipeline.diffusion, sampling)
-        save_unet(run.path / "unet", unet)
+            weights.save_text(run.path, encoder, tokenizer)
+            weights.save_unet(run.path / "image_unet", unet)
+        weights.save_schedule(run.path, pipeline.diffusion, sampling)
+        weights.save_unet(run.path / "unet", unet)
     run.finish(stage)
 
 
@@ -264,7 +302,8 @@ def main():
     add_flags(parser, RECIPES["tiny"])
     args = parser.parse_args()
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
-    stages = stages_to_run(args.run, args.stage, finished)
+    adopting = options.init is not None and "image" not in finished
+    stages = stages_to_run(args.run, args.stage, ["vae", "image"] if adopting else finished)
     if not stages:
         print(f"{args.run}: all stages are finished")
         return
@@ -272,6 +311,8 @@ def main():
     torch.manual_seed(options.seed)
     clips, captions = open_data(options)
     run = Run(args.run, options, finished, args.resume)
+    if adopting:
+        adopt(run)
     for stage in stages:
         torch.manual_seed(options.seed)
         if stage == "vae":

@@ -72,13 +72,19 @@ class Average:
 
     @contextmanager
     def swapped(self):
-        """Inside, the parameters have the average's values."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
-        self.copy(self.values)
+        """Inside, the parameters have the average's values, and it has theirs."""
+        self._swap()
         try:
             yield
         finally:
-            self.copy(kept)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):  # one by one, for a second copy of all might not fit
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
 
     @torch.no_grad()
     def copy(self, values):

@@ -287,16 +287,21 @@ def describe(pipeline):
     return "\n".join(f"{name:13}{line}" for name, line in lines.items())
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Say what a checkpoint is, and convert it.", allow_abbrev=False
-    )
-    parser.add_argument("path", type=Path, metavar="PATH", help="a single file, or a folder")
+def add_checkpoint_flags(parser):
+    """The flags for what a checkpoint may not say, as load_pipeline's arguments are called."""
     parser.add_argument("--merges", type=Path,
                         help="a merges file (plain or .gz) or a tokenizer folder")  # fmt: skip
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
                         help="what the U-Net predicts, where the file does not say")  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the average of the U-Net's weights")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Say what a checkpoint is, and convert it.", allow_abbrev=False
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="a single file, or a folder")
+    add_checkpoint_flags(parser)
     parser.add_argument("--convert", type=Path, metavar="FOLDER",
                         help="write it in the layout of diffusers")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")

@@ -25,7 +25,7 @@ LATENTS = [torch.arange(9.0)[:, None, None, None].expand(9, 4, 2, 2) + 100 * i f
 
 
 def batches(stage, **options):
-    return train.denoising_batches(fake_run(**options), stage, LATENTS, CAPTIONS, TEXTS)
+    return train.denoising_batches(fake_run(**options), stage, LATENTS, CAPTIONS, TEXTS, 1000)
 
 
 def test_a_batch_has_successive_frames_and_their_caption():
