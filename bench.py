@@ -1,7 +1,9 @@
 """What does it cost? Medians of interleaved repetitions, as tables for the README.
 
     python bench.py                 everything, on the GPU if there is one, else on the CPU
-    python bench.py --only tiny     one of: shift, tiny, sd1
+    python bench.py --only tiny     one of: shift, tiny, sd1, diffusers
+
+The last needs the diffusers and transformers libraries, which are no requirement (reference.py).
 
 Two things that are compared take turns, A B A B ..., and the ratio is taken turn by turn: so a
 machine that slows down slows both. Each part runs in a process of its own, whose peak memory it
@@ -10,22 +12,23 @@ reports. Single times say little on a shared machine; the ratios are what to loo
 
 import argparse
 import dataclasses
+import importlib.util
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from cli import choose_device, run_main
-from layers import Attention
 from model import PRESETS, UNet
 from shift import temporal_shift
 
-PARTS = ("shift", "tiny", "sd1")
+PARTS = ("shift", "tiny", "sd1", "diffusers")
 SHAPES = {  # b, t, c, h, w of a U-Net's first level, where the shift moves most
     "tiny": (8, 8, 32, 8, 8),
     "sd1": (1, 16, 320, 32, 32),
@@ -89,54 +92,20 @@ def bench_shift(device, repetitions):
             print_row(f"{name}, {str(layout).removeprefix('torch.')}", *cells)
 
 
-class RepeatedText(Attention):
-    """Cross-attention as it is often written: the text is repeated, projected for every frame."""
-
-    def forward(self, x, context=None):
-        t = NUM_FRAMES
-        x = x.unflatten(1, (t, -1)).flatten(0, 1)  # b (t h w) c -> (b t) (h w) c
-        context = context.repeat_interleave(t, dim=0)
-        return super().forward(x, context).unflatten(0, (-1, t)).flatten(1, 2)
-
-
-NUM_FRAMES = 8
-
-
-def build(preset, temporal, device, repeated=False):
-    """A U-Net with random weights; `repeated` projects the text once per frame."""
-    torch.manual_seed(0)
-    unet = UNet(dataclasses.replace(PRESETS[preset], temporal=temporal))
-    unet.to(device, memory_format=torch.channels_last)
-    if repeated:
-        for name, module in unet.named_modules():
-            if name.endswith("attn2"):
-                module.__class__ = RepeatedText
-    return unet
-
-
 def bench_unet(preset, device, repetitions):
-    """A training step's forward and backward: with the shift, without, and with text per frame."""
-    global NUM_FRAMES
+    """A training step's forward and backward, with the shift and without."""
     b, t, _, h, w = SHAPES[preset]
-    NUM_FRAMES = t
     config = PRESETS[preset]
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(b, t, 4, h, w, generator=generator).to(device)
     context = torch.randn(b, 16 if preset == "tiny" else 77, config.cross_attention_dim,
                           generator=generator).to(device)  # fmt: skip
     timesteps = torch.full((b,), 500, device=device)
-    # One set of weights: the three differ in how they are used.
-    shifted = build(preset, "shift", device)
-    weights = shifted.state_dict()
-    networks = {"shift": shifted}
-    for name, temporal, repeated in (("none", "none", False), ("repeated", "shift", True)):
-        with torch.device("meta"):
-            network = UNet(dataclasses.replace(config, temporal=temporal))
-        network.load_state_dict(weights, assign=True)
-        networks[name] = network
-        for module_name, module in network.named_modules():
-            if repeated and module_name.endswith("attn2"):
-                module.__class__ = RepeatedText
+    torch.manual_seed(0)
+    shifted = UNet(config).to(device, memory_format=torch.channels_last)
+    with torch.device("meta"):
+        apart = UNet(dataclasses.replace(config, temporal="none"))
+    apart.load_state_dict(shifted.state_dict(), assign=True)  # the same weights in the same memory
 
     def step(unet):
         unet.gradient_checkpointing = preset != "tiny"
@@ -145,7 +114,8 @@ def bench_unet(preset, device, repetitions):
         loss.backward()
         unet.zero_grad()
 
-    seconds = measure({n: (lambda u=u: step(u)) for n, u in networks.items()}, repetitions, device)
+    functions = {"shift": lambda: step(shifted), "none": lambda: step(apart)}
+    seconds = measure(functions, repetitions, device)
     median = statistics.median(seconds["shift"])
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -154,18 +124,24 @@ def bench_unet(preset, device, repetitions):
     print_row(f"{preset}: {b} x {t} frames of {h}x{w} latents, forward and backward", "")
     print_row("---", "---")
     print_row("with the shift over without", ratio(seconds, "shift", "none"))
-    print_row("text once per clip over once per frame", ratio(seconds, "shift", "repeated"))
     print_row("seconds, median", f"{median:.3f}")
     print_row("frames per second", f"{b * t / median:.2f}")
     print_row("peak memory, GiB", f"{peak:.2f}")
 
 
+def bench_diffusers(arguments):
+    """Everything of reference.py, each job in a process of its own; returns its exit status."""
+    if importlib.util.find_spec("diffusers") is None:
+        print("beside diffusers: not measured, diffusers and transformers are not installed")
+        return 0
+    script = Path(__file__).with_name("reference.py")
+    return subprocess.call([sys.executable, script, *arguments])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure the cost of things.", allow_abbrev=False)
     parser.add_argument("--only", choices=PARTS, help="run one part, in this process")
-    parser.add_argument(
-        "--repetitions", type=int, help="turns (default: 31, 15 and 3 of the parts)"
-    )
+    parser.add_argument("--repetitions", type=int, help="turns (default: as each part deserves)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     args = parser.parse_args()
     if args.repetitions is not None and args.repetitions < 1:
@@ -174,6 +150,9 @@ def main():
     torch.set_flush_denormal(True)
     if args.only == "shift":
         bench_shift(device, args.repetitions or 31)
+    elif args.only == "diffusers":
+        turns = ["--repetitions", str(args.repetitions)] if args.repetitions else []
+        sys.exit(bench_diffusers(["--device", args.device, *turns]))
     elif args.only:
         default = 3 if args.only == "sd1" and device.type == "cpu" else 15
         bench_unet(args.only, device, args.repetitions or default)
