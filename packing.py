@@ -38,12 +38,17 @@ class PackedConv2d(nn.Module):
         return total
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = torch.cat([part.to_dense() for part in self.packed], dim=1)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def pack(network):
-    """Replace the wide convolutions of a network on the CPU; returns the network."""
+    """Replace the wide convolutions of a network on the CPU; returns the network.
+
+    There is no way back: it can be saved, but no more trained or moved to a GPU.
+    """
+    if not torch.backends.mkldnn.is_available():  # a PyTorch built without oneDNN
+        return network
     for module in list(network.modules()):
         for name, child in module.named_children():
             # A 1x1 convolution is a matrix product already, and packed it takes a slow path.

@@ -57,7 +57,7 @@ class Pipeline:
     report: object = None  # of a loaded one: what became of the file's tensors (convert.Report)
 
     def to(self, device):
-        """Move the networks to a device, and set them up for sampling there."""
+        """Move the networks to a device, and set them up for sampling there, for good."""
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device).eval().requires_grad_(False)
         for network in (self.unet, self.vae):

@@ -1,16 +1,11 @@
-"""Containers of weights: honest ones of every form, and ones that lie or want to run a program."""
+"""Containers of weights: honest ones of every form, and ones that lie."""
 
-import contextlib
 import json
 import os
-import pickle
 import struct
 import sys
-import types
 import zipfile
-from collections import OrderedDict, defaultdict
 
-import numpy as np
 import pytest
 import torch
 
@@ -112,171 +107,6 @@ def test_writing_into_a_read_tensor_leaves_the_file_alone(tmp_path):
     path = save(tmp_path / "x.ckpt")
     read_checkpoint(path)["a"].zero_()
     assert holds_weights(path)
-
-
-# What Lightning leaves in a checkpoint
-
-
-@contextlib.contextmanager
-def named(full_name, base=object):
-    """A new class that pickle writes under any name, without the library that has it."""
-    module, _, name = full_name.rpartition(".")
-    parts = module.split(".")
-    with pytest.MonkeyPatch.context() as patch:
-        for prefix in (".".join(parts[: end + 1]) for end in range(len(parts))):
-            if prefix not in sys.modules:
-                patch.setitem(sys.modules, prefix, types.ModuleType(prefix))
-        cls = type(name, (base,), {"__module__": module})
-        patch.setattr(sys.modules[module], name, cls, raising=False)
-        yield cls
-
-
-MODEL_CHECKPOINT = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-
-
-def test_reads_what_lightning_1_4_wrote(tmp_path):
-    with named(MODEL_CHECKPOINT) as cls:
-        state = {"monitor": "val/loss", "best_model_score": np.float64(0.25), "best": tmp_path}
-        whole = {
-            "state_dict": OrderedDict(WEIGHTS), "callbacks": {cls: state}, "global_step": 470000,
-            "optimizer_states": [{"exp_avg": A}], "scores": np.ones(3),
-            "by_name": defaultdict(dict),
-        }  # fmt: skip
-        whole["by_name"]["x"]["y"] = 1
-        save(tmp_path / "x.ckpt", whole)
-    assert MODEL_CHECKPOINT.rpartition(".")[0] not in sys.modules
-    assert holds_weights(tmp_path / "x.ckpt")
-
-
-def test_reads_a_configuration_beside_the_weights(tmp_path):
-    with (
-        named("omegaconf.dictconfig.DictConfig") as config,
-        named("omegaconf.nodes.AnyNode") as node,
-        named("pytorch_lightning.utilities.parsing.AttributeDict", dict) as attributes,
-    ):
-        value, leaf = config(), node()
-        leaf.__dict__ |= {"_val": 7, "_type": int}
-        value.__dict__ |= {"_content": {"width": leaf}, "_parent": value}
-        save(tmp_path / "x.ckpt", {**WEIGHTS, "config": value, "hparams": attributes(lr=1e-4)})
-    assert holds_weights(tmp_path / "x.ckpt")
-
-
-def test_a_stub_does_not_outlive_the_reading(tmp_path):
-    with named(MODEL_CHECKPOINT) as cls:
-        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "callbacks": {cls: 1}})
-    read_checkpoint(path)
-    with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
-        torch.load(path, weights_only=True)
-
-
-# Pickles that want to run a program. Each would make the file that `made` names.
-
-
-class Call:
-    """Pickled as a call of a function, which happens when somebody opens the pickle."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-made = None  # set by the fixture, so that the functions below are found by their name
-
-
-def make_file(*_):
-    made.touch()
-
-
-@pytest.fixture
-def trap(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "made", tmp_path / "made")
-    return tmp_path / "made"
-
-
-HOSTILE = {
-    "os.system": (lambda p: Call(os.system, f"touch {p}"), "system"),
-    "exec": (lambda p: Call(exec, f"open({str(p)!r}, 'w').close()"), "exec"),
-    "eval": (lambda p: Call(eval, f"open({str(p)!r}, 'w').close()"), "eval"),
-    "open": (lambda p: Call(open, str(p), "w"), "open"),
-    "getattr": (lambda p: Call(getattr, p, "touch"), "getattr"),
-    "a function of the program": (lambda p: Call(make_file), "make_file"),
-    "pathlib": (lambda p: Call(type(p).touch, p), "getattr|touch"),
-    "torch.load": (lambda p: Call(torch.load, str(p)), r"torch.serialization.load"),
-    "in a tensor's rebuilding": (
-        lambda p: Call(torch._tensor._rebuild_from_type_v2, make_file, int, (), {}), "make_file"),
-    "in a parameter's hooks": (
-        lambda p: Call(torch._utils._rebuild_parameter, A, True, Call(make_file)), "make_file"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_hostile_pickle_is_refused_by_name_and_never_run(tmp_path, trap, kind, legacy):
-    make, name = HOSTILE[kind]
-    value = {"state_dict": {**WEIGHTS, "z": make(trap)}}
-    torch.save(value, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=rf"x.ckpt: refuses to load [\w.]*({name}):"):
-        read_checkpoint(tmp_path / "x.ckpt")
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["os.system", "exec", "eval", "open", "a function of the program", "in a tensor's rebuilding"],
-)
-def test_the_traps_do_work_where_pickles_are_trusted(tmp_path, trap, kind):
-    path = save(tmp_path / "x.ckpt", {"z": HOSTILE[kind][0](trap)})
-    with contextlib.suppress(AttributeError):  # what was called makes no tensor
-        torch.load(path, weights_only=False)
-    assert trap.exists()
-
-
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_bare_hostile_pickle_is_never_run(tmp_path, trap, protocol):
-    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": Call(make_file)}, protocol))
-    with pytest.raises(ValueError, match="x.ckpt"):
-        read_checkpoint(tmp_path / "x.ckpt")
-    assert not trap.exists()
-
-
-def test_a_stub_called_with_anything_does_nothing(tmp_path, trap):
-    with named(MODEL_CHECKPOINT) as cls:
-        value = Call(cls, cls, "os.system", [make_file.__name__])
-        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "z": value})
-    assert holds_weights(path)
-
-
-def opcodes(tmp_path, *code):
-    """A legacy torch file whose object is made by handwritten opcodes."""
-    start = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    (tmp_path / "x.pt").write_bytes(b"".join([*start, b"\x80\x02", *code]))
-    return tmp_path / "x.pt"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"cargparse\nNamespace\n)R)R.",  # calls an instance
-        b"cargparse\nNamespace\n}U\x06systemcposix\nsystem\nsb.",  # gives the class a method
-        b"cargparse\nNamespace.__init__.__globals__\n.",  # reaches through it
-        b"ccheckpoint\nload_safetensors\n.",
-        b"cbuiltins\n__import__\n.",
-        b"c__builtin__\neval\nU\x01x\x85R.",  # Python 2's name
-        b"(S'touch made'\nios\nsystem\n.",  # INST
-    ],
-)
-def test_handwritten_opcodes_get_nowhere(tmp_path, code):
-    with pytest.raises(ValueError, match=r"x.pt: (refuses to load|torch cannot read it)"):
-        read_checkpoint(opcodes(tmp_path, code))
-
-
-def test_an_attribute_of_a_tensor_does_not_replace_its_methods(tmp_path):
-    weights = {"a": A.clone(), "b": B}
-    weights["a"].detach = weights["a"].layout_ = OrderedDict
-    assert holds_weights(save(tmp_path / "x.ckpt", weights))
 
 
 # Files that are none

@@ -71,21 +71,21 @@ def test_drawing_does_not_touch_the_global_random_state(pipeline):
 
 
 def rows_of(pipeline, monkeypatch, **options):
-    """The number of clips in each call of the U-Net while one clip is drawn."""
+    """(clips, texts) in each call of the U-Net while one clip is drawn."""
     rows, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: (
-        rows.append(len(x)) or forward(self, x, *rest)
+    monkeypatch.setattr(UNet, "forward", lambda self, x, timesteps, text: (
+        rows.append((len(x), len(text.last_token))) or forward(self, x, timesteps, text)
     ))  # fmt: skip
     draw(pipeline, PROMPTS[:1], num_steps=3, **options)
     return rows
 
 
-def test_without_guidance_the_network_sees_a_clip_once_a_step(pipeline, monkeypatch):
-    assert rows_of(pipeline, monkeypatch, guidance_scale=1.0) == [1, 1, 1]
+def test_without_guidance_the_network_sees_a_clip_with_its_text_once_a_step(pipeline, monkeypatch):
+    assert rows_of(pipeline, monkeypatch, guidance_scale=1.0) == [(1, 1)] * 3
 
 
-def test_with_guidance_the_network_sees_it_with_and_without_text(pipeline, monkeypatch):
-    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [2, 2, 2]
+def test_with_guidance_the_network_sees_it_with_two_texts(pipeline, monkeypatch):
+    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [(1, 2)] * 3
 
 
 def test_one_guided_step_equals_the_formula(pipeline):

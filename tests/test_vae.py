@@ -123,6 +123,17 @@ def test_a_chunk_has_as_many_frames_as_fit(monkeypatch, network, pixels, sizes):
     assert seen == sizes + sizes
 
 
+@pytest.mark.parametrize("size, sizes", [(128, [5]), (256, [4, 1]), (512, [1] * 5)])
+def test_a_chunk_is_four_frames_of_256_pixels_or_as_much_of_another_size(size, sizes):
+    seen = []
+    with torch.device("meta"):
+        network = AutoencoderKL(PRESETS["tiny"])
+        for part in (network.encoder, network.decoder):
+            part.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        network.decode(network.encode(torch.empty(5, 3, size, size)).mean)
+    assert seen == sizes + sizes
+
+
 # The Gaussian
 
 

@@ -1,4 +1,4 @@
-"""A model's folder: what was saved comes back, and what does not fit is refused by name."""
+"""A model's folder: what was saved comes back, under whatever names it was saved."""
 
 import dataclasses
 import shutil
@@ -49,11 +49,6 @@ def change(path, **values):
     """Change a JSON file; None removes a key."""
     new = read_json(path) | values
     write_json(path, {name: value for name, value in new.items() if value is not None})
-
-
-def refuse(folder, message):
-    with pytest.raises(ValueError, match=message):
-        load_pipeline(folder)
 
 
 # What comes back
@@ -178,6 +173,12 @@ def test_a_tokenizer_can_be_given_to_a_folder(folder, tmp_path):
     assert loaded.vocab_size == fresh_pipeline().tokenizer.vocab_size and loaded.pad_id == 0
 
 
+def test_a_model_without_our_settings_draws_a_picture_of_its_size(folder):
+    (folder / "sampling.json").unlink()
+    change(folder / "unet/config.json", sample_size=10)
+    assert load_pipeline(folder).sampling == Sampling(num_frames=1, image_size=40)
+
+
 # The command
 
 
@@ -203,150 +204,3 @@ def test_the_command_writes_over_nothing(saved, tmp_path, is_file):
     target = tmp_path / "precious" if is_file else tmp_path
     with pytest.raises(ValueError, match="--convert .*: exists already; name a new folder"):
         call(weights.main, saved, "--convert", target)
-
-
-# What is refused
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
-def test_a_missing_part_is_named(folder, part):
-    shutil.rmtree(folder / part)
-    refuse(folder, f"model: has no {part}/; train one with")
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    refuse(tmp_path / "nowhere", "nowhere: is no folder with a model")
-
-
-@pytest.mark.parametrize(
-    "file", ["unet/config.json", "vae/config.json", "text_encoder/config.json"]
-)
-def test_a_part_half_written_is_named(folder, file):
-    part, name = file.split("/")
-    (folder / file).unlink()
-    refuse(folder, f"{part}: has no {name}; is the folder half written")
-
-
-@pytest.mark.parametrize("file", [
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json",
-])  # fmt: skip
-def test_a_missing_file_of_the_other_parts_is_named(folder, file):
-    (folder / file).unlink()
-    with pytest.raises(OSError, match=file):
-        load_pipeline(folder)
-
-
-def test_a_part_without_weights_is_named(folder):
-    (folder / "vae" / weights.UNET_WEIGHTS).unlink()
-    refuse(folder, "vae: holds no weights")
-
-
-def test_a_model_without_our_settings_draws_a_picture_of_its_size(folder):
-    (folder / "sampling.json").unlink()
-    change(folder / "unet/config.json", sample_size=10)
-    assert load_pipeline(folder).sampling == Sampling(num_frames=1, image_size=40)
-
-
-def test_ema_weights_are_not_looked_for_in_a_folder(saved):
-    with pytest.raises(ValueError, match="model: a folder holds one set of weights"):
-        load_pipeline(saved, ema=True)
-
-
-def test_an_inpainting_model_is_refused_by_name(folder):
-    unet = dataclasses.replace(fresh_pipeline().unet.config, in_channels=9)
-    weights.save_unet(folder / "unet", model.UNet(unet))
-    refuse(folder, "model: holds an inpainting model: its U-Net takes 9 channels")
-
-
-@pytest.mark.parametrize("file", [
-    "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-    "sampling.json", "tokenizer/vocab.json",
-])  # fmt: skip
-@pytest.mark.parametrize("damage", ["", "{", "[]"], ids=["empty", "cut", "a list"])
-def test_a_file_that_is_no_json_object_is_named(folder, file, damage):
-    (folder / file).write_text(damage)
-    refuse(folder, f"{file}: (not a JSON file|needs a JSON object)")
-
-
-def test_weights_of_another_width_are_refused_by_the_names_of_tensors(folder):
-    change(folder / "unet/config.json", block_out_channels=[48, 64])
-    refuse(folder, r"does not fit its config.json \(\d+ of another shape: class_embedding")
-
-
-def test_weights_that_are_missing_are_named(folder):
-    path = folder / "vae" / weights.UNET_WEIGHTS
-    tensors = load_safetensors(path)
-    del tensors["decoder.conv_in.bias"]
-    save_safetensors(path, tensors)
-    refuse(folder, r"does not fit its config.json \(1 missing: decoder.conv_in.bias\)")
-
-
-def test_weights_too_many_are_named(folder):
-    path = folder / "text_encoder" / weights.TEXT_WEIGHTS
-    save_safetensors(path, load_safetensors(path) | {"text_projection": torch.ones(1)})
-    refuse(folder, r"does not fit its config.json \(1 unexpected: text_projection\)")
-
-
-def test_truncated_weights_are_named(folder):
-    path = folder / "unet" / weights.UNET_WEIGHTS
-    path.write_bytes(path.read_bytes()[:-10])
-    refuse(folder, "unet/.*safetensors: .* does not fit into the file")
-
-
-@pytest.mark.parametrize("part, values, message", [
-    ("unet", {"act_fn": "gelu"}, "act_fn='gelu' is not built here"),
-    ("unet", {"_class_name": "UNet3DConditionModel"}, "_class_name='UNet3DConditionModel'"),
-    ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos=False is not built here"),
-    ("unet", {"mid_block_type": False}, "mid_block_type=False is not built here"),
-    ("unet", {"freq_shift": 1}, "freq_shift=1 is not built here"),
-    ("unet", {"norm_eps": 1e-6}, "norm_eps=1e-06 is not built here"),
-    ("unet", {"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block=.* is not"),
-    ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type='text_time' is not built"),
-    ("unet", {"dual_cross_attention": True}, "dual_cross_attention=True is not built here"),
-    ("unet", {"class_embed_type": "timestep"}, "class_embed_type needs one of"),
-    ("unet", {"projection_class_embeddings_input_dim": 7}, "embeddings_input_dim=7 is not built"),
-    ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "AttnDownBlock2D.* is not"),
-    ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types=.* is not built here"),
-    ("unet", {"attention_head_dim": 5}, "unet/config.json: block_out_channels needs .* heads 5"),
-    ("unet", {"temporal": "attention"}, "temporal needs one of"),
-    ("unet", {"layers_per_block": [1, 2]}, "unet/config.json: "),
-    ("unet", {"block_out_channels": "wide"}, "unet/config.json: "),
-    ("unet", {"in_channels": "four"}, "unet/config.json: describes no network"),
-    ("vae", {"act_fn": "relu"}, "act_fn='relu' is not built here"),
-    ("vae", {"_class_name": "VQModel"}, "_class_name='VQModel' is not built here"),
-    ("vae", {"use_quant_conv": False}, "use_quant_conv=False is not built here"),
-    ("vae", {"shift_factor": 0.06}, "shift_factor=0.06 is not built here"),
-    ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "AttnDownEncoderBlock2D"),
-    ("vae", {"norm_num_groups": 5}, "vae/config.json: block_out_channels needs multiples"),
-    ("text_encoder", {"architectures": ["CLIPTextModelWithProjection"]}, "WithProjection.* is not"),
-    ("text_encoder", {"model_type": "t5"}, "model_type='t5' is not built here"),
-    ("text_encoder", {"hidden_act": "relu"}, "hidden_act needs one of"),
-    ("text_encoder", {"hidden_size": None}, "text_encoder/config.json: .*hidden_size"),
-    ("text_encoder", {"num_attention_heads": 7}, "num_attention_heads needs to divide"),
-    ("text_encoder", {"num_hidden_layers": "two"}, "text_encoder/config.json: "),
-])  # fmt: skip
-def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part, values, message):
-    change(folder / part / "config.json", **values)
-    refuse(folder, message)
-
-
-@pytest.mark.parametrize("values, message", [
-    ({"clip_sample": True}, "clip_sample and thresholding are not built here"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatch.* is not built"),
-    ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule needs one of"),
-    ({"prediction_type": "sample"}, "scheduler_config.json: prediction_type needs one of"),
-    ({"num_train_timesteps": "many"}, "scheduler_config.json: "),
-])  # fmt: skip
-def test_a_schedule_that_is_not_built_here_is_refused_by_name(folder, values, message):
-    change(folder / "scheduler/scheduler_config.json", **values)
-    refuse(folder, message)
-
-
-@pytest.mark.parametrize("values, message", [
-    ({"speed": 3}, "sampling.json: speed=3 is not built here"),
-    ({"num_frames": 0}, "sampling.json: num_frames needs >= 1, got 0"),
-    ({"num_frames": "8"}, "sampling.json: "),
-])  # fmt: skip
-def test_settings_that_are_impossible_are_refused_by_name(folder, values, message):
-    change(folder / "sampling.json", **values)
-    refuse(folder, message)
