@@ -1,12 +1,18 @@
 """Does the model draw what the text says? For MovingShapes that is a number.
 
     python evaluate.py runs/demo --num-prompts 128
+    python evaluate.py runs/demo --num-prompts 512 --fvd
 
 `recognise` reads colour, shape and direction off the pixels of a clip, with thresholds and geometry
 and no network that could share a model's illusions. Half of the prompts are combinations that were
 held out of training. A number is only as good as its instrument, so the table also shows the reader
 on real clips, on real clips that went through the autoencoder (the best that any U-Net could do)
-and on noise. It is saved as RUN/evaluation.json.
+and on noise.
+
+A second table has what needs no text (metrics.py): how steady clips are and what the autoencoder
+loses; with --fvd also FVD-shapes and CLIPSIM-shapes, whose net is trained first, half a minute on
+two cores, and kept. Its real clips are the floor: nothing can be nearer to real clips than other
+real clips are. Both tables are saved as RUN/evaluation.json.
 """
 
 import argparse
@@ -15,12 +21,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from cli import choose_device, run_main
 from files import write_json
+from metrics import (
+    NUM_FEATURES,
+    accuracy,
+    consistency,
+    features_of,
+    frechet_distance,
+    load_feature_net,
+    psnr,
+    real_clips,
+    ssim,
+    text_similarity,
+)
 from recipe import read_record
 from sample import generate
-from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes, caption_of, coverage
+from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, coverage
 from vae import decode_clips, encode_clip
 from weights import load_pipeline
 
@@ -104,58 +123,117 @@ def rates(right, picture=False):
     return result | {"all": round(100 * considered.all(1).mean().item(), 1)}
 
 
-def evaluate_reader(vae, sampling, num_clips, seed):
-    """The reader's own rates: on real clips, on those through the autoencoder, and on noise."""
-    data = MovingShapes(num_clips, sampling.num_frames, sampling.image_size, seed, SEEN + HELD_OUT)
-    frames = [data[i][0] for i in range(num_clips)]
-    real = [clip / 127.5 - 1 for clip in frames]
-    device = next(vae.parameters()).device
-    coded = [
-        decode_clips(vae, encode_clip(vae, clip.to(device))[None])[0].float().cpu()
-        for clip in frames
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(clip.shape, generator=generator).clamp(-1, 1) for clip in real]
-    sources = {"real clips": real, "real, autoencoded": coded, "noise": noise}
-    picture = sampling.num_frames == 1
-    return {
-        name: rates(agreement(clips, data.combinations), picture) for name, clips in sources.items()
-    }
-
-
-def evaluate(pipeline, num_prompts, seed, batch_size):
-    """All that the table shows, as a dict of dicts."""
+def choose_prompts(num_prompts):
+    """Combinations to draw: held-out ones, then as many of those seen in training."""
     held_out = num_prompts // 2
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(held_out)]
     # Strides through SEEN, so that few prompts, too, show all colours, shapes and directions.
-    prompts += [SEEN[7 * i % len(SEEN)] for i in range(num_prompts - held_out)]
-    texts, result = [caption_of(*combination) for combination in prompts], {}
-    for kind, frames in (("clips", pipeline.sampling.num_frames), ("pictures", 1)):
-        if kind == "clips" and frames == 1:  # a model that has not yet seen clips
-            continue
-        sampling = dataclasses.replace(pipeline.sampling, num_frames=frames)
-        drawn = generate(pipeline, texts, sampling, seed, batch_size)
-        right = agreement(drawn, prompts)
-        picture = frames == 1
-        for name, part in (
-            ("seen", right[held_out:]),
-            ("held out", right[:held_out]),
-            ("all", right),
-        ):
+    return prompts + [SEEN[7 * i % len(SEEN)] for i in range(num_prompts - held_out)]
+
+
+def draw(pipeline, prompts, num_frames, seed, batch_size):
+    """Clips (n, num_frames, 3, h, w) in [-1, 1] of combinations."""
+    sampling = dataclasses.replace(pipeline.sampling, num_frames=num_frames)
+    texts = [caption_of(*prompt) for prompt in prompts]
+    return torch.stack(list(generate(pipeline, texts, sampling, seed, batch_size)))
+
+
+def references(vae, sampling, prompts, seed):
+    """{name: clips (n, t, 3, h, w)} that show what the numbers mean, of the same combinations."""
+    real = real_clips(len(prompts), sampling.num_frames, sampling.image_size, seed, prompts)
+    device = next(vae.parameters()).device
+    coded = [
+        decode_clips(vae, encode_clip(vae, ((clip + 1) * 127.5).to(device))[None])[0].float().cpu()
+        for clip in real
+    ]
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    return {"real clips": real, "real, autoencoded": torch.stack(coded), "noise": noise}
+
+
+def evaluate_agreement(drawn, others, prompts):
+    """The first table. drawn: {"clips" or "pictures": clips of prompts}, others: `references`."""
+    result, held_out = {}, len(prompts) // 2
+    for kind, clips in drawn.items():
+        right = agreement(clips, prompts)
+        parts = {"seen": right[held_out:], "held out": right[:held_out], "all": right}
+        for name, part in parts.items():
             if len(part):
-                result[f"{kind}, {name}"] = rates(part, picture)
-    return result | evaluate_reader(pipeline.vae, pipeline.sampling, num_prompts, seed)
+                result[f"{kind}, {name}"] = rates(part, picture=clips.shape[1] == 1)
+    for name, clips in others.items():
+        result[name] = rates(agreement(clips, prompts), picture=clips.shape[1] == 1)
+    return result
 
 
-def print_table(result):
-    columns = ("count", "colour", "shape", "direction", "all")
-    print(f"{'agreement with the text, %':28}" + "".join(f"{name:>11}" for name in columns))
-    for name, row in result.items():
-        cells = [f"{row[c]:11}" if c in row else " " * 10 + "-" for c in columns]
+def mean_over_clips(measure, *clips):
+    """The mean of a measure, clip by clip: float64 copies of all at once would fill the memory."""
+    return np.mean([measure(*parts).mean().item() for parts in zip(*clips, strict=True)])
+
+
+def evaluate_quality(sources, prompts, seed, net=None):
+    """The second table, of sources {name: clips (n, t, 3, h, w)} of the prompts.
+
+    With a net, its distance is the one to other real clips of the same combinations.
+
+    Raises:
+        ValueError: if there are too few clips for a distance.
+    """
+    result = {name: {} for name in sources}
+    real, coded = sources["real clips"], sources["real, autoencoded"]
+    num_clips, num_frames, _, image_size, _ = real.shape
+    for name, clips in sources.items():
+        if num_frames > 1:
+            steady = mean_over_clips(consistency, clips[:, None])  # [:, None]: batches of one clip
+            result[name]["consistency"] = round(steady, 4)
+    result["real, autoencoded"] |= {
+        "PSNR": round(mean_over_clips(psnr, real, coded), 2),
+        "SSIM": round(mean_over_clips(ssim, real, coded), 4),
+    }
+    if net is not None:
+        others = features_of(net, real_clips(num_clips, num_frames, image_size, seed + 1, prompts))
+        texts = net.text_features([caption_of(*prompt) for prompt in prompts]).cpu()
+        for name, clips in sources.items():
+            features = features_of(net, clips)
+            result[name][f"FVD-{net.name}"] = round(frechet_distance(features, others), 3)
+            result[name][f"CLIPSIM-{net.name}"] = round(text_similarity(features, texts), 4)
+    return result
+
+
+def evaluate(pipeline, num_prompts, seed, batch_size, net=None):
+    """All that the tables show, {"agreement": rows, "quality": rows}, rows dicts of dicts."""
+    prompts, num_frames = choose_prompts(num_prompts), pipeline.sampling.num_frames
+    kinds = {"clips": num_frames} if num_frames > 1 else {}  # some have not yet seen clips
+    kinds["pictures"] = 1
+    drawn = {name: draw(pipeline, prompts, t, seed, batch_size) for name, t in kinds.items()}
+    others = references(pipeline.vae, pipeline.sampling, prompts, seed)
+    sources = {"clips, all": drawn["clips"], **others} if num_frames > 1 else others
+    return {
+        "agreement": evaluate_agreement(drawn, others, prompts),
+        "quality": evaluate_quality(sources, prompts, seed, net),
+    }
+
+
+def print_table(title, rows, columns):
+    print(f"{title:28}" + "".join(f"{name:>{max(11, len(name) + 2)}}" for name in columns))
+    for name, row in rows.items():
+        cells = [f"{row.get(column, '-'):>{max(11, len(column) + 2)}}" for column in columns]
         print(f"{name:28}" + "".join(cells))
 
 
-def main():
+def print_report(result):
+    """Both tables, and how much the feature net is to be believed."""
+    print_table("agreement with the text, %", result["agreement"],
+                ("count", "colour", "shape", "direction", "all"))  # fmt: skip
+    names = {column: None for row in result["quality"].values() for column in row}
+    order = [name for name in names if name not in ("PSNR", "SSIM")] + ["PSNR", "SSIM"]
+    print()
+    print_table("quality", result["quality"], order)
+    if "feature_net" in result:
+        right = result["feature_net"]["accuracy"]
+        right = ", ".join(f"{name} {value}" for name, value in right.items())
+        print(f"\nheld-out clips that the feature net gets right, %: {right}")
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Measure how well clips of MovingShapes agree with their text.",
         allow_abbrev=False,
@@ -165,21 +243,46 @@ def main():
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--fvd", action="store_true",
+                        help="also FVD-shapes and CLIPSIM-shapes, with a net that is trained first "
+                        "and kept as RUN/feature_net.safetensors")  # fmt: skip
+    parser.add_argument("--feature-net", type=Path, metavar="FILE",
+                        help="the same with the net in FILE, made if need be; the numbers of two "
+                        "runs compare only with the same net")  # fmt: skip
     args = parser.parse_args()
     if args.num_prompts < 2 or args.batch_size < 1 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2, --batch-size >= 1, --seed >= 0")
+    if args.fvd and not args.feature_net:
+        args.feature_net = args.run / "feature_net.safetensors"
+    if args.feature_net and args.num_prompts <= NUM_FEATURES:
+        raise ValueError(f"--fvd needs --num-prompts >= {NUM_FEATURES + 1}, one more than there "
+                         f"are features, got {args.num_prompts}")  # fmt: skip
+    return args
+
+
+def main():
+    args = parse_arguments()
     known = (args.run / "train.json").exists()
     data = read_record(args.run)[0].data if known else "other data"
     if data != "shapes":
         raise ValueError(f"{args.run}: trained on {data}; only of MovingShapes (--data shapes) "
                          "is the truth known")  # fmt: skip
     torch.set_flush_denormal(True)
-    pipeline = load_pipeline(args.run).to(choose_device(args.device))
-    result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size)
-    print_table(result)
+    device = choose_device(args.device)
+    pipeline = load_pipeline(args.run).to(device)
+    sampling, net = pipeline.sampling, None
+    if args.feature_net:
+        if sampling.num_frames < 2:
+            raise ValueError(f"--fvd needs a model of clips; {args.run} has no video stage yet")
+        net = load_feature_net(args.feature_net, sampling.num_frames, sampling.image_size, device,
+                               lambda steps: tqdm(steps, "feature net", leave=False))  # fmt: skip
+    result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size, net)
+    if net is not None:
+        result["feature_net"] = {"file": str(args.feature_net), "accuracy": accuracy(net)}
+    print_report(result)
     write_json(args.run / "evaluation.json", {
         "num_prompts": args.num_prompts, "seed": args.seed,
-        "sampling": dataclasses.asdict(pipeline.sampling), "agreement": result,
+        "sampling": dataclasses.asdict(sampling), **result,
     })  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """The 2-D layers that the autoencoder and the U-Net share.
 
 They see frames, not time: a clip (b, t, c, h, w) is a batch of b * t pictures to them, and because
-frames stand before channels that view is free. The one exception is the line in ResnetBlock that
-makes Latent-Shift: the temporal shift in front of its convolutions.
+frames stand before channels that view is free. The one exception are the places around the
+convolutions of a ResnetBlock, where temporal.py puts what lets frames talk: for Latent-Shift the
+temporal shift.
 
 Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a
 table.
@@ -12,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shift import temporal_shift
-
 
 def per_frame(layer, x):
     """Apply a layer for pictures (n, c, h, w) to x (..., c, h, w)."""
@@ -21,30 +20,33 @@ def per_frame(layer, x):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))), the temporal shift in its branch.
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); frames may talk around convolutions.
 
     Takes x (..., c, h, w) and the time embedding (b, d), returns (..., out_channels, h, w).
     With `scale_shift` the time scales and moves norm2's output instead of being added to its input.
-    `shift` names the convolutions with a temporal shift in front: "none", "conv1", "conv2", "both".
-    The paper leaves the place open; in front of both motion is learnt fastest (README, measured).
+    `temporal` are four modules of clips (b, t, c, h, w): what stands before and after conv1, before
+    and after conv2 (temporal.py). Without them each frame is a picture by itself.
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
-                 scale_shift=False, shift="none"):  # fmt: skip
+                 scale_shift=False, temporal=None):  # fmt: skip
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.scale_shift, self.shift = scale_shift, shift
+        self.scale_shift = scale_shift
+        before1, after1, before2, after2 = temporal or [nn.Identity() for _ in range(4)]
+        self.temporal_before1, self.temporal_after1 = before1, after1
+        self.temporal_before2, self.temporal_after2 = before2, after2
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time=None):
-        branch = self._exchange(F.silu(per_frame(self.norm1, x)), "conv1")
-        branch = per_frame(self.conv1, branch)
+        branch = self.temporal_before1(F.silu(per_frame(self.norm1, x)))
+        branch = self.temporal_after1(per_frame(self.conv1, branch))
         scale = None
         if time is not None:
             time = self.time_emb_proj(F.silu(time))[:, None, :, None, None]  # b 1 c 1 1
@@ -55,21 +57,11 @@ class ResnetBlock(nn.Module):
         branch = per_frame(self.norm2, branch)
         if scale is not None:
             branch = torch.addcmul(branch + time, branch, scale)  # branch * (1 + scale) + time
-        branch = self._exchange(F.silu(branch), "conv2")
-        branch = per_frame(self.conv2, branch)
+        branch = self.temporal_before2(F.silu(branch))
+        branch = self.temporal_after2(per_frame(self.conv2, branch))
         if hasattr(self, "conv_shortcut"):
             x = per_frame(self.conv_shortcut, x)
         return x + branch
-
-    def _exchange(self, x, place):
-        """The temporal shift, if this is a place for it.
-
-        A picture has no neighbours: zeros in their place would cost it two thirds of its channels,
-        so it goes by unshifted, and text-to-image survives training on clips (see the README).
-        """
-        if self.shift not in (place, "both") or x.shape[1] == 1:
-            return x
-        return temporal_shift(x)
 
 
 class Downsample(nn.Module):
@@ -101,7 +93,7 @@ class Attention(nn.Module):
     """Multi-head attention of x (b, n, d) to itself, or to what `read` made of a context (b, m, e).
 
     `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder
-    has.
+    has. `mask` is added to the logits (b, heads, n, m), or is False where none may look.
     """
 
     def __init__(self, channels, num_heads, context_channels=None, bias=False):
@@ -116,9 +108,9 @@ class Attention(nn.Module):
         """Keys and values, (b, heads, m, d) each, of a context."""
         return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
-    def forward(self, x, keys_values=None):
+    def forward(self, x, keys_values=None, mask=None):
         keys, values = self.read(x) if keys_values is None else keys_values
-        x = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values)
+        x = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, mask)
         return self.to_out[0](x.transpose(1, 2).flatten(2))
 
     def _heads(self, x):

@@ -7,6 +7,8 @@ An objective is a module whose forward is the loss of a batch, so that one train
 import torch
 from torch import nn
 
+from temporal import new_names
+
 
 class ReconstructionLoss(nn.Module):
     """The autoencoder's loss: squared error and the pull towards N(0, 1). Rombach 2022, eq. 25.
@@ -40,14 +42,17 @@ class DenoisingLoss(nn.Module):
     Texts come as ids (b, n) while a text encoder learns along, else already encoded (b, n, d).
     """
 
-    def __init__(self, unet, diffusion, text_encoder=None, text_rate=1.0):
+    def __init__(self, unet, diffusion, text_encoder=None, text_rate=1.0, new_layers_rate=1.0):
         super().__init__()
         self.unet, self.diffusion, self.text_encoder = unet, diffusion, text_encoder
-        self.text_rate = text_rate
+        self.text_rate, self.new_layers_rate = text_rate, new_layers_rate
 
     def parameter_groups(self):
         """[(parameters, their part of the learning rate), ...]"""
-        groups = [(list(self.unet.parameters()), 1.0)]
+        new, named = new_names(self.unet), list(self.unet.named_parameters())
+        groups = [([p for name, p in named if name not in new], 1.0)]
+        if new:
+            groups.append(([p for name, p in named if name in new], self.new_layers_rate))
         if self.text_encoder is not None:
             groups.append((list(self.text_encoder.parameters()), self.text_rate))
         return groups

@@ -8,8 +8,8 @@ each level is joined by what was set aside on the way down. A level is made of
 
 With temporal="none" every frame is a picture by itself. temporal="shift" has the same parameters
 under the same names: that is how an image model becomes a video model in Latent-Shift (An et al.
-2023, section 3.2 and figure 3). All layers but the shift are those of latent diffusion (Rombach et
-al. 2022); names are those of diffusers' UNet2DConditionModel.
+2023, section 3.2 and figure 3); temporal.py has its neighbours, too. All other layers are those of
+latent diffusion (Rombach et al. 2022); names are those of diffusers' UNet2DConditionModel.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from layers import Downsample, ResnetBlock, Upsample, per_frame
+from temporal import WAYS, after_layer, around_convolutions
 from transformer import Text, Transformer2D, TransformerBlock, repeat_to
 
 # What gradient checkpointing keeps beside a layer's input: outputs dear to compute, small to store.
@@ -39,9 +40,10 @@ class UNetConfig:
 
     `attention_levels` says which levels, from the finest, have transformers. `attention_head_dim`
     is the NUMBER of heads, for all levels or for each: diffusers' old misnomer, kept because every
-    config.json has it. The temporal choices are ours: `temporal` "shift" or "none", and
-    `shift_before`, the convolutions of a block that see shifted channels: "conv1", "conv2" or
-    "both".
+    config.json has it. The temporal choices are ours: `temporal`, how frames talk; of the shift
+    `shift_before`, the convolutions of a block that see shifted channels ("conv1", "conv2" or
+    "both"; the paper leaves it open), `shift_fold`, which part of them moves each way (3: a third),
+    and `shift_causal`, from the past alone; `max_frames`, where there are parameters for each.
     """
 
     in_channels: int = 4
@@ -58,10 +60,13 @@ class UNetConfig:
     sample_size: int = 64  # latents it was trained on; a note, not a limit
     temporal: str = "shift"
     shift_before: str = "both"
+    shift_fold: int = 3
+    shift_causal: bool = False
+    max_frames: int = 16
 
     def __post_init__(self):
         choices = {
-            "temporal": ("shift", "none"),
+            "temporal": WAYS,
             "shift_before": ("conv1", "conv2", "both"),
             "resnet_time_scale_shift": ("default", "scale_shift"),
             "class_embed_type": (None, "simple_projection"),
@@ -76,6 +81,9 @@ class UNetConfig:
         if len(self.attention_levels) != levels or len(self.num_heads) != levels:
             raise ValueError(f"attention_levels and attention_head_dim need {levels} values, one a "
                              f"level, got {self.attention_levels}, {self.num_heads}")  # fmt: skip
+        if not 2 <= self.shift_fold <= min(self.block_out_channels) or self.max_frames < 1:
+            raise ValueError("shift_fold needs >= 2 and at most the channels of a level, max_frames"
+                             f" >= 1, got {self.shift_fold}, {self.max_frames}")  # fmt: skip
         for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if channels % self.norm_num_groups or channels % heads or channels % 2:
                 raise ValueError(
@@ -134,22 +142,23 @@ class TimeEmbedding(nn.Module):
 class Level(nn.Module):
     """The layers of one resolution: pairs of a ResnetBlock and, perhaps, a Transformer2D.
 
-    `widths` are the channels that enter each ResnetBlock; `num_heads` is None where the level does
-    not look at the text. One that shrinks has `downsamplers`, one that grows has `upsamplers`.
+    `widths` are the channels that enter each ResnetBlock; `attention` says whether the level looks
+    at the text. One that shrinks has `downsamplers`, one that grows has `upsamplers`.
     """
 
-    def __init__(self, widths, channels, num_heads, config, step=None):
+    def __init__(self, widths, channels, num_heads, config, attention, step=None):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(
                 width, channels, config.norm_num_groups, eps=1e-5,
                 time_channels=4 * config.block_out_channels[0],
                 scale_shift=config.resnet_time_scale_shift == "scale_shift",
-                shift=config.shift_before if config.temporal == "shift" else "none",
+                temporal=around_convolutions(config, channels),
             )
             for width in widths
         )  # fmt: skip
-        if num_heads is not None:
+        self.temporal = nn.ModuleList(after_layer(config, channels, num_heads) for _ in widths)
+        if attention:
             self.attentions = nn.ModuleList(
                 Transformer2D(channels, num_heads, config) for _ in widths
             )
@@ -159,9 +168,10 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(channels)])
 
     def layer(self, i, x, time, text):
-        """The i-th ResnetBlock, and the Transformer2D after it if there is one."""
+        """The i-th ResnetBlock, the Transformer2D after it if there is one, and what follows."""
         x = self.resnets[i](x, time[: len(x)])
-        return self.attentions[i](x, text) if hasattr(self, "attentions") else x
+        x = self.attentions[i](x, text) if hasattr(self, "attentions") else x
+        return self.temporal[i](x)
 
 
 class MidBlock(nn.Module):
@@ -169,13 +179,14 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels, num_heads, config):
         super().__init__()
-        pair = Level([channels, channels], channels, None, config)
+        pair = Level([channels, channels], channels, num_heads, config, attention=False)
         self.resnets = pair.resnets
         self.attentions = nn.ModuleList([Transformer2D(channels, num_heads, config)])
+        self.temporal = pair.temporal[:1]
 
     def forward(self, x, time, text):
         x = self.attentions[0](self.resnets[0](x, time[: len(x)]), text)
-        return self.resnets[1](x, time)
+        return self.resnets[1](self.temporal[0](x), time)
 
 
 class UNet(nn.Module):
@@ -196,18 +207,16 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i in levels:
             enters = [widths[max(i - 1, 0)]] + [widths[i]] * (config.layers_per_block - 1)
-            attention = heads[i] if config.attention_levels[i] else None
-            step = "down" if i < last else None
-            self.down_blocks.append(Level(enters, widths[i], attention, config, step))
+            attention, step = config.attention_levels[i], "down" if i < last else None
+            self.down_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
             skips += [widths[i]] * (config.layers_per_block + (i < last))
         self.mid_block = MidBlock(widths[-1], heads[-1], config)
         self.up_blocks = nn.ModuleList()
         for i in reversed(levels):
             enters = [widths[min(i + 1, last)]] + [widths[i]] * config.layers_per_block
             enters = [width + skips.pop() for width in enters]
-            attention = heads[i] if config.attention_levels[i] else None
-            step = "up" if i > 0 else None
-            self.up_blocks.append(Level(enters, widths[i], attention, config, step))
+            attention, step = config.attention_levels[i], "up" if i > 0 else None
+            self.up_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 

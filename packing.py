@@ -52,6 +52,6 @@ def pack(network):
     for module in list(network.modules()):
         for name, child in module.named_children():
             # A 1x1 convolution is a matrix product already, and packed it takes a slow path.
-            if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):
+            if type(child) is nn.Conv2d and child.kernel_size != (1, 1):
                 setattr(module, name, PackedConv2d(child))
     return network

@@ -16,6 +16,7 @@ from cli import option
 from diffusion import Diffusion
 from files import read_json
 from pipeline import Sampling
+from temporal import WAYS
 
 STAGES = ("vae", "image", "video")
 FREE = {"free": True}  # a resumed run may change it, since it does not touch the result
@@ -53,9 +54,12 @@ class TrainOptions:
     video_learning_rate: float = option(2e-3, "learning rate of the video stage")
     image_every: int = option(20, "every so many steps of the video stage see pictures; 0: none do")
     # the model's way through time
-    temporal: str = option("shift", "how frames exchange channels", choices=("shift", "none"))
+    temporal: str = option("shift", "how frames talk", choices=WAYS)
     shift_before: str = option("both", "convolutions of a block that see shifted channels",
                                choices=("conv1", "conv2", "both"))  # fmt: skip
+    shift_fold: int = option(3, "the shift moves one in so many channels, each way")
+    shift_causal: bool = option(False, "shift only from the frame before")
+    new_layers_rate: float = option(1.0, "temporal layers' part of the video stage's learning rate")
     # diffusion
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
                                   choices=("epsilon", "v_prediction"))  # fmt: skip
@@ -123,10 +127,17 @@ class TrainOptions:
 
     def unet(self):
         """The U-Net's configuration."""
-        return dataclasses.replace(
-            model.PRESETS[self.preset], temporal=self.temporal, shift_before=self.shift_before,
-            sample_size=self.image_size // self.vae().downscale,
-        )  # fmt: skip
+        size = self.image_size // self.vae().downscale
+        way = self.way_through_time()
+        return dataclasses.replace(model.PRESETS[self.preset], sample_size=size, **way)
+
+    def way_through_time(self):
+        """The fields of UNetConfig that say how frames talk."""
+        return {
+            "temporal": self.temporal, "shift_before": self.shift_before,
+            "shift_fold": self.shift_fold, "shift_causal": self.shift_causal,
+            "max_frames": self.num_frames,
+        }  # fmt: skip
 
     def sampling(self, num_frames):
         """What sample.py does with the run unless told otherwise."""

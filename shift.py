@@ -15,12 +15,13 @@ Latent-Shift, An et al. 2023, section 3.2; the idea is the Temporal Shift Module
 import torch
 
 
-def temporal_shift(x, fold=None):
+def temporal_shift(x, fold=None, causal=False):
     """Shift a part of the channels one frame forward in time and an equal part one frame backward.
 
     x is (b, t, c, ...) of any dtype. In the result, of the same shape and memory layout, channels
     [0, fold) of frame i are frame i-1's, channels [fold, 2 fold) are frame i+1's, the others are
-    frame i's own; zeros stand where there is no such frame. fold is c // 3 unless given.
+    frame i's own; zeros stand where there is no such frame. fold is c // 3 unless given. A causal
+    shift leaves out the second part: those channels stay, and a frame sees the past alone.
 
     Raises:
         ValueError: if x has fewer than three axes, or if not 0 < 2 * fold <= c.
@@ -30,7 +31,7 @@ def temporal_shift(x, fold=None):
     fold = x.shape[2] // 3 if fold is None else fold
     if not isinstance(fold, int) or not 0 < 2 * fold <= x.shape[2]:
         raise ValueError(f"temporal_shift needs 0 < 2*fold <= c, got fold={fold}, c={x.shape[2]}")
-    return _Shift.apply(x, fold, 1)
+    return _Shift.apply(x, fold, 1, causal)
 
 
 class _Shift(torch.autograd.Function):
@@ -41,22 +42,22 @@ class _Shift(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, fold, step):
+    def forward(x, fold, step, causal):
         """Move channels [0, fold) by `step` (1 or -1) frames, channels [fold, 2 fold) by -step."""
         out = torch.empty_like(x)  # keeps the strides, so channels_last stays channels_last
-        first, second = slice(0, fold), slice(fold, 2 * fold)
+        first, second = slice(0, fold), slice(fold, fold if causal else 2 * fold)
         later, earlier = (first, second) if step == 1 else (second, first)
         out[:, 1:, later] = x[:, :-1, later]
         out[:, :1, later] = 0
         out[:, :-1, earlier] = x[:, 1:, earlier]
         out[:, -1:, earlier] = 0
-        out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+        out[:, :, second.stop :] = x[:, :, second.stop :]
         return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.fold, ctx.step = inputs
+        _, ctx.fold, ctx.step, ctx.causal = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        return _Shift.apply(grad, ctx.fold, -ctx.step), None, None
+        return _Shift.apply(grad, ctx.fold, -ctx.step, ctx.causal), None, None, None

@@ -3,7 +3,8 @@
     vae     frames -> latents -> frames. Latents are encoded once, afterwards, for all that follows.
     image   text-to-image: the U-Net on single frames, and with it the text encoder.
     video   text-to-video: the same U-Net with the temporal shift, on clips. The text is frozen now,
-            so each caption is encoded once. This is Latent-Shift (An et al. 2023, section 3).
+            so each caption is encoded once. This is Latent-Shift (An et al. 2023, section 3); with
+            another --temporal it is one of its neighbours (temporal.py).
 
     python train.py runs/mine --data shapes                 all three, or what is still missing
     python train.py runs/mine --data my_clips --resume      go on after a stop
@@ -202,7 +203,7 @@ def adopt(run):
     options = run.options
     if run.main:
         pipeline = weights.load_pipeline(
-            options.init, options.temporal, options.merges, options.prediction_type
+            options.init, "none", options.merges, options.prediction_type
         )
         for note in pipeline.report.notes:
             print(note, file=sys.stderr)
@@ -212,7 +213,6 @@ def adopt(run):
         if options.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, "
                              f"got {options.image_size}")  # fmt: skip
-        unet.config = dataclasses.replace(unet.config, shift_before=options.shift_before)
         weights.save_unet(run.path / "image_unet", unet)
         weights.save_pipeline(pipeline, run.path)
     run.finished = ["vae"]
@@ -260,10 +260,11 @@ def train_unet(run, stage, clips, captions):
     latents = encode_clips(run, autoencoder, clips)
     if stage == "image":
         encoder, tokenizer = new_text_model(options, captions)
-        unet, diffusion = UNet(options.unet()), options.diffusion()
+        unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
+        diffusion = options.diffusion()
     else:
         encoder, tokenizer = weights.load_text(run.path)
-        unet = weights.load_unet(run.path / "image_unet", options.temporal)
+        unet = weights.load_sibling(run.path / "image_unet", options.way_through_time())
         diffusion, _ = weights.load_schedule(run.path)
     encoder.to(run.device)
     unet.to(run.device, memory_format=torch.channels_last)
@@ -280,7 +281,8 @@ def train_unet(run, stage, clips, captions):
         diffusion.num_train_timesteps,
     )  # fmt: skip
     learnt = encoder if stage == "image" else None
-    objective = DenoisingLoss(unet, pipeline.diffusion, learnt, options.text_rate)
+    rates = options.text_rate, options.new_layers_rate
+    objective = DenoisingLoss(unet, pipeline.diffusion, learnt, *rates)
     run.fit(stage, objective, batches, preview_samples(run, stage, pipeline, captions))
     if run.main:
         if stage == "image":

@@ -259,7 +259,9 @@ class Trainer:
         if self.options.compile:
             forward = torch.compile(forward)
         if distributed.is_initialized():
-            forward = DistributedDataParallel(forward)
+            # Pictures go by temporal layers (temporal.py), which then get no gradient in that step.
+            skipped = any("temporal" in name for name, _ in self.plan.objective.named_parameters())
+            forward = DistributedDataParallel(forward, find_unused_parameters=skipped)
         return forward
 
     def _optimise(self, forward):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers import Attention, per_frame
+from temporal import beside_attention
 
 CHUNK_TOKENS = 2048  # that go through a FeedForward at once on a CPU: two frames of 32x32 latents
 
@@ -64,19 +65,21 @@ def repeat_to(batch, x):
 class TransformerBlock(nn.Module):
     """Self-attention inside each frame, cross-attention to the clip's text, feed-forward."""
 
-    def __init__(self, channels, num_heads, context_channels):
+    def __init__(self, channels, num_heads, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, num_heads, context_channels)
+        self.attn2 = Attention(channels, num_heads, config.cross_attention_dim)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
+        self.temporal = beside_attention(config, channels, num_heads)
 
     def forward(self, x, text):
         """x (b, t, h * w, c) and the Text of k * b texts to (k * b, t, h * w, c)."""
         b, t, _, _ = x.shape
-        x = x + self.attn1(self.norm1(x).flatten(0, 1)).unflatten(0, (b, t))
+        y = self.norm1(x)
+        x = x + self.temporal(y, self.attn1(y.flatten(0, 1)).unflatten(0, (b, t)))
         keys, values = text.keys_values[self.attn2]
         x = repeat_to(len(keys), x)
         # To the text all places of all frames are one long row of queries: so the text becomes keys
@@ -94,9 +97,7 @@ class Transformer2D(nn.Module):
         self.linear = config.use_linear_projection  # Stable Diffusion 2; 1 has 1x1 convolutions
         project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, num_heads, config.cross_attention_dim)]
-        )
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, config)])
         self.proj_out = project(channels, channels)
 
     def forward(self, x, text):

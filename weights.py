@@ -30,6 +30,7 @@ from diffusion import Diffusion
 from files import read_json, save_safetensors, write_json
 from model import UNet
 from pipeline import Pipeline, Sampling
+from temporal import new_names
 from text import CLIPTextModel, CLIPTokenizer
 from vae import AutoencoderKL
 
@@ -103,6 +104,20 @@ def _parse_unet(temporal):
 def load_unet(folder, temporal=None):
     """The U-Net in a folder, with its own way through time or with the one that is named."""
     return load_network(folder, _parse_unet(temporal), UNet)[0]
+
+
+def load_sibling(folder, way):
+    """The image U-Net in a folder as one that goes another way through time, and is to be trained.
+
+    way: {field: value} of UNetConfig. Temporal layers, if that way has any, are new; all else has
+    to be in the folder.
+    """
+    image = load_unet(folder, "none")
+    unet = UNet(dataclasses.replace(image.config, **way))
+    own = unet.state_dict()
+    state = image.state_dict() | {name: own[name] for name in new_names(unet)}
+    unet.load_state_dict(state, assign=True)
+    return unet
 
 
 def save_vae(folder, vae):

@@ -119,7 +119,7 @@ def test_truncated_weights_are_named(folder):
     ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "AttnDownBlock2D.* is not"),
     ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types=.* is not built here"),
     ("unet", {"attention_head_dim": 5}, "unet/config.json: block_out_channels needs .* heads 5"),
-    ("unet", {"temporal": "attention"}, "temporal needs one of"),
+    ("unet", {"temporal": "telepathy"}, "temporal needs one of"),
     ("unet", {"layers_per_block": [1, 2]}, "unet/config.json: "),
     ("unet", {"block_out_channels": "wide"}, "unet/config.json: "),
     ("unet", {"in_channels": "four"}, "unet/config.json: describes no network"),

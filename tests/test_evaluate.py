@@ -1,6 +1,8 @@
 """The reader of clips has to be right about real ones and silent about what is not there."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +10,13 @@ import torch
 from conftest import call, train_small
 
 import evaluate
+import metrics
 from evaluate import agreement, rates, recognise
+from metrics import psnr, ssim
 from pictures import write_clip
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SHAPES, MovingShapes, caption_of
+from vae import decode_clips, encode_clip
+from weights import load_vae
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -185,10 +191,13 @@ def test_the_report_is_printed_and_written(run, capsys):
     call(evaluate.main, run, "--num-prompts", 2)
     lines = capsys.readouterr().out.splitlines()
     written = json.loads((run / "evaluation.json").read_text())
-    assert [line[:28].strip() for line in lines[1:]] == list(written["agreement"])
-    for line, row in zip(lines[1:], written["agreement"].values(), strict=True):
-        cells = dict(zip(lines[0].split()[-5:], line[28:].split(), strict=True))
-        assert {name: float(cell) for name, cell in cells.items() if cell != "-"} == row
+    for table in ("agreement", "quality"):
+        head, *rows = lines[: lines.index("")] if "" in lines else lines
+        lines = lines[len(rows) + 2 :]
+        assert [line[:28].strip() for line in rows] == list(written[table])
+        for line, row in zip(rows, written[table].values(), strict=True):
+            cells = dict(zip(head[28:].split(), line[28:].split(), strict=True))
+            assert {name: float(cell) for name, cell in cells.items() if cell != "-"} == row
     assert (written["num_prompts"], written["seed"]) == (2, 1000)
 
 
@@ -223,6 +232,7 @@ def test_a_damaged_record_is_refused_by_name(run):
 
 @pytest.mark.parametrize("words", [
     ("--num-prompts", 1), ("--batch-size", 0), ("--seed", -1), ("--device", "abacus"),
+    ("--num-prompts", 32, "--fvd"), ("--num-prompts", 32, "--feature-net", "net.safetensors"),
 ])  # fmt: skip
 def test_a_wrong_number_is_refused(run, words):
     with pytest.raises(ValueError, match=words[0]):
@@ -234,6 +244,80 @@ def test_a_run_without_a_video_stage_is_measured_on_pictures(tmp_path, capsys):
     train_small(tmp_path / "run", "--stage", "vae")
     train_small(tmp_path / "run", "--stage", "image")
     call(evaluate.main, tmp_path / "run", "--num-prompts", 2)
-    rows = json.loads((tmp_path / "run/evaluation.json").read_text())["agreement"]
+    written = json.loads((tmp_path / "run/evaluation.json").read_text())
+    rows = written["agreement"]
     assert not any(name.startswith("clips") for name in rows)
     assert rows["real clips"] == {"count": 2, "colour": 100.0, "shape": 100.0, "all": 100.0}
+    assert all("consistency" not in row for row in written["quality"].values())
+    with pytest.raises(ValueError, match="needs a model of clips; .*run has no video stage"):
+        call(evaluate.main, tmp_path / "run", "--num-prompts", 33, "--fvd")
+
+
+# Quality
+
+
+def test_the_autoencoder_is_measured_on_real_clips(trained, report):
+    """PSNR and SSIM of the row, worked out anew from the run's own autoencoder."""
+    vae = load_vae(trained / "vae").eval()
+    prompts = evaluate.choose_prompts(7)
+    real = [MovingShapes(7, 3, 16, 1000, prompts)[i][0] for i in range(7)]
+    coded = [decode_clips(vae, encode_clip(vae, clip)[None])[0] for clip in real]
+    pairs = [(clip / 127.5 - 1, back) for clip, back in zip(real, coded, strict=True)]
+    row = report[1]["quality"]["real, autoencoded"]
+    assert row["PSNR"] == pytest.approx(np.mean([psnr(*pair).mean() for pair in pairs]), abs=0.01)
+    assert row["SSIM"] == pytest.approx(np.mean([ssim(*pair).mean() for pair in pairs]), abs=1e-4)
+    assert all(
+        "PSNR" not in row for name, row in report[1]["quality"].items() if "coded" not in name
+    )
+
+
+def test_real_clips_are_steadier_than_noise(report):
+    rows = report[1]["quality"]
+    assert rows["real clips"]["consistency"] > 0.3 and abs(rows["noise"]["consistency"]) < 0.05
+    assert rows["clips, all"]["consistency"] <= 1
+
+
+@pytest.fixture(scope="module")
+def with_net(trained, tmp_path_factory):
+    """evaluation.json and the folder of a run measured with a feature net of a few steps."""
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("fvd") / "run")
+    train = functools.partial(metrics.train_feature_net, num_steps=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "train_feature_net", train)
+        call(evaluate.main, path, "--num-prompts", 33, "--device", "cpu", "--fvd")
+    return json.loads((path / "evaluation.json").read_text()), path
+
+
+def test_distance_and_similarity_carry_the_name_of_their_net(with_net):
+    for row in with_net[0]["quality"].values():
+        assert {"FVD-shapes", "CLIPSIM-shapes"} < set(row)
+
+
+def test_real_clips_are_nearer_to_real_clips_than_noise_is(with_net):
+    rows = with_net[0]["quality"]
+    assert 0 < rows["real clips"]["FVD-shapes"] < rows["noise"]["FVD-shapes"]
+
+
+def test_the_floor_is_of_other_real_clips_of_the_same_prompts(with_net):
+    report, path = with_net
+    net = metrics.load_feature_net(path / "feature_net.safetensors", 3, 16)
+    prompts = evaluate.choose_prompts(33)
+    a, b = (
+        metrics.features_of(net, metrics.real_clips(33, 3, 16, seed, prompts))
+        for seed in (1000, 1001)
+    )
+    assert report["quality"]["real clips"]["FVD-shapes"] == pytest.approx(
+        metrics.frechet_distance(a, b), rel=1e-3, abs=1e-3
+    )
+
+
+def test_the_net_is_kept_and_its_accuracy_is_told(with_net):
+    report, path = with_net
+    assert report["feature_net"]["file"] == str(path / "feature_net.safetensors")
+    net = metrics.load_feature_net(path / "feature_net.safetensors", 3, 16)
+    assert report["feature_net"]["accuracy"] == metrics.accuracy(net)
+
+
+def test_without_being_asked_no_net_is_trained(report, trained):
+    assert "feature_net" not in report[1]
+    assert not (trained / "feature_net.safetensors").exists()

@@ -81,9 +81,8 @@ def test_the_run_draws_clips_with_the_shift_and_the_schedule_of_its_beginning(tu
 def test_stable_diffusion_2_predicts_what_the_flag_says(tmp_path, files, given, expected, capsys):
     start(tmp_path / "run", files, *given, family="sd2", video_steps=1)
     assert load_pipeline(tmp_path / "run").diffusion.prediction_type == expected
-    assert ("v_prediction, which no file of Stable Diffusion 2 says" in capsys.readouterr().err) == (
-        not given
-    )
+    assumed = "v_prediction, which no file of Stable Diffusion 2 says" in capsys.readouterr().err
+    assert assumed == (not given)
 
 
 def test_another_run_can_be_the_beginning(trained, tmp_path):
@@ -112,7 +111,8 @@ def test_another_beginning_is_refused(tuned, files):
 
 def test_a_beginning_without_a_tokenizer_is_refused_before_training(files, tmp_path):
     with pytest.raises(ValueError, match="name a merges file"):
-        call(train.main, tmp_path / "run", "--init", files / "sd1.safetensors", *flags(**ONLY_VIDEO))
+        path = files / "sd1.safetensors"
+        call(train.main, tmp_path / "run", "--init", path, *flags(**ONLY_VIDEO))
 
 
 def test_a_size_that_does_not_suit_the_model_is_refused_before_training(files, tmp_path):

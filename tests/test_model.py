@@ -13,8 +13,10 @@ from recorded.rule import fill, normal, probe, signature
 from torch import nn
 
 import layers
+import temporal
 from model import PRESETS, UNet, UNetConfig
 from shift import temporal_shift
+from temporal import Shift
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "diffusers.json").read_text())
 SIGNATURES = RECORDED["signatures"]
@@ -81,7 +83,12 @@ def test_the_video_model_draws_other_clips_than_the_image_model():
 @pytest.mark.parametrize("shift_before, num_shifts", [("conv1", 8), ("conv2", 8), ("both", 16)])
 def test_every_shift_widens_what_a_frame_sees_by_one(monkeypatch, shift_before, num_shifts):
     calls = []
-    monkeypatch.setattr(layers, "temporal_shift", lambda x: calls.append(1) or temporal_shift(x))
+
+    def count(*arguments):
+        calls.append(1)
+        return temporal_shift(*arguments)
+
+    monkeypatch.setattr(temporal, "temporal_shift", count)
     config = replace(SMALL, block_out_channels=(8, 8), attention_levels=(True, False))
     unet = build(config, shift_before=shift_before).double()
     for name, parameter in unet.named_parameters():  # so that far frames do not fade into zeros
@@ -94,9 +101,14 @@ def test_every_shift_widens_what_a_frame_sees_by_one(monkeypatch, shift_before, 
     assert len(calls) == num_shifts and (grad[0].abs().sum((1, 2, 3)) > 0).tolist() == seen
 
 
+def shifted_block(*channels, groups):
+    around = 2 * [Shift(fold=3, causal=False), nn.Identity()]
+    return fill(layers.ResnetBlock(*channels, groups, eps=1e-5, temporal=around))
+
+
 @torch.no_grad()
 def test_only_the_residual_branch_is_shifted():
-    block = fill(layers.ResnetBlock(6, 6, groups=2, eps=1e-5, shift="both"))
+    block = shifted_block(6, 6, groups=2)
     block.conv2.weight.zero_(), block.conv2.bias.zero_()
     x = normal(2, 3, 6, 4, 5)
     assert torch.equal(block(x), x)
@@ -104,7 +116,7 @@ def test_only_the_residual_branch_is_shifted():
 
 @torch.no_grad()
 def test_a_block_shifts_what_its_convolutions_read():
-    block = fill(layers.ResnetBlock(6, 9, groups=3, eps=1e-5, shift="both"))
+    block = shifted_block(6, 9, groups=3)
     x, expected = normal(2, 3, 6, 4, 5), []
     y = torch.stack([block.norm1(frame) for frame in x.unbind(1)], 1)
     y = temporal_shift(nn.functional.silu(y))
@@ -239,7 +251,10 @@ def test_bfloat16_goes_through():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"temporal": "attention"}, "temporal needs one of .* got 'attention'"),
+    ({"temporal": "telepathy"}, "temporal needs one of .* got 'telepathy'"),
+    ({"shift_fold": 1}, "shift_fold needs >= 2 .* got 1"),
+    ({"shift_fold": 9}, "shift_fold needs .* at most the channels of a level, .* got 9"),
+    ({"max_frames": 0}, "max_frames >= 1, got 3, 0"),
     ({"shift_before": "conv3"}, "shift_before needs one of .* got 'conv3'"),
     ({"resnet_time_scale_shift": "scale"}, "resnet_time_scale_shift needs one of .* got 'scale'"),
     ({"class_embed_type": "timestep"}, "class_embed_type needs one of .* got 'timestep'"),

@@ -13,14 +13,14 @@ def numbers(*shape, dtype=torch.float32):
     return torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
 
 
-def by_loops(x, fold):
+def by_loops(x, fold, causal=False):
     """The definition, one channel of one frame of one clip at a time."""
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for clip in range(x.shape[0]):
         for frame in range(x.shape[1]):
             for channel in range(x.shape[2]):
                 source = frame - 1 if channel < fold else frame
-                source = frame + 1 if fold <= channel < 2 * fold else source
+                source = frame + 1 if fold <= channel < 2 * fold and not causal else source
                 if 0 <= source < x.shape[1]:
                     out[clip, frame, channel] = x[clip, source, channel]
     return out
@@ -47,10 +47,28 @@ def test_left_over_channels_stay():
     assert temporal_shift(torch.tensor([frames])).tolist() == [shifted]
 
 
+def test_a_causal_shift_by_hand():
+    frames = [[11, 12, 13],
+              [21, 22, 23],
+              [31, 32, 33]]  # fmt: skip
+    shifted = [[0, 12, 13],
+               [11, 22, 23],
+               [21, 32, 33]]  # fmt: skip
+    assert temporal_shift(torch.tensor([frames]), causal=True).tolist() == [shifted]
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("fold", [1, 2, 3])
-def test_equals_a_triple_loop(fold):
+def test_equals_a_triple_loop(fold, causal):
     x = numbers(*SHAPE)
-    assert torch.equal(temporal_shift(x, fold), by_loops(x, fold))
+    assert torch.equal(temporal_shift(x, fold, causal), by_loops(x, fold, causal))
+
+
+def test_a_causal_shift_shows_a_frame_nothing_later():
+    x = numbers(*SHAPE)
+    later = torch.cat([x[:, :3], -x[:, 3:]], 1)
+    same = temporal_shift(x, causal=True) == temporal_shift(later, causal=True)
+    assert same[:, :3].all() and not same[:, 4:].any()
 
 
 @pytest.mark.parametrize("channels, fold", [(3, 1), (5, 1), (6, 2), (8, 2), (320, 106)])
@@ -123,17 +141,20 @@ def test_gradient_is_the_opposite_shift_by_hand():
                               [0, 22, 33]]]  # fmt: skip
 
 
-def test_gradient_is_the_transpose_of_the_shift():
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradient_is_the_transpose_of_the_shift(causal):
     x, y = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(temporal_shift(x), x, y)
-    transposed, applied = (grad * x).sum(), (temporal_shift(x) * y).sum()  # <A'y, x> = <y, Ax>
+    shifted = temporal_shift(x, causal=causal)
+    (grad,) = torch.autograd.grad(shifted, x, y)
+    transposed, applied = (grad * x).sum(), (shifted * y).sum()  # <A'y, x> = <y, Ax>
     torch.testing.assert_close(transposed, applied)
 
 
-def test_gradient_equals_finite_differences():
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradient_equals_finite_differences(causal):
     x = torch.randn(2, 3, 7, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(temporal_shift, (x, 3))
+    assert torch.autograd.gradcheck(temporal_shift, (x, 3, causal))
 
 
 def test_second_derivative_equals_finite_differences():

@@ -1,0 +1,122 @@
+"""What a comparison has found, for people: tables, curves and a sheet of clips (compare.py)."""
+
+import statistics
+
+from PIL import Image, ImageDraw
+
+from bench import ratio
+from costs import KINDS
+from files import atomic, write_json, write_text
+from metrics import interval
+from pictures import contact_sheet, to_uint8
+from plot import plot
+
+LABEL, HEADING = 90, 22  # pixels of the sheet that names at the left, prompts above a block take
+ZOOM = 2
+
+
+def cell(values, digits=1):
+    """The mean of one value per seed; from three seeds on ± half its 95 % interval."""
+    if len(values) < 3:
+        return f"{statistics.mean(values):.{digits}f}"
+    mean, low, _ = interval(values)
+    return f"{mean:.{digits}f} ± {mean - low:.{digits}f}"
+
+
+def table(columns, rows):
+    """A table in markdown, of rows of strings."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cost_table(costs, names):
+    """Parameters, operations, time relative to the first sibling, and memory."""
+    first = names[0]
+    columns = ["sibling", "parameters", "new", "GFLOPs a clip"]
+    columns += [f"{kind} over {first}" for kind in KINDS] + ["training step, s", "peak GiB"]
+    rows = []
+    for name in names:
+        cost = costs[name]
+        seconds = {kind: {n: costs[n][kind] for n in names} for kind in KINDS}
+        rows.append([
+            name, f"{cost['parameters']:,}", f"{cost['new']:,}", f"{cost['gflops']:.3f}",
+            *(ratio(seconds[kind], name, first) for kind in KINDS),
+            f"{statistics.median(cost['training step']):.3f}", f"{cost['gib']:.2f}",
+        ])  # fmt: skip
+    return table(columns, rows)
+
+
+def agreement_table(results):
+    """Percentages of clips that are right, on seen and on held-out combinations."""
+    kinds, parts = ("seen", "held out"), ("colour", "shape", "direction", "all")
+    rows = [
+        [name, kind, *(cell([r["scores"][f"clips, {kind}"][part] for r in runs]) for part in parts)]
+        for name, runs in results.items() for kind in kinds
+    ]  # fmt: skip
+    return table(["sibling", "combinations", *parts], rows)
+
+
+def quality_table(results, references):
+    """What became of pictures, how steady clips are, and how far from real ones."""
+    rows = [
+        [name, cell([r["scores"]["pictures, all"]["all"] for r in runs]),
+         *(cell([r["scores"][key] for r in runs], 3) for key in ("consistency", "FVD-shapes"))]
+        for name, runs in results.items()
+    ]  # fmt: skip
+    rows += [[name, *(f"{x:.3g}" if x is not None else "-" for x in row)]
+             for name, row in references.items()]  # fmt: skip
+    return table(["sibling", "pictures right, %", "consistency", "FVD-shapes"], rows)
+
+
+def curves(results, seconds=None):
+    """{sibling: points} of agreement after so many steps, or seconds if {sibling: of a step}."""
+    series = {}
+    for name, runs in results.items():
+        unit = 1 if seconds is None else seconds[name]
+        steps = set.intersection(*(set(run["curve"]) for run in runs))
+        series[name] = []
+        for step in sorted(steps, key=int):
+            values = [run["curve"][step]["all"] for run in runs]
+            mean, low, high = interval(values) if len(values) > 2 else 3 * [statistics.mean(values)]
+            series[name].append((int(step) * unit, mean, max(0.0, low), min(100.0, high)))
+    return series
+
+
+def write_sheet(path, prompts, clips):
+    """A picture of clips {sibling: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
+    sheets = [contact_sheet([drawn[i] for drawn in clips.values()])[0] for i in range(len(prompts))]
+    sheets = [x.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2) for x in sheets]
+    blocks = [Image.fromarray(to_uint8(sheet)) for sheet in sheets]
+    width, height = blocks[0].size
+    picture = Image.new("RGB", (LABEL + width, len(blocks) * (height + HEADING)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (prompt, block) in enumerate(zip(prompts, blocks, strict=True)):
+        top = i * (height + HEADING) + HEADING
+        picture.paste(block, (LABEL, top))
+        draw.text((LABEL, top - HEADING / 2), prompt, "black", anchor="lm")
+        for row, name in enumerate(clips):
+            draw.text((6, top + (row + 0.5) * height / len(clips)), name, "black", anchor="lm")
+    with atomic(path) as file:
+        picture.save(file, "PNG")
+
+
+def write_report(output, title, costs, results, references):
+    """Write report.md, report.json, steps.png and seconds.png; returns the first's text."""
+    names = list(results)
+    seconds = {name: statistics.median(costs[name]["training step"]) for name in names}
+    text = "\n\n".join([
+        title, cost_table(costs, names),
+        "Agreement with the text, %; where there is an interval, it is that of the mean over seeds"
+        " (95 %, Student).",
+        agreement_table(results), quality_table(results, references),
+    ])  # fmt: skip
+    write_text(output / "report.md", text + "\n")
+    write_json(output / "report.json", {
+        "costs": {name: costs[name] for name in names}, "results": results,
+        "references": references,
+    })  # fmt: skip
+    what = "clips whose colour, shape and direction are right, %"
+    plot(output / "steps.png", curves(results), "Agreement against steps", "training steps", what)
+    plot(output / "seconds.png", curves(results, seconds), "Agreement against time",
+         "seconds of training: steps times the median of one", what)  # fmt: skip
+    return text
