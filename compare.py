@@ -57,6 +57,7 @@ SIBLINGS = {
     "attention": {"temporal": "attention", "new_layers_rate": 3.0},
     "directed": {"temporal": "directed"},
     "conv": {"temporal": "conv"},
+    "conv-as-shift": {"temporal": "conv", "start_as_shift": True},
 }
 GROUND = None  # of a process that trains
 PROMPT_SEED = 5000  # of the noise that clips are drawn from, the same for every sibling and seed

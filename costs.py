@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bench import measure
 from losses import DenoisingLoss
 from model import UNet
-from temporal import new_names
+from temporal import new_names, start_as_shift
 from weights import load_sibling
 
 KINDS = ("forward", "training step", "sampling")
@@ -27,6 +27,8 @@ KINDS = ("forward", "training step", "sampling")
 def build(run, options, device):
     """A sibling on its device as it is before it has seen a clip: `run`'s image model."""
     unet = load_sibling(run / "image_unet", options.way_through_time())
+    if options.start_as_shift:
+        start_as_shift(unet)
     unet.gradient_checkpointing = options.gradient_checkpointing
     return unet.to(device, memory_format=torch.channels_last)
 

@@ -59,6 +59,7 @@ class TrainOptions:
                                choices=("conv1", "conv2", "both"))  # fmt: skip
     shift_fold: int = option(3, "the shift moves one in so many channels, each way")
     shift_causal: bool = option(False, "shift only from the frame before")
+    start_as_shift: bool = option(False, "--temporal conv begins as the shift, not as the identity")
     new_layers_rate: float = option(1.0, "temporal layers' part of the video stage's learning rate")
     # diffusion
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",

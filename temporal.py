@@ -69,6 +69,13 @@ def new_names(unet):
     return [name for name in unet.state_dict() if "temporal" in name]
 
 
+def start_as_shift(unet):
+    """Let the convolutions over time of a U-Net begin as the shift, not as the image model."""
+    for module in unet.modules():
+        if isinstance(module, TemporalConvolution):
+            module.start_as_shift()
+
+
 def first_frames(table, num_frames):
     """The rows of a table (max_frames, ...) for a clip. Raises ValueError if it has too few."""
     if num_frames > len(table):
@@ -101,6 +108,14 @@ class TemporalConvolution(nn.Conv2d):
         super().__init__(channels, channels, (3, 1), padding=(1, 0))
         nn.init.dirac_(self.weight)
         nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def start_as_shift(self):
+        """Hand on the frame before in a third of the channels, the frame after in a third."""
+        c = self.out_channels
+        taps = torch.tensor([0] * (c // 3) + [2] * (c // 3) + [1] * (c - 2 * (c // 3)))
+        self.weight.zero_()
+        self.weight[torch.arange(c), torch.arange(c), taps, 0] = 1
 
     def forward(self, x):
         if x.shape[1] == 1:

@@ -39,6 +39,7 @@ from model import UNet
 from pictures import contact_sheet, side_by_side, write_clip
 from pipeline import Pipeline
 from recipe import RECIPES, STAGES, merge_options, stages_to_run
+from temporal import start_as_shift
 from trainer import Plan, Trainer, processes, start_processes, step_generator
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small clip set become one token each
@@ -265,6 +266,8 @@ def train_unet(run, stage, clips, captions):
     else:
         encoder, tokenizer = weights.load_text(run.path)
         unet = weights.load_sibling(run.path / "image_unet", options.way_through_time())
+        if options.start_as_shift:
+            start_as_shift(unet)
         diffusion, _ = weights.load_schedule(run.path)
     encoder.to(run.device)
     unet.to(run.device, memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ from torch import nn
 
 from losses import DenoisingLoss
 from model import PRESETS, UNet, UNetConfig
+from shift import temporal_shift
 from temporal import (
     WAYS,
     DirectedAttention,
@@ -327,3 +328,9 @@ def test_new_layers_learn_at_their_own_part_of_the_rate(temporal, parts):
     new = {unet.get_parameter(name) for name in new_names(unet)}
     assert [set(parameters) == new for parameters, part in groups[1:]] == [True] * (len(parts) - 1)
     assert sum(len(parameters) for parameters, _ in groups) == len(list(unet.parameters()))
+
+
+def test_a_convolution_over_time_can_start_as_the_shift():
+    convolution, x = TemporalConvolution(7), normal(2, 3, 7, 5, 6)
+    convolution.start_as_shift()
+    assert torch.equal(convolution(x), temporal_shift(x))
