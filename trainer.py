@@ -213,7 +213,8 @@ class Trainer:
         metrics = Metrics(self.run_dir / "metrics.jsonl", plan.stage, self.step)
         bar = tqdm(
             total=plan.num_steps, initial=self.step, desc=f"{plan.stage:5}", unit="step",
-            disable=not self.main, dynamic_ncols=True, smoothing=0.1,
+            disable=not self.main or "TQDM_DISABLE" in os.environ, dynamic_ncols=True,
+            smoothing=0.1,
         )  # fmt: skip
         with stop_signals() as received, bar:
             started, first = time.perf_counter(), self.step
