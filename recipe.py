@@ -209,15 +209,16 @@ def merge_options(path, given):
 
     Raises ValueError if a flag contradicts what the run has been trained with.
     """
-    if not (Path(path) / "train.json").exists():
-        if Path(path).exists() and any(Path(path).iterdir()):
-            raise ValueError(f"{path}: is not empty and no run; choose a new folder")
+    known = (Path(path) / "train.json").exists()
+    if not known and Path(path).exists() and any(Path(path).iterdir()):
+        raise ValueError(f"{path}: is not empty and no run; choose a new folder")
+    stored, finished = read_record(path) if known else (None, [])
+    begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
+    if not known or (not begun and {"init", "preset"} & given.keys()):
         base = RECIPES[given.get("preset", "sd1" if "init" in given else "tiny")]
         if "init" in given:  # None: as that model has it
             base = dataclasses.replace(base, init=given["init"], prediction_type=None)
         return dataclasses.replace(base, **given), []
-    stored, finished = read_record(path)
-    begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
     for field in dataclasses.fields(stored):
         name, old = field.name, getattr(stored, field.name)
         of_stage, _, what = name.partition("_")  # image_steps is of a stage, image_size is not
@@ -225,7 +226,8 @@ def merge_options(path, given):
             what in ("steps", "batch_size", "learning_rate")
             and of_stage in STAGES and of_stage not in begun
         )  # fmt: skip
-        if given.get(name, old) != old and not field.metadata.get("free") and not to_come:
+        free = field.metadata.get("free") or not begun
+        if given.get(name, old) != old and not free and not to_come:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
                              f"{given[name]}; choose a new folder for other options")  # fmt: skip
     return dataclasses.replace(stored, **given), finished

@@ -195,6 +195,8 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
         ValueError: naming what is absent, damaged, too much or not built here.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: is not there; `python train.py {path}` would train a model")
     load = _load_file if path.is_file() else _load_folder
     pipeline = load(path, temporal, prediction_type, ema, dtype)
     if merges is not None:
@@ -224,8 +226,7 @@ def load_tokenizer(path, config):
 def _load_folder(path, temporal, prediction_type, ema, dtype):
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
-            what = "has no" if path.is_dir() else "is no folder with a model: no"
-            raise ValueError(f"{path}: {what} {part}/; train one with `python train.py {path}`")
+            raise ValueError(f"{path}: has no {part}/; train one with `python train.py {path}`")
     if ema:
         raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
                          "weights beside them")  # fmt: skip

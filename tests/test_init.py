@@ -115,6 +115,13 @@ def test_a_beginning_without_a_tokenizer_is_refused_before_training(files, tmp_p
         call(train.main, tmp_path / "run", "--init", path, *flags(**ONLY_VIDEO))
 
 
+def test_after_a_beginning_that_was_none_another_can_be_named(files, tmp_path):
+    with pytest.raises(ValueError, match="is not there"):
+        start(tmp_path / "run", files, family="sd3")
+    start(tmp_path / "run", files, video_steps=1)
+    assert read_json(tmp_path / "run/train.json")["finished"] == ["vae", "image", "video"]
+
+
 def test_a_size_that_does_not_suit_the_model_is_refused_before_training(files, tmp_path):
     with pytest.raises(ValueError, match="--image-size needs a multiple of 8, got 20"):
         start(tmp_path / "run", files, image_size=20)
