@@ -32,7 +32,8 @@ def test_a_missing_part_is_named(folder, part):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    refuse(tmp_path / "nowhere", "nowhere: is not there; `python train.py .*nowhere` would train a model")
+    message = "nowhere: is not there; `python train.py .*nowhere` would train a model"
+    refuse(tmp_path / "nowhere", message)
 
 
 @pytest.mark.parametrize(
