@@ -226,9 +226,8 @@ def work_on(ground, places):
         try:
             for future in as_completed(futures):
                 yield future.result()
-        except BaseException:
+        finally:  # after Ctrl-C or an error, start no more of them
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def prepare_worker(run, output, choices, threads):

@@ -18,10 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
 
 import configs
 import convert
@@ -37,6 +35,12 @@ from pipeline import Pipeline, Sampling
 from text import CLIPTextModel, CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
 from weights import load_pipeline, save_schedule
+
+try:
+    import diffusers
+    import transformers
+except ImportError as error:
+    sys.exit(f"reference.py: error: {error}; it needs `pip install diffusers transformers`")
 
 TURNS = {"frame": 9, "clip": 5, "training": 3, "decode": 3, "picture": 5, "loading": 3}
 SIDES = ("ours", "theirs")

@@ -1,6 +1,7 @@
 """Flags made from a dataclass, and mistakes that are one line and a status."""
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import cli
 from cli import add_flags, choose_device, given_flags, option, run_main
 
@@ -151,3 +153,9 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     with process.stderr:
         assert process.stderr.read() == b""
     process.wait()
+
+
+def test_without_diffusers_the_bench_leaves_that_comparison_out(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bench.bench_diffusers([]) == 0
+    assert capsys.readouterr().out.startswith("beside diffusers: not measured")
