@@ -24,7 +24,7 @@ import torch
 
 from cli import add_flags, given_flags, option, run_main
 from shapes import MovingShapes  # noqa: F401  (here, so that all data sets come from this module)
-from video import CLIP_SUFFIXES, iter_clip, natural_key, read_clip
+from media.read import CLIP_SUFFIXES, iter_clip, natural_key, read_clip
 
 METADATA = "metadata.jsonl"
 IGNORED_SUFFIXES = (".json", ".md")

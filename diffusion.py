@@ -73,7 +73,7 @@ class Diffusion:
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
         if self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
             raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR, where "
-                             "the noise says nothing about x0; use 'v_prediction'")  # fmt: skip
+                             "the noise says nothing about x0; use 'v_prediction'")
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
 
     def _betas(self):

@@ -37,7 +37,7 @@ from metrics import (
     ssim,
     text_similarity,
 )
-from recipe import read_record
+from options import read_record
 from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, coverage
 from vae import decode_clips, encode_clip
@@ -110,7 +110,7 @@ def agreement(clips, combinations):
     return np.array([
         [a == b for a, b in zip(is_, should, strict=True)]
         for is_, should in zip(seen, combinations, strict=True)
-    ])  # fmt: skip
+    ])
 
 
 def rates(right, picture=False):
@@ -222,7 +222,7 @@ def print_table(title, rows, columns):
 def print_report(result):
     """Both tables, and how much the feature net is to be believed."""
     print_table("agreement with the text, %", result["agreement"],
-                ("count", "colour", "shape", "direction", "all"))  # fmt: skip
+                ("count", "colour", "shape", "direction", "all"))
     names = {column: None for row in result["quality"].values() for column in row}
     order = [name for name in names if name not in ("PSNR", "SSIM")] + ["PSNR", "SSIM"]
     print()
@@ -245,10 +245,10 @@ def parse_arguments():
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--fvd", action="store_true",
                         help="also FVD-shapes and CLIPSIM-shapes, with a net that is trained first "
-                        "and kept as RUN/feature_net.safetensors")  # fmt: skip
+                        "and kept as RUN/feature_net.safetensors")
     parser.add_argument("--feature-net", type=Path, metavar="FILE",
                         help="the same with the net in FILE, made if need be; the numbers of two "
-                        "runs compare only with the same net")  # fmt: skip
+                        "runs compare only with the same net")
     args = parser.parse_args()
     if args.num_prompts < 2 or args.batch_size < 1 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2, --batch-size >= 1, --seed >= 0")
@@ -256,7 +256,7 @@ def parse_arguments():
         args.feature_net = args.run / "feature_net.safetensors"
     if args.feature_net and args.num_prompts <= NUM_FEATURES:
         raise ValueError(f"--fvd needs --num-prompts >= {NUM_FEATURES + 1}, one more than there "
-                         f"are features, got {args.num_prompts}")  # fmt: skip
+                         f"are features, got {args.num_prompts}")
     return args
 
 
@@ -266,7 +266,7 @@ def main():
     data = read_record(args.run)[0].data if known else "other data"
     if data != "shapes":
         raise ValueError(f"{args.run}: trained on {data}; only of MovingShapes (--data shapes) "
-                         "is the truth known")  # fmt: skip
+                         "is the truth known")
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
     pipeline = load_pipeline(args.run).to(device)
@@ -275,7 +275,7 @@ def main():
         if sampling.num_frames < 2:
             raise ValueError(f"--fvd needs a model of clips; {args.run} has no video stage yet")
         net = load_feature_net(args.feature_net, sampling.num_frames, sampling.image_size, device,
-                               lambda steps: tqdm(steps, "feature net", leave=False))  # fmt: skip
+                               lambda steps: tqdm(steps, "feature net", leave=False))
     result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size, net)
     if net is not None:
         result["feature_net"] = {"file": str(args.feature_net), "accuracy": accuracy(net)}
@@ -283,7 +283,7 @@ def main():
     write_json(args.run / "evaluation.json", {
         "num_prompts": args.num_prompts, "seed": args.seed,
         "sampling": dataclasses.asdict(sampling), **result,
-    })  # fmt: skip
+    })
 
 
 if __name__ == "__main__":

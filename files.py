@@ -23,7 +23,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the reference implementation refuses longer headers, too
 
@@ -75,7 +75,7 @@ def save_safetensors(path, tensors, metadata=None):
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
-        }  # fmt: skip
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors begin at a multiple of 8 bytes
     with atomic(path) as file:

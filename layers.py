@@ -29,7 +29,7 @@ class ResnetBlock(nn.Module):
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
-                 scale_shift=False, temporal=None):  # fmt: skip
+                 scale_shift=False, temporal=None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)

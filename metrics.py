@@ -30,7 +30,7 @@ from shapes import COLOURS, COMBINATIONS, DIRECTIONS, SHAPES, MovingShapes, capt
 T_QUANTILES = (
     4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
     2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
+)
 WORDS = [*COLOURS, *SHAPES, *DIRECTIONS]
 CAPTIONS = [caption_of(*combination) for combination in COMBINATIONS]
 NUM_FEATURES = 32  # of a FeatureNet; a distance needs more clips than that
@@ -128,7 +128,7 @@ def frechet_distance(a, b):
     d = a.shape[1]
     if b.shape[1] != d or min(len(a), len(b)) <= d:
         raise ValueError(f"frechet_distance needs at least {d + 1} samples of {d} features on both "
-                         f"sides, got {a.shape} and {b.shape}")  # fmt: skip
+                         f"sides, got {a.shape} and {b.shape}")
 
     def root(x):
         return np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r")
@@ -241,7 +241,7 @@ def accuracy(net, num_clips=720):
     right = np.array([
         [a == b for a, b in zip(COMBINATIONS[i], COMBINATIONS[n % len(COMBINATIONS)], strict=True)]
         for n, i in enumerate(best)
-    ])  # fmt: skip
+    ])
     parts = [*right.mean(0), right.all(1).mean()]
     names = ("colour", "shape", "direction", "all")
     return {name: round(100 * float(part), 1) for name, part in zip(names, parts, strict=True)}
@@ -263,6 +263,6 @@ def load_feature_net(path, num_frames, image_size, device="cpu", progress=iter):
         raise ValueError(f"{path}: no feature net; remove it or name another file")
     if tensors["trained_for"].tolist() != [num_frames, image_size]:
         raise ValueError(f"{path}: for {tensors['trained_for'].tolist()} frames and pixels, needs "
-                         f"{[num_frames, image_size]}; name another file")  # fmt: skip
+                         f"{[num_frames, image_size]}; name another file")
     net.load_state_dict(tensors)
     return net.to(device).eval().requires_grad_(False)

@@ -77,13 +77,13 @@ class UNetConfig:
         levels = len(self.block_out_channels)
         if min(levels, self.layers_per_block, self.norm_num_groups, *self.num_heads) < 1:
             raise ValueError("block_out_channels needs a level; layers_per_block, norm_num_groups "
-                             "and the numbers of heads need >= 1")  # fmt: skip
+                             "and the numbers of heads need >= 1")
         if len(self.attention_levels) != levels or len(self.num_heads) != levels:
             raise ValueError(f"attention_levels and attention_head_dim need {levels} values, one a "
-                             f"level, got {self.attention_levels}, {self.num_heads}")  # fmt: skip
+                             f"level, got {self.attention_levels}, {self.num_heads}")
         if not 2 <= self.shift_fold <= min(self.block_out_channels) or self.max_frames < 1:
             raise ValueError("shift_fold needs >= 2 and at most the channels of a level, max_frames"
-                             f" >= 1, got {self.shift_fold}, {self.max_frames}")  # fmt: skip
+                             f" >= 1, got {self.shift_fold}, {self.max_frames}")
         for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if channels % self.norm_num_groups or channels % heads or channels % 2:
                 raise ValueError(
@@ -114,7 +114,7 @@ PRESETS = {
         attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
         sample_size=96,
     ),
-}  # fmt: skip
+}
 
 
 def sinusoid(timesteps, channels):
@@ -156,7 +156,7 @@ class Level(nn.Module):
                 temporal=around_convolutions(config, channels),
             )
             for width in widths
-        )  # fmt: skip
+        )
         self.temporal = nn.ModuleList(after_layer(config, channels, num_heads) for _ in widths)
         if attention:
             self.attentions = nn.ModuleList(
@@ -278,7 +278,7 @@ class UNet(nn.Module):
         shape, factor = tuple(latents.shape), 2 ** (len(self.config.block_out_channels) - 1)
         if len(shape) != 5 or shape[2] != self.config.in_channels:
             raise ValueError(f"latents need the shape (b, t, {self.config.in_channels}, h, w), "
-                             f"got {shape}")  # fmt: skip
+                             f"got {shape}")
         if shape[3] % factor or shape[4] % factor:
             raise ValueError(f"latents need h and w to be multiples of {factor}, got {shape}")
         if tuple(timesteps.shape) != shape[:1]:

@@ -36,7 +36,7 @@ class Sampling:
         limits = {
             "num_frames": (1, None), "image_size": (1, None), "frames_per_second": (0.1, 50),
             "num_steps": (1, None), "eta": (0, 1), "shared_noise": (0, 1),
-        }  # fmt: skip
+        }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value or (high is not None and value > high):
@@ -77,7 +77,7 @@ class Pipeline:
         if self.tokenizer is None:
             raise ValueError("this model holds no tokenizer to read a text with; name a merges "
                              "file (--merges PATH), such as any diffusers folder has in tokenizer/"
-                             )  # fmt: skip
+                             )
         ids = self.tokenizer(list(texts))
         return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))
 

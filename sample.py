@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from cli import add_flags, choose_device, given_flags, run_main
-from pictures import WRITERS, contact_sheet, require_writer, side_by_side, write_clip
+from media.write import WRITERS, contact_sheet, require_writer, side_by_side, write_clip
 from pipeline import Sampling
 from weights import add_checkpoint_flags, load_pipeline
 
@@ -94,15 +94,15 @@ def main():
         description="Draw clips from text.", allow_abbrev=False,
         epilog="Defaults of the drawing are the run's own (sampling.json); other "
         "models draw a picture (one frame) of the size that they were trained on.",
-    )  # fmt: skip
+    )
     parser.add_argument("path", type=Path, metavar="PATH",
-                        help="a run, a diffusers folder or a single file")  # fmt: skip
+                        help="a run, a diffusers folder or a single file")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     parser.add_argument("--prompts-file", type=Path, help="a text file with a prompt on each line")
     parser.add_argument("--output", type=Path,
-                        help="file or folder (default: samples, of a run its own)")  # fmt: skip
+                        help="file or folder (default: samples, of a run its own)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
-                        help="of files in a folder (default: gif; png for one frame)")  # fmt: skip
+                        help="of files in a folder (default: gif; png for one frame)")
     parser.add_argument("--zoom", type=int, default=1, help="enlarge pixels so often (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
@@ -115,7 +115,7 @@ def main():
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
     if min(args.batch_size, args.zoom) < 1 or args.seed < 0:
         raise ValueError("--batch-size and --zoom need >= 1, --seed needs >= 0, got "
-                         f"{args.batch_size}, {args.zoom}, {args.seed}")  # fmt: skip
+                         f"{args.batch_size}, {args.zoom}, {args.seed}")
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
     for note in pipeline.report.notes:

@@ -17,7 +17,7 @@ import torch
 COLOURS = {
     "red": (1.0, 0.15, 0.15), "green": (0.15, 0.9, 0.15), "blue": (0.25, 0.35, 1.0),
     "yellow": (1.0, 0.95, 0.1), "magenta": (1.0, 0.2, 1.0), "cyan": (0.1, 0.95, 1.0),
-}  # fmt: skip
+}
 BACKGROUND = 0.06  # of 1, in all three channels
 SHAPES = {"circle": math.pi, "square": 4.0, "triangle": math.pi}  # and their areas at radius 1
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x right, y down
@@ -82,7 +82,7 @@ class MovingShapes:
     def __init__(self, num_clips=1536, num_frames=8, image_size=32, seed=0, combinations=SEEN):
         if num_clips < 1 or num_frames < 1 or image_size < 16:
             raise ValueError("MovingShapes needs num_clips, num_frames >= 1 and image_size >= 16, "
-                             f"got {num_clips}, {num_frames}, {image_size}")  # fmt: skip
+                             f"got {num_clips}, {num_frames}, {image_size}")
         self.num_frames, self.image_size, self.seed = num_frames, image_size, seed
         self.combinations = [combinations[i % len(combinations)] for i in range(num_clips)]
         self.captions = [caption_of(*combination) for combination in self.combinations]

@@ -80,7 +80,7 @@ def first_frames(table, num_frames):
     """The rows of a table (max_frames, ...) for a clip. Raises ValueError if it has too few."""
     if num_frames > len(table):
         raise ValueError(f"clips need at most max_frames={len(table)} frames, since the model has "
-                         f"parameters for each, got {num_frames}")  # fmt: skip
+                         f"parameters for each, got {num_frames}")
     return table[:num_frames]
 
 

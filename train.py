@@ -36,9 +36,9 @@ from diffusion import randn
 from files import write_json
 from losses import DenoisingLoss, ReconstructionLoss
 from model import UNet
-from pictures import contact_sheet, side_by_side, write_clip
+from media.write import contact_sheet, side_by_side, write_clip
 from pipeline import Pipeline
-from recipe import RECIPES, STAGES, merge_options, stages_to_run
+from options import RECIPES, STAGES, merge_options, stages_to_run
 from temporal import start_as_shift
 from trainer import Plan, Trainer, processes, start_processes, step_generator
 
@@ -61,7 +61,7 @@ class Run:
                 self.state = None
             elif not resume:
                 raise ValueError(f"{state_path} is of an unfinished stage: add --resume to go on "
-                                 "with it, or remove that file to start it anew")  # fmt: skip
+                                 "with it, or remove that file to start it anew")
         self.save_record()
 
     def save_record(self):
@@ -80,11 +80,11 @@ class Run:
         plan = Plan(
             stage, getattr(options, f"{stage}_steps"), getattr(options, f"{stage}_learning_rate"),
             objective.to(self.device), make_batch, preview,
-        )  # fmt: skip
+        )
         trainer = Trainer(self.path, plan, options, self.device)
         if self.state is not None and self.state["stage"] != stage:
             raise ValueError(f"{trainer.state_path}: is of the {self.state['stage']} stage; "
-                             f"finish that one first")  # fmt: skip
+                             f"finish that one first")
         if self.state is not None:
             trainer.load_state(self.state)
             self.state = None
@@ -118,7 +118,7 @@ def read_state(path):
     except (RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
-                         "anew") from None  # fmt: skip
+                         "anew") from None
 
 
 def open_data(options):
@@ -213,7 +213,7 @@ def adopt(run):
         factor *= 2 ** (len(unet.config.block_out_channels) - 1)
         if options.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, "
-                             f"got {options.image_size}")  # fmt: skip
+                             f"got {options.image_size}")
         weights.save_unet(run.path / "image_unet", unet)
         weights.save_pipeline(pipeline, run.path)
     run.finished = ["vae"]
@@ -247,7 +247,7 @@ def new_text_model(options, captions):
     config = dataclasses.replace(
         text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
         max_position_embeddings=options.max_tokens,
-    )  # fmt: skip
+    )
     encoder = text.CLIPTextModel(config)
     text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
     return encoder, tokenizer
@@ -282,7 +282,7 @@ def train_unet(run, stage, clips, captions):
     batches = denoising_batches(
         run, stage, latents, captions, dict(zip(unique, texts, strict=True)),
         diffusion.num_train_timesteps,
-    )  # fmt: skip
+    )
     learnt = encoder if stage == "image" else None
     rates = options.text_rate, options.new_layers_rate
     objective = DenoisingLoss(unet, pipeline.diffusion, learnt, *rates)
@@ -300,7 +300,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Train a text-to-video model.", allow_abbrev=False,
         epilog="Defaults are those of the tiny preset; another --preset has its own (recipe.py).",
-    )  # fmt: skip
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--stage", choices=STAGES, help="train this stage only")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished stage")

@@ -155,7 +155,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "part": part} for parameters, part in groups],
             lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=options.weight_decay, fused=True,
-        )  # fmt: skip
+        )
         self.step, self.main = 0, processes()[0] == 0
         self.loss_sum, self.loss_count = torch.zeros((), device=device), 0
 
@@ -172,7 +172,7 @@ class Trainer:
             "stage": self.plan.stage, "step": self.step,
             "parameters": [p.detach() for p in self.parameters],
             "average": self.average.values, "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+        }
         if self.main:
             with atomic(self.state_path) as file:
                 torch.save(state, file)
@@ -215,7 +215,7 @@ class Trainer:
             total=plan.num_steps, initial=self.step, desc=f"{plan.stage:5}", unit="step",
             disable=not self.main or "TQDM_DISABLE" in os.environ, dynamic_ncols=True,
             smoothing=0.1,
-        )  # fmt: skip
+        )
         with stop_signals() as received, bar:
             started, first = time.perf_counter(), self.step
             while self.step < plan.num_steps:
@@ -231,14 +231,14 @@ class Trainer:
                         metrics.log({
                             "step": self.step, "loss": loss, "learning_rate": rate,
                             "steps_per_second": (self.step - first) / (now - started),
-                        })  # fmt: skip
+                        })
                     started, first = now, self.step
                 stopping = self._stopping(received)
                 if self.step % options.save_every == 0 or last or stopping:
                     self.save_state()
                 if stopping:
                     raise Stopped(f"stopped at step {self.step} of the {plan.stage} stage; "
-                                  "continue with --resume")  # fmt: skip
+                                  "continue with --resume")
                 if self.main and not last and self.step % options.preview_every == 0:
                     with self.average.swapped():
                         plan.on_preview(self.step)

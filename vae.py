@@ -41,7 +41,7 @@ class VAEConfig:
     def __post_init__(self):
         if min(self.block_out_channels, default=0) < 1 or self.norm_num_groups < 1:
             raise ValueError("block_out_channels needs widths and norm_num_groups >= 1, got "
-                             f"{self.block_out_channels}, {self.norm_num_groups}")  # fmt: skip
+                             f"{self.block_out_channels}, {self.norm_num_groups}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(
@@ -50,7 +50,7 @@ class VAEConfig:
                 )
         if self.layers_per_block < 1 or not self.scaling_factor > 0:
             raise ValueError("layers_per_block needs >= 1 and scaling_factor > 0, got "
-                             f"{self.layers_per_block} and {self.scaling_factor}")  # fmt: skip
+                             f"{self.layers_per_block} and {self.scaling_factor}")
 
     @property
     def downscale(self):
@@ -67,7 +67,7 @@ PRESETS = {
         block_out_channels=(64, 128, 128), layers_per_block=2, scaling_factor=1.0, sample_size=64,
     ),
     "sd": VAEConfig(),
-}  # fmt: skip
+}
 
 
 class DiagonalGaussian:
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
             Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
                   "down" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
-        )  # fmt: skip
+        )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
                   "up" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
-        )  # fmt: skip
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -208,7 +208,7 @@ class AutoencoderKL(nn.Module):
         f, c = self.config.downscale, self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
-                             f"got {tuple(x.shape)}")  # fmt: skip
+                             f"got {tuple(x.shape)}")
         chunk = max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
         moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))
@@ -221,7 +221,7 @@ class AutoencoderKL(nn.Module):
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise ValueError(f"decode needs latents (n, {self.config.latent_channels}, h, w), "
-                             f"got {tuple(z.shape)}")  # fmt: skip
+                             f"got {tuple(z.shape)}")
         pixels = z.shape[2] * z.shape[3] * self.config.downscale**2
         chunk = max(1, CHUNK_PIXELS // pixels)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])

@@ -9,7 +9,7 @@
     sampling.json           ours: frames, steps and guidance that suit the model
 
 A run and a diffusers folder are one and the same layout. Single files of Stable Diffusion 1.x and
-2.x are read (convert.py), never written. Nothing is loaded in part: a tensor is used, or ignored
+2.x are read (names.py), never written. Nothing is loaded in part: a tensor is used, or ignored
 for a reason that the report gives, or an error.
 
     python weights.py v1-5-pruned.safetensors                     # what is it?
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-import configs
-import convert
-from checkpoint import find_weights, read_checkpoint
+from checkpoints import configs
+from checkpoints import names
+from checkpoints.containers import find_weights, read_checkpoint
 from cli import run_main
 from diffusion import Diffusion
 from files import read_json, save_safetensors, write_json
@@ -37,7 +37,7 @@ from vae import AutoencoderKL
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 ASSUMED = ("prediction type: v_prediction, which no file of Stable Diffusion 2 says; 2-base needs "
-           "prediction_type='epsilon' (--prediction-type epsilon)")  # fmt: skip
+           "prediction_type='epsilon' (--prediction-type epsilon)")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -82,10 +82,10 @@ def load_network(folder, parse, network, dtype=torch.float32):
         raise ValueError(f"{folder}: has no config.json; is the folder half written or incomplete?")
     network = build(network, parse(read_json(where), where), where)
     path = find_weights(folder)
-    tensors, ignored = convert.current_names(read_checkpoint(path))
+    tensors, ignored = names.current_names(read_checkpoint(path))
     expected, found = shapes_of(network.state_dict()), shapes_of(tensors)
     unexpected = found.keys() - expected.keys()
-    convert.check_fit(expected, found, unexpected, f"{path}: does not fit its config.json")
+    names.check_fit(expected, found, unexpected, f"{path}: does not fit its config.json")
     return fill(network, tensors, dtype), ignored
 
 
@@ -158,7 +158,7 @@ def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
-    })  # fmt: skip
+    })
 
 
 def load_schedule(folder):
@@ -180,7 +180,7 @@ def save_pipeline(pipeline, folder):
 
 
 def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=False,
-                  dtype=torch.float32):  # fmt: skip
+                  dtype=torch.float32):
     """Read a whole model: a run's folder, a diffusers folder or a single file.
 
     temporal: overrides the U-Net's own way through time; a model that has none gets the shift.
@@ -204,7 +204,7 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     tokenizer, size = pipeline.tokenizer, pipeline.text_encoder.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size != size:
         raise ValueError(f"{merges or path}: the tokenizer has {tokenizer.vocab_size} tokens, the "
-                         f"text encoder {size}")  # fmt: skip
+                         f"text encoder {size}")
     return pipeline
 
 
@@ -220,7 +220,7 @@ def load_tokenizer(path, config):
     return CLIPTokenizer.from_merges_file(
         path, config.vocab_size - 2 * 256 - 2, config.max_position_embeddings,
         pad_with_end=config.hidden_act != "gelu",
-    )  # fmt: skip
+    )
 
 
 def _load_folder(path, temporal, prediction_type, ema, dtype):
@@ -229,12 +229,12 @@ def _load_folder(path, temporal, prediction_type, ema, dtype):
             raise ValueError(f"{path}: has no {part}/; train one with `python train.py {path}`")
     if ema:
         raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
-                         "weights beside them")  # fmt: skip
+                         "weights beside them")
     diffusion, sampling = load_schedule(path)
     unet, *ignored = load_network(path / "unet", _parse_unet(temporal), UNet, dtype)
     vae, more = load_network(path / "vae", configs.vae_from_json, AutoencoderKL, dtype)
     text, most = load_network(path / "text_encoder", configs.text_from_json, CLIPTextModel, dtype)
-    convert.check_together(unet.config, vae.config, text.config, path)
+    names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()
     tokenizer = CLIPTokenizer.load(path / "tokenizer") if has_tokenizer else None
     if prediction_type is not None:
@@ -244,34 +244,34 @@ def _load_folder(path, temporal, prediction_type, ema, dtype):
         sampling = dataclasses.replace(sampling, image_size=size)
     used = sum(len(network.state_dict()) for network in (unet, vae, text))
     positions = sum([*ignored, more, most])
-    report = convert.Report(used, {"numbers of positions": positions} if positions else {})
+    report = names.Report(used, {"numbers of positions": positions} if positions else {})
     return Pipeline(unet, vae, text, tokenizer, diffusion, sampling, report)
 
 
 def _load_file(path, temporal, prediction_type, ema, dtype):
     tensors = read_checkpoint(path)
-    convert.check_known(tensors, path)
+    names.check_known(tensors, path)
     stability = configs.openclip(tensors)
     assumed = "v_prediction" if stability else "epsilon"
     notes = (ASSUMED,) if stability and prediction_type is None else ()
     diffusion = Diffusion(prediction_type=prediction_type or assumed)
     image_size = 768 if diffusion.prediction_type == "v_prediction" else 512
     unet, vae, text = configs.configs_of(tensors, image_size, path)
-    convert.check_together(unet, vae, text, path)
+    names.check_together(unet, vae, text, path)
     if temporal is not None:
         unet = dataclasses.replace(unet, temporal=temporal)
     networks = {
         "unet": build(UNet, unet, path), "vae": build(AutoencoderKL, vae, path),
         "text_encoder": build(CLIPTextModel, text, path),
-    }  # fmt: skip
-    parts, report = convert.convert(tensors, networks, ema, path)
+    }
+    parts, report = names.convert(tensors, networks, ema, path)
     tensors.clear()
     for name, network in networks.items():
         fill(network, parts[name], dtype)
     sampling = Sampling(num_frames=1, image_size=image_size)
     report = dataclasses.replace(report, notes=notes)
     return Pipeline(**networks, tokenizer=None, diffusion=diffusion, sampling=sampling,
-                    report=report)  # fmt: skip
+                    report=report)
 
 
 def describe(pipeline):
@@ -280,7 +280,7 @@ def describe(pipeline):
     form = "2.x" if unet.use_linear_projection else "1.x"
     ours = unet.class_embed_type or unet.resnet_time_scale_shift != "default"
     joined = [", ".join(map(str, x)) for x in (unet.block_out_channels, unet.num_heads,
-                                               vae.block_out_channels)]  # fmt: skip
+                                               vae.block_out_channels)]
     lines = {
         "family": "this project's own" if ours else f"Stable Diffusion {form}",
         "prediction": pipeline.diffusion.prediction_type,
@@ -292,9 +292,9 @@ def describe(pipeline):
                         f"{text.num_attention_heads} heads, {text.max_position_embeddings} tokens",
         "tokenizer": "none: --merges PATH names one" if pipeline.tokenizer is None
                      else f"{pipeline.tokenizer.vocab_size} tokens",
-    }  # fmt: skip
+    }
     networks = {"U-Net": pipeline.unet, "autoencoder": pipeline.vae,
-                "text encoder": pipeline.text_encoder}  # fmt: skip
+                "text encoder": pipeline.text_encoder}
     for name, network in networks.items():
         parameters = list(network.parameters())
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
@@ -306,9 +306,9 @@ def describe(pipeline):
 def add_checkpoint_flags(parser):
     """The flags for what a checkpoint may not say, as load_pipeline's arguments are called."""
     parser.add_argument("--merges", type=Path,
-                        help="a merges file (plain or .gz) or a tokenizer folder")  # fmt: skip
+                        help="a merges file (plain or .gz) or a tokenizer folder")
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
-                        help="what the U-Net predicts, where the file does not say")  # fmt: skip
+                        help="what the U-Net predicts, where the file does not say")
     parser.add_argument("--ema", action="store_true", help="the average of the U-Net's weights")
 
 
@@ -319,15 +319,15 @@ def main():
     parser.add_argument("path", type=Path, metavar="PATH", help="a single file, or a folder")
     add_checkpoint_flags(parser)
     parser.add_argument("--convert", type=Path, metavar="FOLDER",
-                        help="write it in the layout of diffusers")  # fmt: skip
+                        help="write it in the layout of diffusers")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     args = parser.parse_args()
     if args.convert and args.convert.exists() and (
         not args.convert.is_dir() or any(args.convert.iterdir())
-    ):  # fmt: skip
+    ):
         raise ValueError(f"--convert {args.convert}: exists already; name a new folder")
     pipeline = load_pipeline(args.path, merges=args.merges, prediction_type=args.prediction_type,
-                             ema=args.ema, dtype=DTYPES.get(args.dtype))  # fmt: skip
+                             ema=args.ema, dtype=DTYPES.get(args.dtype))
     print(f"{describe(pipeline)}\n{pipeline.report}")
     if args.convert:
         save_pipeline(pipeline, args.convert)

@@ -17,7 +17,7 @@ SMALL = {
     "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
     "image_every": 3, "warmup_steps": 2, "num_steps": 2, "log_every": 2, "save_every": 2,
     "preview_every": 1000, "device": "cpu",
-}  # fmt: skip
+}
 
 
 def flags(**options):
@@ -53,7 +53,7 @@ def weights_of(path):
     return {
         name: file.read_bytes() for name, file in zip(names, files, strict=True)
         if name not in ("metrics.jsonl", "train.json") and "previews" not in name
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="session")

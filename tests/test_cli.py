@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+from studies import bench
 import cli
 from cli import add_flags, choose_device, given_flags, option, run_main
 
@@ -60,7 +60,7 @@ def test_the_default_stands_in_the_help(capsys):
     (("--num-steps", "3.5"), "--num-steps: invalid int value: '3.5'"),
     (("--name", "euler"), "--name: invalid choice: 'euler'"),
     (("--mirror", "no"), "unrecognized arguments: no"),
-])  # fmt: skip
+])
 def test_a_wrong_flag_is_named_and_ends_with_status_2(capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         given(*words)
@@ -109,7 +109,7 @@ def test_a_command_can_choose_its_status():
     (ValueError("rate needs > 0, got -1"), "x.py: error: rate needs > 0, got -1\n"),
     (FileNotFoundError(2, "Not there", "a.gif"), "x.py: error: [Errno 2] Not there: 'a.gif'\n"),
     (OSError(), "x.py: error: OSError\n"),
-])  # fmt: skip
+])
 def test_a_mistake_of_the_user_is_one_line_and_status_1(monkeypatch, capsys, error, line):
     monkeypatch.setattr(sys, "argv", ["some/x.py"])
     assert end_of(fail(error)) == 1
@@ -124,7 +124,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 @pytest.mark.parametrize("error, line", [
     (KeyboardInterrupt(), "stopped by Ctrl-C"),
     (KeyboardInterrupt("stopped at step 7"), "stopped at step 7"),
-])  # fmt: skip
+])
 def test_ctrl_c_is_one_line_and_status_130(capsys, error, line):
     assert end_of(fail(error)) == 130
     assert capsys.readouterr().err == f"\n{line}\n"
@@ -135,7 +135,7 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, error, line):
     ("train.py", "new", "--image-size", "20"),
     ("sample.py", "nowhere", "a red circle"),
     ("evaluate.py", "nowhere"),
-])  # fmt: skip
+])
 def test_every_script_ends_a_mistake_with_one_line(tmp_path, words):
     script, *rest = words
     command = [sys.executable, ROOT / script, *rest]

@@ -39,7 +39,7 @@ def test_metadata_gives_captions_in_its_own_order(tmp_path):
     make_clip(tmp_path / "a.gif")
     make_clip(tmp_path / "deep/er/b.gif")
     write_metadata(tmp_path, {"file_name": "deep/er/b.gif", "text": "a  bee\n"},
-                   "", {"file_name": "./a.gif", "text": "an ape"})  # fmt: skip
+                   "", {"file_name": "./a.gif", "text": "an ape"})
     assert found(tmp_path) == ([("deep/er/b.gif", "a bee"), ("a.gif", "an ape")], [])
 
 
@@ -55,7 +55,7 @@ def test_the_sub_folders_name_is_the_caption_of_last_resort(tmp_path):
     assert found(tmp_path)[0] == [
         ("playing_chess/9.gif", "playing chess"), ("playing_chess/10.gif", "playing chess"),
         ("train/dog_run/1.gif", "dog run"),
-    ]  # fmt: skip
+    ]
 
 
 def save_pictures(folder, grays):
@@ -103,7 +103,7 @@ def test_hidden_and_known_other_files_are_passed_over(tmp_path):
     ('{"file_name": "../up.gif", "text": "x"}', "line 2: file_name needs to be a path below"),
     ('{"file_name": "/etc/up.gif", "text": "x"}', "line 2: file_name needs to be a path below"),
     ('{"file_name": "out.gif", "text": "x"}', "out.gif: leads out of the folder"),
-])  # fmt: skip
+])
 def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
     make_clip(tmp_path / "up.gif")
     folder = tmp_path / "clips"
@@ -134,7 +134,7 @@ def test_a_clip_that_metadata_does_not_list_is_a_problem(tmp_path):
     ("a.flv", "an ape", "a.flv: not a clip (known: .gif "),
     ("dog/metadata.jsonl", None, "give dog as the folder"),
     ("b.txt", None, "b.txt: caption without a clip"),
-])  # fmt: skip
+])
 def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
     make_clip(tmp_path / "fine/ok.gif")
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -203,7 +203,7 @@ def test_a_folder_with_problems_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [("none", "no such folder"), ("a.gif", "not a folder"),
-                                           ("empty", "no clips in it")])  # fmt: skip
+                                           ("empty", "no clips in it")])
 def test_no_folder_of_clips_is_an_error_that_names_it(tmp_path, name, message):
     make_clip(tmp_path / "a.gif")
     (tmp_path / "empty").mkdir()

@@ -66,7 +66,7 @@ def test_stable_diffusion_ends_with_seven_percent_of_the_signal():
     ("scaled_linear", SD1),
     ("squaredcos_cap_v2", {"beta_schedule": "squaredcos_cap_v2"}),
     ("zero snr", ZERO_SNR),
-])  # fmt: skip
+])
 def test_alpha_bar_equals_that_of_diffusers(name, options):
     actual = Diffusion(**options).alphas_cumprod[[0, 1, 500, 998, 999]]
     expected = torch.tensor(RECORDED["alphas_cumprod"][name], dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_zero_terminal_snr_moves_and_stretches_the_signal():
     ({"trained_betas": (0.1, 0.2)}, "trained_betas needs 1000 values, got 2"),
     ({"num_train_timesteps": 1, "trained_betas": (1.1,)}, r"betas need to lie in \(0, 1\]"),
     ({"beta_end": float("nan")}, r"betas need to lie in \(0, 1\]"),
-])  # fmt: skip
+])
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Diffusion(**options)
@@ -182,7 +182,7 @@ def test_coefficients_keep_the_dtype_of_the_latents(method):
     ("leading", 50, [981, 961, 941]), ("leading", 30, [958, 925, 892]), ("leading", 1, [1]),
     ("leading", 1000, [999, 998, 997]), ("trailing", 10, [999, 899, 799]), ("trailing", 1, [999]),
     ("trailing", 3, [999, 666, 332]), ("linspace", 10, [999, 888, 777]),
-])  # fmt: skip
+])
 def test_timesteps_begin_where_stable_diffusion_begins(spacing, num_steps, first):
     pairs = Diffusion(timestep_spacing=spacing).timestep_pairs(num_steps)
     assert [t for t, _ in pairs[:3]] == first
@@ -251,7 +251,7 @@ def test_ddpm_step_is_bayes_rule(monkeypatch):
     alpha = alpha_bar / alpha_bar_prev
     precision = 1 / (1 - alpha_bar_prev) + alpha / (1 - alpha)
     mean = (math.sqrt(alpha_bar_prev) * x0 / (1 - alpha_bar_prev)
-            + math.sqrt(alpha) * 0.8 / (1 - alpha)) / precision  # fmt: skip
+            + math.sqrt(alpha) * 0.8 / (1 - alpha)) / precision
     x_t = torch.tensor([[x_t]], dtype=torch.float64)
     eps = (x_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
     for noise in (0.0, 1.0):
@@ -330,7 +330,7 @@ TRAJECTORIES = {
          "set_alpha_to_one": True, "steps_offset": 0}, "ddim", 0.0),
     "ddpm sd1": (SD1, "ddpm", 0.0),
     "ddpm sd2": ({**SD2, "timestep_spacing": "trailing"}, "ddpm", 0.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)

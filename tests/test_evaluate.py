@@ -13,7 +13,7 @@ import evaluate
 import metrics
 from evaluate import agreement, rates, recognise
 from metrics import psnr, ssim
-from pictures import write_clip
+from media.write import write_clip
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SHAPES, MovingShapes, caption_of
 from vae import decode_clips, encode_clip
 from weights import load_vae
@@ -128,14 +128,14 @@ def test_agreement_is_counted_for_each_word():
     asked = [("red", "circle", "left"), ("red", "square", "left"), ("blue", "circle", "up")]
     assert agreement(clips, asked).tolist() == [
         [True, True, True], [True, False, True], [False, True, False],
-    ]  # fmt: skip
+    ]
 
 
 def test_rates_are_percentages_of_clips():
     right = np.array([[True, True, True], [True, False, True], [True, True, False]])
     assert rates(right) == {
         "count": 3, "colour": 100.0, "shape": 66.7, "direction": 66.7, "all": 33.3,
-    }  # fmt: skip
+    }
 
 
 def test_a_picture_is_right_without_a_direction():
@@ -154,7 +154,7 @@ def report(trained, tmp_path_factory):
         patch.setattr(evaluate, "write_json", lambda path, value: asked.append(value))
         patch.setattr(evaluate, "generate", lambda pipeline, texts, sampling, *rest: (
             asked.append((texts, sampling.num_frames)) or generate(pipeline, texts, sampling, *rest)
-        ))  # fmt: skip
+        ))
         call(evaluate.main, trained, "--num-prompts", 7, "--batch-size", 3, "--device", "cpu")
     *asked, report = asked
     return asked, report
@@ -233,7 +233,7 @@ def test_a_damaged_record_is_refused_by_name(run):
 @pytest.mark.parametrize("words", [
     ("--num-prompts", 1), ("--batch-size", 0), ("--seed", -1), ("--device", "abacus"),
     ("--num-prompts", 32, "--fvd"), ("--num-prompts", 32, "--feature-net", "net.safetensors"),
-])  # fmt: skip
+])
 def test_a_wrong_number_is_refused(run, words):
     with pytest.raises(ValueError, match=words[0]):
         call(evaluate.main, run, *words)

@@ -14,7 +14,7 @@ from files import (
     save_safetensors,
     write_json,
     write_text,
-)  # fmt: skip
+)
 
 
 def write(path, header, data=b"", length=None):
@@ -146,7 +146,7 @@ DAMAGED = {
     "too few bytes": (lambda p: write(p, {"a": entry(shape=[3])}, EIGHT), "does not fit"),
     "shared bytes": (lambda p: write(p, {"a": entry(), "b": entry("U8", (2,), (7, 9))}, bytes(9)),
                      "share bytes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -213,7 +213,7 @@ def test_json_comes_back(tmp_path):
 @pytest.mark.parametrize("text, message", [
     (b"", "not a JSON file"), (b"{'a': 1}", "not a JSON file"), (b'{"\xff": 1}', "not a JSON file"),
     (b"[1]", "needs a JSON object, got list"), (b"null", "needs a JSON object, got NoneType"),
-])  # fmt: skip
+])
 def test_what_is_no_json_object_is_refused_by_name(tmp_path, text, message):
     file = tmp_path / "a.json"
     file.write_bytes(text)

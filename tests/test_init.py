@@ -77,7 +77,7 @@ def test_the_run_draws_clips_with_the_shift_and_the_schedule_of_its_beginning(tu
 
 @pytest.mark.parametrize("given, expected", [
     ([], "v_prediction"), (["--prediction-type", "epsilon"], "epsilon"),
-])  # fmt: skip
+])
 def test_stable_diffusion_2_predicts_what_the_flag_says(tmp_path, files, given, expected, capsys):
     start(tmp_path / "run", files, *given, family="sd2", video_steps=1)
     assert load_pipeline(tmp_path / "run").diffusion.prediction_type == expected
@@ -130,7 +130,7 @@ def test_a_size_that_does_not_suit_the_model_is_refused_before_training(files, t
 def test_a_checkpoint_draws_a_picture_into_samples_here(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call(sample.main, files / "sd1.safetensors", "a red circle", "--merges", files / "merges.txt",
-         "--num-steps", 1, "--image-size", 16)  # fmt: skip
+         "--num-steps", 1, "--image-size", 16)
     assert capsys.readouterr().out == "samples/a-red-circle.png\n"
     assert Image.open("samples/a-red-circle.png").size == (16, 16)
 
@@ -138,5 +138,5 @@ def test_a_checkpoint_draws_a_picture_into_samples_here(files, tmp_path, monkeyp
 def test_a_checkpoint_draws_a_clip_when_asked_for(files, tmp_path):
     path = tmp_path / "clip.gif"
     call(sample.main, files / "sd2.safetensors", "a red circle", "--merges", files / "merges.txt",
-         "--num-steps", 1, "--image-size", 16, "--num-frames", 3, "--output", path)  # fmt: skip
+         "--num-steps", 1, "--image-size", 16, "--num-frames", 3, "--output", path)
     assert Image.open(path).n_frames == 3

@@ -6,7 +6,7 @@ from torch import nn
 
 from diffusion import Diffusion
 from losses import DenoisingLoss, ReconstructionLoss
-from recipe import TrainOptions
+from options import TrainOptions
 from vae import DiagonalGaussian
 
 

@@ -23,7 +23,7 @@ from metrics import (
     text_similarity,
     train_feature_net,
 )
-from pictures import write_clip
+from media.write import write_clip
 
 
 def wave(n, d, phase):
@@ -87,7 +87,7 @@ def slow_ssim(a, b):
     """Window by window, with loops."""
     weights = np.array([
         [math.exp(-(y**2 + x**2) / (2 * 1.5**2)) for x in range(-5, 6)] for y in range(-5, 6)
-    ])  # fmt: skip
+    ])
     weights /= weights.sum()
     values = []
     for c in range(a.shape[0]):
@@ -100,7 +100,7 @@ def slow_ssim(a, b):
                 values.append(
                     (2 * mp * mq + 0.0004) * (2 * cov + 0.0036)
                     / ((mp**2 + mq**2 + 0.0004) * (vp + vq + 0.0036))
-                )  # fmt: skip
+                )
     return np.mean(values)
 
 

@@ -24,7 +24,7 @@ TOLERANCE = 5e-7  # of outputs of about 0.03; float32 rounds them by less than 1
 SMALL = UNetConfig(
     block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
     attention_levels=(True, True, False), attention_head_dim=2,
-)  # fmt: skip
+)
 CASES = {
     "sd1": SMALL,
     "sd2": replace(SMALL, attention_head_dim=(1, 2, 4), use_linear_projection=True),
@@ -209,7 +209,7 @@ def wrong_order_of_cosine_and_sine(unet):
     wrong_heads, wrong_heads_in_the_middle, wrong_eps_of_the_blocks,
     wrong_eps_of_the_transformers, wrong_eps_of_the_output, wrong_padding,
     wrong_order_of_cosine_and_sine,
-])  # fmt: skip
+])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_the_recorded_numbers_notice_a(mistake, name):
@@ -263,7 +263,7 @@ def test_bfloat16_goes_through():
     ({"block_out_channels": (8, 16, 30)}, "norm_num_groups=4 .* got 30"),
     ({"attention_head_dim": (1, 2, 5)}, "number of heads 5, got 32"),
     ({"norm_num_groups": 1, "attention_head_dim": 1, "block_out_channels": (8, 16, 33)}, "got 33"),
-])  # fmt: skip
+])
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **options)
@@ -281,7 +281,7 @@ def test_impossible_networks_are_refused(options, message):
     ((2, 3, 4, 8, 12), (2,), (0, 5, 20), "context needs a multiple of 2 texts, got 0"),
     ((2, 3, 4, 8, 12), (2,), (2, 5, 21), r"context needs the shape \(b, n, 20\), got"),
     ((2, 3, 4, 8, 12), (2,), (2, 20), r"context needs the shape \(b, n, 20\), got"),
-])  # fmt: skip
+])
 def test_inputs_that_do_not_fit_are_refused(latents, timesteps, context, message):
     with pytest.raises(ValueError, match=message):
         on_meta(SMALL)(torch.zeros(latents), torch.zeros(timesteps), torch.zeros(context))

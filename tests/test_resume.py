@@ -22,7 +22,7 @@ from conftest import SMALL, call, flags, metrics_of, train_small, weights_of
 import losses
 import train
 import trainer
-from recipe import STAGES
+from options import STAGES
 from trainer import Trainer
 from weights import load_pipeline
 
@@ -121,7 +121,7 @@ def test_a_kill_just_after_a_stage_is_noted_as_done_is_survived(trained, tmp_pat
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: (
             fail(Killed) if self.name == "training_state.pt" else None
-        ))  # fmt: skip
+        ))
         train_small(tmp_path / "run")
     assert (tmp_path / "run/training_state.pt").exists()
     train_small(tmp_path / "run", *more)
@@ -210,7 +210,7 @@ def two_processes(path, **options):
             command, env=os.environ | common | place, stderr=subprocess.PIPE, text=True
         )
         for place in places
-    ]  # fmt: skip
+    ]
     try:
         yield processes
     finally:
@@ -300,7 +300,7 @@ def test_an_unfinished_stage_can_be_started_anew(killed, trained):
 @pytest.mark.parametrize("damage", [
     lambda raw: b"", lambda raw: raw[:1000], lambda raw: raw[:-100], lambda raw: b"hello" * 50,
     lambda raw: b"\x80\x02" + bytes(50), lambda raw: raw[1000:],
-], ids=["empty", "a beginning", "cut", "a text", "a pickle", "an end"])  # fmt: skip
+], ids=["empty", "a beginning", "cut", "a text", "a pickle", "an end"])
 def test_a_damaged_state_is_refused_by_name_and_with_a_remedy(killed, damage):
     state = killed / "training_state.pt"
     state.write_bytes(damage(state.read_bytes()))

@@ -12,7 +12,7 @@ import sample
 from model import UNet
 from pipeline import Sampling
 from sample import file_names, generate
-from video import read_clip
+from media.read import read_clip
 from weights import load_pipeline
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
@@ -34,7 +34,7 @@ def draw(pipeline, prompts, seed=0, batch_size=8, **options):
 
 @pytest.mark.parametrize("options", [
     {}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance_scale": 1.0},
-], ids=["ddim", "ddpm", "eta 1", "no guidance"])  # fmt: skip
+], ids=["ddim", "ddpm", "eta 1", "no guidance"])
 def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline, options):
     alone, together = (draw(pipeline, PROMPTS, 5, size, **options) for size in (1, 2))
     for a, b in zip(alone, together, strict=True):
@@ -75,7 +75,7 @@ def rows_of(pipeline, monkeypatch, **options):
     rows, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda self, x, timesteps, text: (
         rows.append((len(x), len(text.last_token))) or forward(self, x, timesteps, text)
-    ))  # fmt: skip
+    ))
     draw(pipeline, PROMPTS[:1], num_steps=3, **options)
     return rows
 
@@ -164,7 +164,7 @@ def test_frames_and_size_can_be_others_than_those_of_training(run, tmp_path):
     ("a.gif", 3, 3, (34, 34)),  # a grid of 2 x 2, with 2 pixels between
     ("a.png", 1, 1, (52, 16)),  # a row of its frames
     ("a.png", 3, 1, (52, 52)),  # a row for each
-])  # fmt: skip
+])
 def test_a_file_shows_all_prompts(run, tmp_path, name, num_prompts, frames, size):
     call(sample.main, run, *PROMPTS[:num_prompts], "--output", tmp_path / name)
     with Image.open(tmp_path / name) as picture:
@@ -182,7 +182,7 @@ def test_prompts_become_names():
     assert names == [
         "a-cat.gif", "a-cat-2.gif", "zwölf-bären.gif", "no-text.gif", "a-cat-2-2.gif",
         "no-text-2.gif",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "猫", "𠮷"])
@@ -226,7 +226,7 @@ def test_words_never_seen_are_drawn_like_others(run, tmp_path):
     (("x", "--batch-size", "0"), "--batch-size"),
     (("x", "--seed", "-1"), "--seed"),
     (("x", "--device", "abacus"), "--device abacus: not usable"),
-])  # fmt: skip
+])
 def test_a_mistake_is_named_and_writes_nothing(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -240,7 +240,7 @@ def test_a_mistake_is_named_and_writes_nothing(run, tmp_path, monkeypatch, words
 @pytest.mark.parametrize("words", [
     ("x", "--guidance", "2"), ("x", "--sampler", "euler"), ("x", "--format", "avi"),
     ("x", "--num-frames", "many"),
-])  # fmt: skip
+])
 def test_a_wrong_flag_ends_with_status_2(run, words):
     with pytest.raises(SystemExit) as stop:
         call(sample.main, run, *words)

@@ -18,7 +18,7 @@ from shapes import (
     caption_of,
     coverage,
     render,
-)  # fmt: skip
+)
 
 BLANK = np.zeros((1, 3, 16, 16), np.uint8)
 
@@ -46,7 +46,7 @@ def test_seen_and_held_out_are_all_combinations_and_share_none():
 
 @pytest.mark.parametrize("part, names, times", [
     (0, COLOURS, 2), (1, SHAPES, 4), (2, DIRECTIONS, 3),
-])  # fmt: skip
+])
 def test_every_word_is_held_out_equally_often(part, names, times):
     assert Counter(combination[part] for combination in HELD_OUT) == dict.fromkeys(names, times)
 

@@ -32,28 +32,28 @@ def by_loops(x, fold, causal=False):
 def test_three_frames_of_three_channels_by_hand():
     frames = [[11, 12, 13],
               [21, 22, 23],
-              [31, 32, 33]]  # fmt: skip
+              [31, 32, 33]]
     shifted = [[0, 22, 13],
                [11, 32, 23],
-               [21, 0, 33]]  # fmt: skip
+               [21, 0, 33]]
     assert temporal_shift(torch.tensor([frames])).tolist() == [shifted]
 
 
 def test_left_over_channels_stay():
     frames = [[11, 12, 13, 14, 15],
-              [21, 22, 23, 24, 25]]  # fmt: skip
+              [21, 22, 23, 24, 25]]
     shifted = [[0, 22, 13, 14, 15],
-               [11, 0, 23, 24, 25]]  # fmt: skip
+               [11, 0, 23, 24, 25]]
     assert temporal_shift(torch.tensor([frames])).tolist() == [shifted]
 
 
 def test_a_causal_shift_by_hand():
     frames = [[11, 12, 13],
               [21, 22, 23],
-              [31, 32, 33]]  # fmt: skip
+              [31, 32, 33]]
     shifted = [[0, 12, 13],
                [11, 22, 23],
-               [21, 32, 33]]  # fmt: skip
+               [21, 32, 33]]
     assert temporal_shift(torch.tensor([frames]), causal=True).tolist() == [shifted]
 
 
@@ -134,11 +134,11 @@ def test_gradient_is_the_opposite_shift_by_hand():
     x = torch.zeros(1, 3, 3, requires_grad=True)
     grad_out = torch.tensor([[[11.0, 12, 13],
                               [21, 22, 23],
-                              [31, 32, 33]]])  # fmt: skip
+                              [31, 32, 33]]])
     (grad,) = torch.autograd.grad(temporal_shift(x), x, grad_out)
     assert grad.tolist() == [[[21, 0, 13],
                               [31, 12, 23],
-                              [0, 22, 33]]]  # fmt: skip
+                              [0, 22, 33]]]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -166,7 +166,7 @@ def test_second_derivative_equals_finite_differences():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16,
-                                   torch.int64, torch.uint8, torch.bool])  # fmt: skip
+                                   torch.int64, torch.uint8, torch.bool])
 def test_is_exact_in_every_dtype(dtype):
     x = (numbers(*SHAPE) % 5).to(dtype)
     out = temporal_shift(x)

@@ -25,7 +25,7 @@ from weights import load_sibling, load_unet, save_unet
 SMALL = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
     attention_levels=(False, True), attention_head_dim=2, temporal="none", max_frames=4,
-)  # fmt: skip
+)
 LEARNT = ("attention", "directed", "conv")
 SHAPE = (2, 3, 6, 5, 4)  # b t c h w, all different
 
@@ -143,7 +143,7 @@ def test_the_convolution_over_time_is_a_3d_convolution_of_one_place():
 
 @pytest.mark.parametrize("layer", [
     TemporalAttention(6, 2, 4), TemporalConvolution(6), FrameAdaptor(6, 4), Shift(3, False),
-])  # fmt: skip
+])
 @torch.no_grad()
 def test_frames_that_lie_in_memory_as_h_w_c_stay_so(layer):
     x = clip().flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, SHAPE[:2])
@@ -209,7 +209,7 @@ def test_names_of_the_new_parameters():
         for way in LEARNT
     }
     projections = [f"to_{part}" for part in ("k.weight", "out.0.bias", "out.0.weight", "q.weight",
-                                             "v.weight")]  # fmt: skip
+                                             "v.weight")]
     assert parts == {
         "attention": [f"attention.{name}" for name in projections]
         + ["norm.bias", "norm.weight", "positions"],
@@ -227,7 +227,7 @@ def test_names_of_the_new_parameters():
     # A layer is 4 c^2 + c of attention, 2 c of norm and 16 c of positions, behind each of 21.
     ("attention", sum(n * (4 * c * c + 19 * c) for n, c in ((5, 320), (5, 640), (11, 1280)))),
     ("shift", 0),
-])  # fmt: skip
+])
 def test_number_of_new_parameters_at_stable_diffusions_size_by_hand(temporal, expected):
     with torch.device("meta"):
         unet = UNet(replace(PRESETS["sd1"], temporal=temporal))
@@ -260,7 +260,7 @@ def test_every_option_of_the_shift_reaches_it():
     drawn = [
         sibling("shift", shift_fold=fold, shift_causal=causal)(*given)
         for fold in (3, 4, 8) for causal in (False, True)
-    ]  # fmt: skip
+    ]
     distances = torch.cdist(*2 * [torch.stack(drawn).flatten(1)])
     assert distances.fill_diagonal_(1.0).min() > 1e-3
 
@@ -320,7 +320,7 @@ def test_a_run_learns_new_layers_in_its_video_stage_alone(tmp_path):
 
 @pytest.mark.parametrize("temporal, parts", [
     ("shift", [1.0]), ("attention", [1.0, 3.0]), ("directed", [1.0, 3.0]), ("conv", [1.0, 3.0]),
-])  # fmt: skip
+])
 def test_new_layers_learn_at_their_own_part_of_the_rate(temporal, parts):
     unet = sibling(temporal)
     groups = DenoisingLoss(unet, None, new_layers_rate=3.0).parameter_groups()

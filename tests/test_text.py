@@ -120,7 +120,7 @@ def test_ids_equal_those_of_clips_own_code():
     assert encode("A red circle moves left.") == [320, 536, 523, 515, 532, 269]
     assert encode("It's 10 green&amp;blue CAFÉS!") == [
         72, 339, 6, 338, 272, 271, 530, 261, 65, 75, 84, 324, 66, 64, 69, 127, 102, 338, 256,
-    ]  # fmt: skip
+    ]
     assert encode("we'll \U0001f600") == [86, 324, 6, 75, 331, 172, 253, 246, 478]
 
 
@@ -310,7 +310,7 @@ RECORDED = {  # the first three channels of each token
         [-0.82109, 2.00853, -2.22679], [-0.88199, 2.08532, -1.84981], [-0.79868, 1.00267, 2.28388],
         [-0.83713, 2.0091, -1.90522], [-0.8132, 1.78944, -2.41584],
     ],
-}  # fmt: skip
+}
 
 
 def filled(config):

@@ -9,8 +9,8 @@ from conftest import SMALL, call, metrics_of, train_small, weights_of
 
 import train
 import vae
-from pictures import write_clip
-from recipe import STAGES, TrainOptions
+from media.write import write_clip
+from options import STAGES, TrainOptions
 from weights import load_pipeline
 
 
@@ -65,7 +65,7 @@ def test_without_image_every_all_steps_see_clips():
 @pytest.mark.parametrize("step, prefer", [(0, 3.0), (25, 1.5), (50, 0.0), (90, 0.0)])
 def test_early_steps_prefer_noisy_timesteps(step, prefer):
     make_batch = batches("video", video_batch_size=9000, num_frames=2, video_steps=100,
-                         early_noise=3.0, image_every=0)  # fmt: skip
+                         early_noise=3.0, image_every=0)
     timesteps = make_batch(step, 0)[2]
     # The mean of u^(1 / (1 + p)), u uniform in [0, 1], is (1 + p) / (2 + p).
     mean = 1000 * (1 + prefer) / (2 + prefer) - 0.5
@@ -85,7 +85,7 @@ def test_training_leaves_a_folder_in_the_layout_of_diffusers(trained):
         "text_encoder/config.json", "text_encoder/model.safetensors",
         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
         "train.json", "metrics.jsonl",
-    }  # fmt: skip
+    }
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, capsys):

@@ -10,7 +10,7 @@ from conftest import metrics_of
 from torch import nn
 
 import trainer
-from recipe import TrainOptions
+from options import TrainOptions
 from trainer import Average, Metrics, Plan, Trainer, learning_rate_at, step_generator
 
 
@@ -45,7 +45,7 @@ def test_the_learning_rate_rises_and_falls_as_worked_out_by_hand():
     assert rates == pytest.approx([
         0.2, 1.0 * (0.5 + 0.5 * math.cos(0.04 * math.pi)), 1 + math.cos(0.09 * math.pi), 1.0,
         1 + math.cos(0.99 * math.pi),
-    ])  # fmt: skip
+    ])
 
 
 def test_without_warm_up_the_first_rate_is_the_peak():
@@ -108,7 +108,7 @@ def test_gradients_are_clipped(tmp_path):
     norms, step = [], trainer.optimizer.step
     trainer.optimizer.step = lambda: (
         norms.append(torch.stack([p.grad for p in trainer.parameters]).norm().item()), step()
-    )  # fmt: skip
+    )
     trainer.run()
     assert norms == pytest.approx([0.5], rel=1e-4)
 
@@ -126,7 +126,7 @@ def test_metrics_have_the_mean_loss_of_each_interval(tmp_path, monkeypatch):
 def test_a_resume_drops_the_lines_of_the_steps_that_it_repeats(tmp_path):
     lines = [
         {"stage": "vae", "step": 9}, {"stage": "image", "step": 2}, {"stage": "image", "step": 4},
-    ]  # fmt: skip
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"stage": "image", "st')  # cut by a kill
     Metrics(tmp_path / "metrics.jsonl", "image", 2)
@@ -138,7 +138,7 @@ def test_a_batch_depends_on_seed_stage_step_and_micro_batch_alone():
         return torch.randn(3, generator=step_generator(*key)).tolist()
 
     keys = [(0, "vae", 1, 0), (1, "vae", 1, 0), (0, "image", 1, 0), (0, "vae", 2, 0),
-            (0, "vae", 1, 1)]  # fmt: skip
+            (0, "vae", 1, 1)]
     draws = [draw(*key) for key in keys]
     assert draws == [draw(*key) for key in keys]
     assert len({tuple(values) for values in draws}) == len(keys)

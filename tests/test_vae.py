@@ -24,7 +24,7 @@ from vae import (
     decode_clips,
     encode_clip,
     standardise,
-)  # fmt: skip
+)
 
 CONFIG = VAEConfig(
     block_out_channels=(8, 16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=5
@@ -240,7 +240,7 @@ def test_refuses_pictures_that_do_not_divide(network, shape):
     ({"layers_per_block": 0}, "layers_per_block needs >= 1"),
     ({"scaling_factor": 0.0}, "scaling_factor > 0"),
     ({"scaling_factor": float("nan")}, "scaling_factor > 0"),
-])  # fmt: skip
+])
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **options)

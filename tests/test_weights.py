@@ -29,7 +29,7 @@ def fresh_pipeline():
         Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                   timestep_spacing="trailing"),
         Sampling(5, 40, 12.0, 7, 3.0, "ddpm", 0.5, 0.25),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_the_command_says_what_a_folder_is(saved, capsys):
     call(weights.main, saved)
     told = capsys.readouterr().out
     for fact in ("family       this project's own", "prediction   v_prediction", "32, 64 channels",
-                 "1/4 of the size", "1 layers of width 64", "float32", "tensors used"):  # fmt: skip
+                 "1/4 of the size", "1 layers of width 64", "float32", "tensors used"):
         assert fact in told
 
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import call
 
-import compare
-import costs
+from studies import compare
+from studies import costs
 import metrics
-import report
+from studies import report
 import train
-from recipe import TrainOptions
+from options import TrainOptions
 from temporal import WAYS
 from weights import load_unet
 
 TINY = ("--steps", 2, "--checkpoints", 1, "--curve-prompts", 2, "--num-prompts", 33,
-        "--repetitions", 1, "--device", "cpu")  # fmt: skip
+        "--repetitions", 1, "--device", "cpu")
 
 
 def call_compare(*arguments):
@@ -70,7 +70,7 @@ def test_the_tables_have_a_row_for_each_sibling(compared):
     assert [row[0] for row in cost[2:]] == ["shift", "conv"]
     assert [row[:2] for row in agreement[2:]] == [
         ["shift", "seen"], ["shift", "held out"], ["conv", "seen"], ["conv", "held out"],
-    ]  # fmt: skip
+    ]
     assert [row[0] for row in quality[2:]] == ["shift", "conv", "the image model", "real clips"]
 
 
@@ -79,7 +79,7 @@ def test_the_tables_have_these_columns(compared):
     assert cost[0] == [
         "sibling", "parameters", "new", "GFLOPs a clip", "forward over shift",
         "training step over shift", "sampling over shift", "training step, s", "peak GiB",
-    ]  # fmt: skip
+    ]
     assert agreement[0] == ["sibling", "combinations", "colour", "shape", "direction", "all"]
     assert quality[0] == ["sibling", "pictures right, %", "consistency", "FVD-shapes"]
     assert {len(row) for row in cost} == {9} and {len(row) for row in quality} == {4}
@@ -101,11 +101,11 @@ def test_the_json_has_the_curves_and_the_scores(compared):
     results = json.loads((compared / "report.json").read_text())["results"]
     assert {name: list(runs[0]["curve"]) for name, runs in results.items()} == {
         "shift": ["2"], "conv": ["2"],
-    }  # fmt: skip
+    }
     assert set(results["conv"][0]["scores"]) == {
         "clips, seen", "clips, held out", "clips, all", "pictures, seen", "pictures, held out",
         "pictures, all", "consistency", "FVD-shapes",
-    }  # fmt: skip
+    }
 
 
 def test_each_is_trained_its_own_way(compared):
@@ -186,7 +186,7 @@ def test_other_steps_in_the_same_folder_are_refused(trained, begun, capsys):
     (["--siblings", "shift,telepathy"], "--siblings needs some of none, shift, .*'telepathy'"),
     (["--num-prompts", "32"], "--num-prompts needs >= 33"),
     (["--seeds", "0"], "--seeds needs >= 1, got 0"),
-])  # fmt: skip
+])
 def test_a_mistake_is_named(trained, flags, message):
     with pytest.raises(ValueError, match=message):
         call(compare.main, trained, *flags)
@@ -210,7 +210,7 @@ def test_a_curve_against_seconds_is_steps_times_the_seconds_of_one():
     results = {"shift": [{"curve": {"10": {"all": 30.0}, "5": {"all": 20.0}}}]}
     assert report.curves(results, {"shift": 0.5}) == {
         "shift": [(2.5, 20.0, 20.0, 20.0), (5.0, 30.0, 30.0, 30.0)],
-    }  # fmt: skip
+    }
 
 
 def test_the_operations_of_convolutions_over_time_by_hand():

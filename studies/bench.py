@@ -99,7 +99,7 @@ def bench_unet(preset, device, repetitions):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(b, t, 4, h, w, generator=generator).to(device)
     context = torch.randn(b, 16 if preset == "tiny" else 77, config.cross_attention_dim,
-                          generator=generator).to(device)  # fmt: skip
+                          generator=generator).to(device)
     timesteps = torch.full((b,), 500, device=device)
     torch.manual_seed(0)
     shifted = UNet(config).to(device, memory_format=torch.channels_last)

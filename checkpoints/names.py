@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from configs import TEXT, UNET, VAE, clip_prefix, has, openclip
+from checkpoints.configs import TEXT, UNET, VAE, clip_prefix, has, openclip
 
 PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
@@ -44,27 +44,27 @@ UNUSED = {  # tensors that draw nothing, and why
     r"^(first_stage_model\.)?loss\.": "what trained the autoencoder",
     r"^safety_checker\.": "the safety checker",
     r"^embedding_manager\.": "what words of a textual inversion were trained with",
-}  # fmt: skip
+}
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+}
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-}  # fmt: skip
+}
 VAE_WORDS = {
     "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm",
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "downsamplers.0": "downsample", "upsamplers.0": "upsample",
-}  # fmt: skip
+}
 OPENCLIP_WORDS = {
     "embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
     "embeddings.position_embedding.weight": "positional_embedding",
     "encoder.layers": "transformer.resblocks", "self_attn": "attn", "layer_norm1": "ln_1",
     "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-}  # fmt: skip
+}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -94,16 +94,16 @@ def check_known(tensors, where):
         for pattern, kind in ALONE.items():
             if any(re.search(pattern, name) for name in tensors):
                 raise ValueError(f"{where}: holds {kind} alone; needs a whole single file, or the "
-                                 "folder with unet/, vae/ and text_encoder/")  # fmt: skip
+                                 "folder with unet/, vae/ and text_encoder/")
         if len(tensors) == 1:
             raise ValueError(f"{where}: holds one tensor, {[*tensors][0]!r}: a textual inversion? "
-                             "Read are Stable Diffusion 1.x and 2.x")  # fmt: skip
+                             "Read are Stable Diffusion 1.x and 2.x")
         raise ValueError(f"{where}: holds no Stable Diffusion; its {len(tensors)} tensors begin "
-                         f"with {', '.join(sorted(tensors)[:3])}")  # fmt: skip
+                         f"with {', '.join(sorted(tensors)[:3])}")
     if missing:
         prefixes = [prefix for prefix, part in PARTS.items() if part in missing]
         raise ValueError(f"{where}: has no {' and no '.join(missing)} ({', '.join(prefixes)}*); "
-                         "needs a whole checkpoint")  # fmt: skip
+                         "needs a whole checkpoint")
 
 
 def check_together(unet, vae, text, where):
@@ -111,10 +111,10 @@ def check_together(unet, vae, text, where):
     if unet.in_channels != vae.latent_channels:
         kind = CHANNELS.get(unet.in_channels, "another model")
         raise ValueError(f"{where}: holds {kind}: its U-Net takes {unet.in_channels} channels, its "
-                         f"autoencoder makes {vae.latent_channels}")  # fmt: skip
+                         f"autoencoder makes {vae.latent_channels}")
     if unet.cross_attention_dim != text.hidden_size:
         raise ValueError(f"{where}: its U-Net reads texts of width {unet.cross_attention_dim}, its "
-                         f"text encoder writes {text.hidden_size}")  # fmt: skip
+                         f"text encoder writes {text.hidden_size}")
 
 
 def replace_words(name, words):
@@ -199,7 +199,7 @@ def sort_out(names, num_layers, ema):
     unused = UNUSED | {
         rf"^cond_stage_model\.model\.transformer\.resblocks\.{num_layers}\.":
             "the text encoder's last layer, which Stable Diffusion 2 skips",
-    }  # fmt: skip
+    }
     if ema:
         del unused[EMA]
         unused[r"^model_ema\.(decay|num_updates)$"] = "counters of the average"
@@ -228,7 +228,7 @@ def check_fit(expected, found, unexpected, what):
         kinds = "; ".join(
             f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}"
             for kind, names in differences.items() if names
-        )  # fmt: skip
+        )
         raise ValueError(f"{what} ({kinds})")
 
 

@@ -143,7 +143,7 @@ def _video_frames(path):
     command = ["ffmpeg", "-nostdin", "-xerror", *source, "-i", f"file:{path}", "-map", "0:V:0"]
     with tempfile.TemporaryFile() as log, subprocess.Popen(
         [*command, *filters, *output], stdout=subprocess.PIPE, stderr=log
-    ) as process:  # fmt: skip
+    ) as process:
         # Whoever leaves early closes the pipe, and at that ffmpeg ends.
         for picture in _ppm_pictures(path, process.stdout):
             yield picture, shown

@@ -117,7 +117,7 @@ def lost_end_token(pipeline):
     (wrong_heads, "unet"), (wrong_heads_of_the_text, "text"), (wrong_eps, "mean"),
     (wrong_eps, "decoded"), (symmetric_padding, "mean"), (wrong_activation, "text"),
     (lost_end_token, "latents"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("family", RECORDED)
 def test_the_recorded_numbers_notice_a(mistake, name, family, files):
     pipeline = load_pipeline(files[family], temporal="none", merges=files["merges"])
@@ -200,7 +200,7 @@ def input_channels(count):
     (add(UNET + "out.2.bias", 5), r"\(1 of another shape: model.diffusion_model.out.2.bias\)"),
     (lambda tensors: {k: v for k, v in tensors.items() if "attn_1" not in k or "encoder" in k},
      r"\(10 missing: (first_stage_model.decoder.mid.attn_1.\w+.\w+(, |\))){5}"),
-])  # fmt: skip
+])
 def test_another_file_is_refused_by_name(files, tmp_path, change, message):
     path = changed(tmp_path / "file.safetensors", files, "sd1", change)
     with pytest.raises(ValueError, match="file.safetensors: .*" + message):
@@ -210,7 +210,7 @@ def test_another_file_is_refused_by_name(files, tmp_path, change, message):
 @pytest.mark.parametrize("name, shape", [
     (UNET + "input_blocks.1.0.in_layers.2.weight", (96, 64, 3, 3)),
     (TEXT + "model.token_embedding.weight", (534, 96)),
-])  # fmt: skip
+])
 def test_heads_that_would_not_be_64_wide_are_refused(files, tmp_path, name, shape):
     path = changed(tmp_path / "x.safetensors", files, "sd2", add(name, *shape))
     with pytest.raises(ValueError, match="heads are 64 wide in this form, which does not divide"):

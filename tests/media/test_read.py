@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import video
-from pictures import contact_sheet, to_uint8, write_clip
-from video import iter_clip, read_clip
+from media import read
+from media.write import contact_sheet, to_uint8, write_clip
+from media.read import iter_clip, read_clip
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 
@@ -34,7 +34,7 @@ def save_animation(path, frames, duration):
 
 
 def encode(path, frames, *options):
-    """Encode frames with ffmpeg, by a command line that is not video.py's."""
+    """Encode frames with ffmpeg, by a command line that is not read.py's."""
     t, h, w, _ = frames.shape
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", "10", "-i", "-"]
     command = ["ffmpeg", "-v", "error", "-y", *source, *options, str(path)]
@@ -119,7 +119,7 @@ def test_stride_keeps_every_kth_frame_and_divides_the_rate(tmp_path):
 
 @pytest.mark.parametrize("frame_rate, order", [
     (10, [0, 1, 2, 3, 4, 5]), (4, [0, 2, 5]), (20, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]),
-])  # fmt: skip
+])
 def test_a_frame_rate_picks_what_is_on_screen_at_its_times(tmp_path, frame_rate, order):
     save_animation(tmp_path / "a.gif", gray_frames(), duration=100)
     frames, rate = read_clip(tmp_path / "a.gif", frame_rate=frame_rate)
@@ -215,7 +215,7 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
 def broken_files(folder):
     """Write a file of every kind of bad day; yield (its name, what the error says)."""
     save_animation(folder / "whole.gif", np.random.default_rng(0).integers(
-        0, 255, (3, 40, 40, 3), dtype=np.uint8), duration=100)  # fmt: skip
+        0, 255, (3, 40, 40, 3), dtype=np.uint8), duration=100)
     (folder / "cut.gif").write_bytes((folder / "whole.gif").read_bytes()[:3000])
     yield "cut.gif", "damaged"
     (folder / "text.gif").write_text("hello")
@@ -349,7 +349,7 @@ def test_an_unknown_suffix_lists_those_that_are_known(tmp_path):
 @pytest.mark.parametrize("bad", [
     torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, 3), torch.zeros(0, 3, 4, 4),
     torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), torch.nan),
-])  # fmt: skip
+])
 def test_what_is_no_clip_is_not_written(tmp_path, bad):
     with pytest.raises(ValueError, match="clip needs"):
         write_clip(tmp_path / "a.gif", bad)

@@ -8,9 +8,9 @@ import model
 import text
 import vae
 import weights
-from checkpoint import read_checkpoint
-from configs import configs_of, text_config
-from convert import places
+from checkpoints.containers import read_checkpoint
+from checkpoints.configs import configs_of, text_config
+from checkpoints.names import places
 from files import load_safetensors
 from weights import load_pipeline
 
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
 def state(pipeline):
     parts = ("unet", "vae", "text_encoder")
     return {f"{part}.{name}": tensor for part in parts
-            for name, tensor in getattr(pipeline, part).state_dict().items()}  # fmt: skip
+            for name, tensor in getattr(pipeline, part).state_dict().items()}
 
 
 def assert_same(a, b):
@@ -52,10 +52,10 @@ def test_the_names_of_stable_diffusions_own_files_are_known():
     ]
     assert autoencoder["decoder.up_blocks.0.resnets.2.norm1.bias"] == (
         VAE + "decoder.up.3.block.2.norm1.bias", None
-    )  # fmt: skip
+    )
     assert encoder["text_model.encoder.layers.22.self_attn.v_proj.weight"] == (
         TEXT + "model.transformer.resblocks.22.attn.in_proj_weight", 2
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -65,7 +65,7 @@ def test_the_full_size_is_read_off_the_tensors(family):
         networks = {
             "unet": model.UNet(model.PRESETS[family]), "vae": vae.AutoencoderKL(vae.PRESETS["sd"]),
             "text_encoder": text.CLIPTextModel(text.PRESETS[family]),
-        }  # fmt: skip
+        }
     tensors = {prefix + "x": torch.empty(0)}
     for part, network in networks.items():
         full = network.state_dict()
@@ -108,7 +108,7 @@ def test_the_skipped_layer_changes_nothing(files, tmp_path):
 def test_names_without_text_model_are_the_same_model(files, tmp_path):
     def shorten(tensors):
         return {name.replace("transformer.text_model.", "transformer."): tensor
-                for name, tensor in tensors.items()}  # fmt: skip
+                for name, tensor in tensors.items()}
 
     other = load_pipeline(changed(tmp_path / "x.safetensors", files, "sd1", shorten))
     assert_same(other, load_pipeline(files["sd1"]))
@@ -130,7 +130,7 @@ def test_a_file_of_halves_becomes_float32_or_stays(files, tmp_path):
     path = changed(tmp_path / "x.safetensors", files, "sd1", half)
     expected = {name: t.half() for name, t in state(load_pipeline(files["sd1"])).items()}
     for dtype, wanted in [(torch.float32, torch.float32), (None, torch.float16),
-                          (torch.bfloat16, torch.bfloat16)]:  # fmt: skip
+                          (torch.bfloat16, torch.bfloat16)]:
         loaded = state(load_pipeline(path, dtype=dtype))
         assert {tensor.dtype for tensor in loaded.values()} == {wanted}
         assert all(torch.equal(loaded[name], expected[name].to(wanted)) for name in expected)
@@ -160,7 +160,7 @@ def test_ema_weights_are_taken_on_request(files, tmp_path):
         average = {
             "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
             for name, tensor in tensors.items() if name.startswith(UNET)
-        }  # fmt: skip
+        }
         return tensors | average | {"model_ema.decay": torch.tensor(0.9999)}
 
     path = changed(tmp_path / "x.safetensors", files, "sd1", add_average)
@@ -176,7 +176,7 @@ def test_ema_weights_are_taken_on_request(files, tmp_path):
 def test_an_ema_weight_that_nobody_expects_is_refused_when_they_are_asked_for(files, tmp_path):
     def add_average(tensors):
         average = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor
-                   for name, tensor in tensors.items() if name.startswith(UNET)}  # fmt: skip
+                   for name, tensor in tensors.items() if name.startswith(UNET)}
         return tensors | average | {"model_ema.diffusion_modelsurprise": torch.ones(1)}
 
     path = changed(tmp_path / "x.safetensors", files, "sd1", add_average)
@@ -192,7 +192,7 @@ def test_everything_that_is_not_used_is_counted_with_its_reason(files, tmp_path)
     names = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
              "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
              "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-             "posterior_log_variance_clipped", "posterior_mean_coef1"]  # fmt: skip
+             "posterior_log_variance_clipped", "posterior_mean_coef1"]
     more = [VAE + "loss.logvar", "safety_checker.concept_embeds", TEXT + "logit_scale"]
 
     def add(tensors):

@@ -47,7 +47,7 @@ def test_a_part_half_written_is_named(folder, file):
 
 @pytest.mark.parametrize("file", [
     "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json",
-])  # fmt: skip
+])
 def test_a_missing_file_of_the_other_parts_is_named(folder, file):
     (folder / file).unlink()
     with pytest.raises(OSError, match=file):
@@ -73,7 +73,7 @@ def test_an_inpainting_model_is_refused_by_name(folder):
 @pytest.mark.parametrize("file", [
     "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
     "sampling.json", "tokenizer/vocab.json",
-])  # fmt: skip
+])
 @pytest.mark.parametrize("damage", ["", "{", "[]"], ids=["empty", "cut", "a list"])
 def test_a_file_that_is_no_json_object_is_named(folder, file, damage):
     (folder / file).write_text(damage)
@@ -136,7 +136,7 @@ def test_truncated_weights_are_named(folder):
     ("text_encoder", {"hidden_size": None}, "text_encoder/config.json: .*hidden_size"),
     ("text_encoder", {"num_attention_heads": 7}, "num_attention_heads needs to divide"),
     ("text_encoder", {"num_hidden_layers": "two"}, "text_encoder/config.json: "),
-])  # fmt: skip
+])
 def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part, values, message):
     change(folder / part / "config.json", **values)
     refuse(folder, message)
@@ -148,7 +148,7 @@ def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part,
     ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule needs one of"),
     ({"prediction_type": "sample"}, "scheduler_config.json: prediction_type needs one of"),
     ({"num_train_timesteps": "many"}, "scheduler_config.json: "),
-])  # fmt: skip
+])
 def test_a_schedule_that_is_not_built_here_is_refused_by_name(folder, values, message):
     change(folder / "scheduler/scheduler_config.json", **values)
     refuse(folder, message)
@@ -158,7 +158,7 @@ def test_a_schedule_that_is_not_built_here_is_refused_by_name(folder, values, me
     ({"speed": 3}, "sampling.json: speed=3 is not built here"),
     ({"num_frames": 0}, "sampling.json: num_frames needs >= 1, got 0"),
     ({"num_frames": "8"}, "sampling.json: "),
-])  # fmt: skip
+])
 def test_settings_that_are_impossible_are_refused_by_name(folder, values, message):
     change(folder / "sampling.json", **values)
     refuse(folder, message)

@@ -27,7 +27,7 @@ UNET_CONSTANTS = {
     "conv_in_kernel": 3, "conv_out_kernel": 3, "time_embedding_type": "positional",
     "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "dropout": 0.0, "attention_type":
     "default",
-}  # fmt: skip
+}
 VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 # Shapes nothing. To upcast is to compute float16 in float32 where SD 2.1 overflows; here one
@@ -43,7 +43,7 @@ VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
 # a schedule without one, as it sets clip_sample to false.
 SCHEDULE_ABSENT = {
     "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "set_alpha_to_one": True,
-}  # fmt: skip
+}
 
 
 def from_config(cls, values, constants, where):
@@ -161,7 +161,7 @@ def count(names, prefix):
 def part_of(tensors, prefix):
     """{name: shape} of a part, its prefix taken off."""
     return {name.removeprefix(prefix): tuple(tensor.shape)
-            for name, tensor in tensors.items() if name.startswith(prefix)}  # fmt: skip
+            for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def unet_config(tensors, sample_size):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import train
 from cli import add_flags, choose_device, given_flags, option, run_main
-from costs import build, measure_costs
+from studies.costs import build, measure_costs
 from evaluate import choose_prompts, draw, evaluate_agreement, mean_over_clips
 from files import read_json, write_json
 from losses import DenoisingLoss
@@ -40,8 +40,8 @@ from metrics import (
     real_clips,
 )
 from pipeline import Pipeline
-from recipe import read_record
-from report import write_report, write_sheet
+from options import read_record
+from studies.report import write_report, write_sheet
 from shapes import HELD_OUT, SEEN, caption_of
 from vae import encode_clip
 from weights import load_schedule, load_text, load_unet, load_vae, save_unet
@@ -89,7 +89,7 @@ class Choices:
                 )
         if self.num_prompts <= NUM_FEATURES or self.curve_prompts < 2:
             raise ValueError(f"--num-prompts needs >= {NUM_FEATURES + 1}, more than there are "
-                             "features for FVD-shapes, and --curve-prompts >= 2")  # fmt: skip
+                             "features for FVD-shapes, and --curve-prompts >= 2")
 
     @property
     def names(self):
@@ -100,7 +100,7 @@ FULL = Choices()
 QUICK = Choices(
     siblings="none,shift,attention,directed,conv", steps=600, checkpoints=4, curve_prompts=24,
     num_prompts=64, batch_size=16, repetitions=5, jobs=2,
-)  # fmt: skip
+)
 
 
 class Ground:
@@ -111,7 +111,7 @@ class Ground:
         self.options, finished = read_record(run)
         if "image" not in finished or self.options.data != "shapes":
             raise ValueError(f"{run}: needs a finished image stage on --data shapes; train one "
-                             "with `python train.py NEW_RUN`")  # fmt: skip
+                             "with `python train.py NEW_RUN`")
         options, (encoder, tokenizer) = self.options, load_text(run)
         parts = load_unet(run / "image_unet", "none"), load_vae(run / "vae"), encoder, tokenizer
         sampling, (diffusion, _) = options.sampling(options.num_frames), load_schedule(run)
@@ -168,7 +168,7 @@ def options_of(base, name, choices, seed=0):
     return dataclasses.replace(
         base, **SIBLINGS[name], seed=base.seed + seed, video_steps=choices.steps,
         preview_every=every, save_every=every, device=choices.device,
-    )  # fmt: skip
+    )
 
 
 def fine_tune(ground, name, seed, folder):
@@ -199,10 +199,10 @@ def remember(path, now):
     """Keep what makes results comparable. Raises ValueError if those of a folder are others."""
     before = read_json(path) if path.exists() else now
     different = [f"{key} {before.get(key)}, not {now[key]}" for key in now
-                 if before.get(key) != now[key]]  # fmt: skip
+                 if before.get(key) != now[key]]
     if different:
         raise ValueError(f"{path.parent}: was made with {'; '.join(different)}; choose another "
-                         "--output")  # fmt: skip
+                         "--output")
     write_json(path, now)
 
 
@@ -248,7 +248,7 @@ def train_all(ground, output):
     """Train and score what is not done yet. Returns ({sibling: [result, ...]}, references)."""
     choices = ground.choices
     places = [(n, seed, output / f"{n}-{seed}") for seed in range(choices.seeds)
-              for n in choices.names]  # fmt: skip
+              for n in choices.names]
     todo = [place for place in places if not (place[2] / "result.json").exists()]
     references_path = output / "references.json"
     if todo or not references_path.exists():
@@ -270,7 +270,7 @@ def compare(run, output, choices):
         "run": str(run.resolve()), "steps": choices.steps, "checkpoints": choices.checkpoints,
         "curve_prompts": choices.curve_prompts, "num_prompts": choices.num_prompts,
         **SIBLINGS,
-    })  # fmt: skip
+    })
     costs_path = output / "costs.json"
     costs = read_json(costs_path) if costs_path.exists() else {}
     if not all(name in costs for name in choices.names):  # first, while this process is small
@@ -304,7 +304,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Train every way for frames to talk equally, and compare.", allow_abbrev=False,
         epilog="Defaults are those of the full form.",
-    )  # fmt: skip
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run with a finished image stage")
     parser.add_argument("--quick", action="store_true", help="fewer steps: 15 minutes on two cores")
     parser.add_argument("--output", type=Path, help="folder (default: RUN/compare)")

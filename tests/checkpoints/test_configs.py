@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import configs
+from checkpoints import configs
 import model
 import text
 import vae
@@ -51,7 +51,7 @@ def test_the_unet_config_of_stable_diffusion_1_5_is_read():
         "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
         "norm_num_groups": 32, "out_channels": 4, "sample_size": 64, "up_block_types":
         ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    }  # fmt: skip
+    }
     assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
 
 
@@ -71,7 +71,7 @@ def test_the_unet_config_of_stable_diffusion_2_1_is_read():
         "norm_eps": 1e-05, "norm_num_groups": 32, "num_class_embeds": None,
         "only_cross_attention": False, "out_channels": 4, "sample_size": 96, "up_block_types": UP,
         "upcast_attention": True, "use_linear_projection": True,
-    }  # fmt: skip
+    }
     assert configs.unet_from_json(values, "here") == model.PRESETS["sd2"]
 
 
@@ -85,7 +85,7 @@ def test_a_unet_config_with_every_field_of_todays_diffusers_is_read():
         "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None,
         "time_embedding_act_fn": None, "time_embedding_dim": None, "timestep_post_act": None,
         "upcast_attention": None,
-    }  # fmt: skip
+    }
     assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
 
 
@@ -100,7 +100,7 @@ def test_a_context_width_that_is_absent_is_that_of_diffusers():
     {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None,
      "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True,
      "mid_block_add_attention": True},
-], ids=["1.4", "1.5", "today"])  # fmt: skip
+], ids=["1.4", "1.5", "today"])
 def test_the_autoencoder_configs_of_stable_diffusion_are_read(more):
     """Those of 1.x and 2.x have no scaling_factor: it is 0.18215."""
     values = {
@@ -109,7 +109,7 @@ def test_the_autoencoder_configs_of_stable_diffusion_are_read(more):
         "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
         "layers_per_block": 2, "out_channels": 3, "sample_size": 512, "up_block_types":
         ["UpDecoderBlock2D"] * 4,
-    }  # fmt: skip
+    }
     assert configs.vae_from_json(values | more, "here") == vae.PRESETS["sd"]
 
 
@@ -118,7 +118,7 @@ def test_the_autoencoder_configs_of_stable_diffusion_are_read(more):
              "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}),
     ("sd2", {"hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
              "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512}),
-])  # fmt: skip
+])
 def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
     values = shape | {
         "_name_or_path": "openai/clip-vit-large-patch14", "architectures": ["CLIPTextModel"],
@@ -126,7 +126,7 @@ def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
         "initializer_factor": 1.0, "initializer_range": 0.02, "layer_norm_eps": 1e-05,
         "max_position_embeddings": 77, "model_type": "clip_text_model", "pad_token_id": 1,
         "torch_dtype": "float32", "transformers_version": "4.22.0.dev0", "vocab_size": 49408,
-    }  # fmt: skip
+    }
     assert configs.text_from_json(values, "here") == text.PRESETS[name]
 
 
@@ -136,14 +136,14 @@ def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
     ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
     ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear",
       "use_karras_sigmas": False}, "epsilon"),
-])  # fmt: skip
+])
 def test_the_schedules_of_stable_diffusion_are_read(more, prediction_type):
     """Whatever steps the class takes, the noise is what the model has learnt from."""
     values = {
         "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
         "set_alpha_to_one": False, "steps_offset": 1, "trained_betas": None,
-    }  # fmt: skip
+    }
     expected = Diffusion(prediction_type=prediction_type)
     assert configs.diffusion_from_json(values | more, "here") == expected
 
@@ -153,4 +153,4 @@ def test_a_schedule_that_says_nothing_is_diffusers_default():
     assert configs.diffusion_from_json({}, "here") == Diffusion(
         beta_schedule="linear", beta_start=0.0001, beta_end=0.02, set_alpha_to_one=True,
         steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
-    )  # fmt: skip
+    )

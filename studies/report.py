@@ -4,12 +4,12 @@ import statistics
 
 from PIL import Image, ImageDraw
 
-from bench import ratio
-from costs import KINDS
+from studies.bench import ratio
+from studies.costs import KINDS
 from files import atomic, write_json, write_text
 from metrics import interval
-from pictures import contact_sheet, to_uint8
-from plot import plot
+from media.write import contact_sheet, to_uint8
+from studies.curves import plot
 
 LABEL, HEADING = 90, 22  # pixels of the sheet that names at the left, prompts above a block take
 ZOOM = 2
@@ -42,7 +42,7 @@ def cost_table(costs, names):
             name, f"{cost['parameters']:,}", f"{cost['new']:,}", f"{cost['gflops']:.3f}",
             *(ratio(seconds[kind], name, first) for kind in KINDS),
             f"{statistics.median(cost['training step']):.3f}", f"{cost['gib']:.2f}",
-        ])  # fmt: skip
+        ])
     return table(columns, rows)
 
 
@@ -52,7 +52,7 @@ def agreement_table(results):
     rows = [
         [name, kind, *(cell([r["scores"][f"clips, {kind}"][part] for r in runs]) for part in parts)]
         for name, runs in results.items() for kind in kinds
-    ]  # fmt: skip
+    ]
     return table(["sibling", "combinations", *parts], rows)
 
 
@@ -62,9 +62,9 @@ def quality_table(results, references):
         [name, cell([r["scores"]["pictures, all"]["all"] for r in runs]),
          *(cell([r["scores"][key] for r in runs], 3) for key in ("consistency", "FVD-shapes"))]
         for name, runs in results.items()
-    ]  # fmt: skip
+    ]
     rows += [[name, *(f"{x:.3g}" if x is not None else "-" for x in row)]
-             for name, row in references.items()]  # fmt: skip
+             for name, row in references.items()]
     return table(["sibling", "pictures right, %", "consistency", "FVD-shapes"], rows)
 
 
@@ -109,14 +109,14 @@ def write_report(output, title, costs, results, references):
         "Agreement with the text, %; where there is an interval, it is that of the mean over seeds"
         " (95 %, Student).",
         agreement_table(results), quality_table(results, references),
-    ])  # fmt: skip
+    ])
     write_text(output / "report.md", text + "\n")
     write_json(output / "report.json", {
         "costs": {name: costs[name] for name in names}, "results": results,
         "references": references,
-    })  # fmt: skip
+    })
     what = "clips whose colour, shape and direction are right, %"
     plot(output / "steps.png", curves(results), "Agreement against steps", "training steps", what)
     plot(output / "seconds.png", curves(results, seconds), "Agreement against time",
-         "seconds of training: steps times the median of one", what)  # fmt: skip
+         "seconds of training: steps times the median of one", what)
     return text

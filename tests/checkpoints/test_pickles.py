@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_checkpoint import WEIGHTS, A, B, holds_weights, save
 
-from checkpoint import read_checkpoint
+from checkpoints.containers import read_checkpoint
 
 # What Lightning leaves in a checkpoint
 
@@ -41,7 +41,7 @@ def test_reads_what_lightning_1_4_wrote(tmp_path):
             "state_dict": OrderedDict(WEIGHTS), "callbacks": {cls: state}, "global_step": 470000,
             "optimizer_states": [{"exp_avg": A}], "scores": np.ones(3),
             "by_name": defaultdict(dict),
-        }  # fmt: skip
+        }
         whole["by_name"]["x"]["y"] = 1
         save(tmp_path / "x.ckpt", whole)
     assert MODEL_CHECKPOINT.rpartition(".")[0] not in sys.modules
@@ -108,7 +108,7 @@ HOSTILE = {
         lambda p: Call(torch._tensor._rebuild_from_type_v2, make_file, int, (), {}), "make_file"),
     "in a parameter's hooks": (
         lambda p: Call(torch._utils._rebuild_parameter, A, True, Call(make_file)), "make_file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

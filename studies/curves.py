@@ -57,12 +57,12 @@ def _checked(series, log_x):
     whole = {
         name: sorted((*p, p[1], p[1]) if len(p) == 2 else tuple(p) for p in points)
         for name, points in series.items()
-    }  # fmt: skip
+    }
     for name, points in whole.items():
         for point in points:
             if len(point) != 4 or not all(map(math.isfinite, point)):
                 raise ValueError("plot needs points (x, y) or (x, y, low, high) of finite numbers, "
-                                 f"got {point} in {name!r}")  # fmt: skip
+                                 f"got {point} in {name!r}")
             if log_x and point[0] <= 0:
                 raise ValueError(f"plot needs x > 0 on a log axis, got {point[0]} in {name!r}")
     return whole
@@ -110,7 +110,7 @@ def _draw_axes(draw, frame, title, x_label, y_label):
     draw.text((edge, 34 * SCALE), title, INK, _font(20), "ls")
     draw.text((edge, 64 * SCALE), y_label, GRAY, _font(14), "ls")  # level is easier to read
     draw.text(((frame.left + frame.right) / 2, (SIZE[1] - 18) * SCALE), x_label, GRAY, _font(14),
-              "ms")  # fmt: skip
+              "ms")
     for tick in frame.y_ticks:
         y = frame.y(tick)
         draw.line([(frame.left, y), (frame.right, y)], GRID, SCALE)

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import configs
-import convert
+from checkpoints import configs
+from checkpoints import names
 import model
 import text
 import vae
-from bench import measure, print_row, ratio
+from studies.bench import measure, print_row, ratio
 from cli import choose_device, run_main
 from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
@@ -66,7 +66,7 @@ def make_vae(device):
         down_block_types=["DownEncoderBlock2D"] * levels, latent_channels=4,
         up_block_types=["UpDecoderBlock2D"] * levels, layers_per_block=config.layers_per_block,
         block_out_channels=config.block_out_channels, sample_size=512,
-    )  # fmt: skip
+    )
     theirs.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     with torch.device("meta"):
         ours = AutoencoderKL(config)
@@ -97,7 +97,7 @@ def for_sampling(device, unet=None, autoencoder=None, encoder=None, tokenizer=No
     pipeline = Pipeline(
         unet or empty(), autoencoder or empty(), encoder or empty(), tokenizer,
         Diffusion(), Sampling(1, 256, num_steps=4),
-    )  # fmt: skip
+    )
     return pipeline.to(device)
 
 
@@ -176,11 +176,11 @@ def picture_job(device):
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    )
     theirs = diffusers.StableDiffusionPipeline(
         their_vae, their_encoder, their_tokenizer, their_unet, scheduler, None, None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     theirs.set_progress_bar_config(disable=True)
     ours = for_sampling(device, unet, autoencoder, encoder, tokenizer)
     noise = randn((1, 1, 4, 32, 32), [torch.Generator().manual_seed(0)])[:, 0]
@@ -191,7 +191,7 @@ def picture_job(device):
 
     def draw_theirs():
         pictures = theirs(PROMPT, 256, 256, 4, guidance_scale=7.5, output_type="pt",
-                          latents=noise.to(device, their_unet.dtype)).images  # fmt: skip
+                          latents=noise.to(device, their_unet.dtype)).images
         return pictures.float().cpu() * 2 - 1
 
     return draw, draw_theirs
@@ -200,7 +200,7 @@ def picture_job(device):
 JOBS = {
     "frame": frame_job, "clip": clip_job, "training": training_job, "decode": decode_job,
     "picture": picture_job,
-}  # fmt: skip
+}
 
 
 def peak_memory(function, device):
@@ -249,11 +249,11 @@ def write_checkpoint(folder):
         networks = {
             "unet": UNet(model.PRESETS["sd1"]), "vae": AutoencoderKL(vae.PRESETS["sd"]),
             "text_encoder": CLIPTextModel(text.PRESETS["sd1"]),
-        }  # fmt: skip
+        }
     tensors, form = {}, {f"{configs.TEXT}transformer.text_model.": None}
     for part, network in networks.items():
         state = network.state_dict()
-        for name, (place, _) in convert.places(part, network, form, ema=False).items():
+        for name, (place, _) in names.places(part, network, form, ema=False).items():
             tensors[place] = 0.02 * torch.randn(state[name].shape)
     save_safetensors(folder / "model.safetensors", tensors)
     to_json = configs.unet_to_json, configs.vae_to_json, configs.text_to_json
@@ -275,7 +275,7 @@ def load(folder, side):
             model = diffusers.StableDiffusionPipeline.from_single_file(
                 path, config=str(folder), local_files_only=True, safety_checker=None,
                 feature_extractor=None,
-            )  # fmt: skip
+            )
         loaded = time.perf_counter() - start
         networks = model.unet, model.vae, model.text_encoder
         total = sum(p.sum().item() for network in networks for p in network.parameters())

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageColor
 
 import plot as module
-from plot import COLOURS, plot, round_log_ticks, round_ticks
+from studies.curves import COLOURS, plot, round_log_ticks, round_ticks
 
 RISING = {"shift": [(0, 0), (50, 50), (100, 100)]}
 
@@ -35,7 +35,7 @@ def places(picture, colour, within=30):
     (0, 1200, [0, 200, 400, 600, 800, 1000, 1200]),
     (5, 5, [2, 3, 4, 5, 6, 7, 8]),
     (0, 0, [-1, -0.5, 0, 0.5, 1]),
-])  # fmt: skip
+])
 def test_ticks_are_round_and_cover_the_data(low, high, expected):
     assert round_ticks(low, high) == expected
 
@@ -45,7 +45,7 @@ def test_ticks_are_round_and_cover_the_data(low, high, expected):
     (50, 1200, [50, 100, 200, 500, 1000]),
     (30, 95, [30, 40, 50, 60, 70, 80, 90]),
     (1.2, 1.8, [1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8]),
-])  # fmt: skip
+])
 def test_log_ticks_are_round_and_lie_in_the_range(low, high, expected):
     assert round_log_ticks(low, high) == pytest.approx(expected)
 
@@ -103,7 +103,7 @@ def test_a_single_point_has_a_bar(tmp_path):
         COLOURS[0],
     )
     _, bar = places(draw(tmp_path, {"shift": [(5, 50, 20, 80)], "x": [(0, 0), (9, 100)]}),
-                    COLOURS[0])  # fmt: skip
+                    COLOURS[0])
     assert np.ptp(bare) < 15 and 200 < np.ptp(bar) < 300
 
 
@@ -132,7 +132,7 @@ def test_a_point_and_a_flat_line_can_be_drawn(tmp_path):
     ({"a": [(1, 2, 3)]}, {}, r"points \(x, y\) or"),
     ({"a": [(0, 1)]}, {"log_x": True}, "x > 0 on a log axis, got 0 in 'a'"),
     ({str(i): [(0, 1)] for i in range(22)}, {}, "<= 21 series, got 22"),
-])  # fmt: skip
+])
 def test_what_cannot_be_drawn_is_refused(tmp_path, series, options, message):
     with pytest.raises(ValueError, match=message):
         draw(tmp_path, series, **options)

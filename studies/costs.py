@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from bench import measure
+from studies.bench import measure
 from losses import DenoisingLoss
 from model import UNet
 from temporal import new_names, start_as_shift

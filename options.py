@@ -27,10 +27,10 @@ class TrainOptions:
     """The options of a run. Steps are optimizer steps, rates peak learning rates."""
 
     preset: str = option("tiny", "size of the model and defaults of all other options",
-                         choices=("tiny", "small", "sd1", "sd2"))  # fmt: skip
+                         choices=("tiny", "small", "sd1", "sd2"))
     seed: int = option(0, "seed of weights, data and noise")
     init: str | None = option(None, "start from a trained image model: a single file of Stable "
-                              "Diffusion, a diffusers folder or another run")  # fmt: skip
+                              "Diffusion, a diffusers folder or another run")
     merges: str | None = option(None, "the tokenizer's merges file, where --init PATH has none")
     data: str = option("shapes", "`shapes` for MovingShapes, or a folder of captioned clips")
     num_frames: int = option(8, "frames of a training clip")
@@ -56,14 +56,14 @@ class TrainOptions:
     # the model's way through time
     temporal: str = option("shift", "how frames talk", choices=WAYS)
     shift_before: str = option("both", "convolutions of a block that see shifted channels",
-                               choices=("conv1", "conv2", "both"))  # fmt: skip
+                               choices=("conv1", "conv2", "both"))
     shift_fold: int = option(3, "the shift moves one in so many channels, each way")
     shift_causal: bool = option(False, "shift only from the frame before")
     start_as_shift: bool = option(False, "--temporal conv begins as the shift, not as the identity")
     new_layers_rate: float = option(1.0, "temporal layers' part of the video stage's learning rate")
     # diffusion
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
-                                  choices=("epsilon", "v_prediction"))  # fmt: skip
+                                  choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
     snr_divisor: float = option(
         4.0, "divide all signal-to-noise ratios: few latents need more noise"
@@ -84,7 +84,7 @@ class TrainOptions:
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
     precision: str = option("auto", "bf16 arithmetic or fp32; auto: bf16 on CUDA", **FREE,
-                            choices=("auto", "bf16", "fp32"))  # fmt: skip
+                            choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
     log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
     save_every: int = option(250, "steps between saved states", **FREE)
@@ -101,11 +101,11 @@ class TrainOptions:
             least = 0 if kinds[name] is float else others.get(name, 1)
             if not getattr(self, name) >= least:  # so put, NaN fails, too
                 raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, "
-                                 f"got {getattr(self, name)}")  # fmt: skip
+                                 f"got {getattr(self, name)}")
         for name in ("shared_noise", "caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} needs to lie in [0, 1], "
-                                 f"got {getattr(self, name)}")  # fmt: skip
+                                 f"got {getattr(self, name)}")
         if self.init is not None:  # shapes and schedule are those of that model
             return
         # What a later stage or sampling would refuse is refused now, and not hours later.
@@ -138,14 +138,14 @@ class TrainOptions:
             "temporal": self.temporal, "shift_before": self.shift_before,
             "shift_fold": self.shift_fold, "shift_causal": self.shift_causal,
             "max_frames": self.num_frames,
-        }  # fmt: skip
+        }
 
     def sampling(self, num_frames):
         """What sample.py does with the run unless told otherwise."""
         return Sampling(
             num_frames, self.image_size, self.frames_per_second, self.num_steps,
             self.guidance_scale, shared_noise=self.shared_noise,
-        )  # fmt: skip
+        )
 
     def diffusion(self):
         """The noise schedule of the run."""
@@ -185,7 +185,7 @@ RECIPES = {
         warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=True,
         save_every=5000, preview_every=5000, guidance_scale=7.5, num_steps=50,
     ),
-}  # fmt: skip
+}
 RECIPES["sd2"] = dataclasses.replace(
     RECIPES["sd1"], preset="sd2", prediction_type="v_prediction", image_size=256
 )
@@ -225,11 +225,11 @@ def merge_options(path, given):
         to_come = (
             what in ("steps", "batch_size", "learning_rate")
             and of_stage in STAGES and of_stage not in begun
-        )  # fmt: skip
+        )
         free = field.metadata.get("free") or not begun
         if given.get(name, old) != old and not free and not to_come:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
-                             f"{given[name]}; choose a new folder for other options")  # fmt: skip
+                             f"{given[name]}; choose a new folder for other options")
     return dataclasses.replace(stored, **given), finished
 
 
@@ -244,5 +244,5 @@ def stages_to_run(path, stage, finished):
     needed = [name for name in STAGES[: STAGES.index(stage)] if name not in finished]
     if needed:
         raise ValueError(f"--stage {stage} needs the {needed[0]} stage of {path}, which is not "
-                         "finished; without --stage all that is missing is trained")  # fmt: skip
+                         "finished; without --stage all that is missing is trained")
     return [stage]

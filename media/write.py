@@ -16,7 +16,7 @@ import torch
 from PIL import GifImagePlugin, Image
 
 from files import atomic
-from video import require_ffmpeg
+from media.read import require_ffmpeg
 
 SEPARATOR = 2  # pixels between the pictures of a contact sheet
 
@@ -108,7 +108,7 @@ def _write_mp4(file, clip, frames_per_second):
     result = subprocess.run(
         [*command, f"file:{file.name}"], input=to_uint8(clip).tobytes(), capture_output=True,
         check=False,
-    )  # fmt: skip
+    )
     if result.returncode:
         errors = result.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise ValueError(f"ffmpeg cannot write an .mp4 ({errors[-1]}); write a .gif")

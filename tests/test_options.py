@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from files import write_json
-from recipe import RECIPES, STAGES, TrainOptions, merge_options, read_record, stages_to_run
+from options import RECIPES, STAGES, TrainOptions, merge_options, read_record, stages_to_run
 
 OPTIONS = dataclasses.replace(RECIPES["tiny"], image_size=16, num_clips=8)
 
@@ -24,7 +24,7 @@ def stopped(tmp_path):
 @pytest.mark.parametrize("given", [
     {"seed": 1}, {"image_size": 32}, {"num_clips": 9}, {"temporal": "none"}, {"preset": "small"},
     {"vae_steps": 5}, {"image_steps": 5}, {"gradient_checkpointing": True}, {"data": "clips"},
-])  # fmt: skip
+])
 def test_an_option_that_differs_from_the_runs_is_refused_by_name(stopped, given):
     ((name, value),) = given.items()
     flag = f"--{name.replace('_', '-')}"
@@ -36,7 +36,7 @@ def test_an_option_that_differs_from_the_runs_is_refused_by_name(stopped, given)
     {"log_every": 7}, {"save_every": 7}, {"preview_every": 7}, {"device": "cuda"},
     {"precision": "fp32"}, {"compile": True}, {"video_steps": 5}, {"video_batch_size": 1},
     {"video_learning_rate": 0.5}, {"seed": 0},
-])  # fmt: skip
+])
 def test_what_does_not_touch_the_past_may_differ(stopped, given):
     ((name, value),) = given.items()
     options, finished = merge_options(stopped, given)
@@ -71,7 +71,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("stage, message", [
     ("vae", "the vae stage of .* is finished; choose a new folder"),
     ("video", "--stage video needs the image stage of .*, which is not finished"),
-])  # fmt: skip
+])
 def test_a_stage_out_of_turn_is_refused(stage, message):
     with pytest.raises(ValueError, match=message):
         stages_to_run("run", stage, ["vae"])
@@ -86,7 +86,7 @@ def test_a_stage_out_of_turn_is_refused(stage, message):
     ('{"options": {}, "finished": 3}', "damaged, or of another version"),
     ('{"options": {}, "finished": ["gan"]}', "damaged, or of another version"),
     ('{"options": {"preset": "big"}, "finished": []}', "damaged, or of another version"),
-])  # fmt: skip
+])
 def test_a_damaged_record_is_refused_by_name(stopped, text, message):
     (stopped / "train.json").write_text(text)
     with pytest.raises(ValueError, match=f"train.json: {message}"):
@@ -105,7 +105,7 @@ def test_a_damaged_record_is_refused_by_name(stopped, text, message):
     ({"frames_per_second": 0}, "frames_per_second needs"),
     ({"num_steps": 2000}, "num_steps needs"),
     ({"prediction_type": "epsilon"}, "cannot start from zero terminal SNR"),
-])  # fmt: skip
+])
 def test_what_a_later_stage_could_not_do_is_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RECIPES[options.get("preset", "tiny")], **options)

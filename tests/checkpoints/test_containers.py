@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from checkpoint import find_weights, read_checkpoint
+from checkpoints.containers import find_weights, read_checkpoint
 from files import save_safetensors
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.5, -2.0]).half()
@@ -160,7 +160,7 @@ REFUSED = {
     "meta": (lambda p: save(p, {"a": A.to("meta")}), "'a' is .* without values"),
     "header outside": (lambda p: p.write_bytes(header([2], 800)), "does not fit"),
     "product past 2**64": (lambda p: p.write_bytes(header([2**32, 2**32], 0)), "does not fit"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -260,7 +260,7 @@ IN_ORDER = [
     "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.non_ema.safetensors",
     "diffusion_pytorch_model.non_ema.bin",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("missing", range(len(IN_ORDER)))
@@ -274,11 +274,11 @@ def test_the_best_file_of_a_folder_is_chosen(tmp_path, missing):
     "name",
     ["model.safetensors", "pytorch_model.bin", "model.fp16.safetensors.index.json",
      "model.safetensors.index.fp16.json", "pytorch_model.fp16.bin"],
-)  # fmt: skip
+)
 def test_the_names_of_transformers_are_known(tmp_path, name):
     for other in ("config.json", FIRST, "model.fp16-00001-of-00002.safetensors",
                   "model-00001-of-00002.fp16.safetensors", "flax_model.msgpack",
-                  "openvino_model.bin", "pytorch_lora_weights.safetensors"):  # fmt: skip
+                  "openvino_model.bin", "pytorch_lora_weights.safetensors"):
         (tmp_path / other).touch()
     (tmp_path / name).touch()
     assert find_weights(tmp_path).name == name

@@ -1,0 +1,1 @@
+"""Measurements: what variants learn, what they cost, and how they compare with diffusers."""
