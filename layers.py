@@ -1,55 +1,77 @@
-"""The 2-D layers that the autoencoder and the U-Net share.
+"""The layers that the autoencoder and the U-Net share, and the place where frames meet.
 
-They see frames, not time: a clip (b, t, c, h, w) is a batch of b * t pictures to them, and because
-frames stand before channels that view is free. The one exception are the places around the
-convolutions of a ResnetBlock, where temporal.py puts what lets frames talk: for Latent-Shift the
-temporal shift.
+To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images; frames stand before channels, so
+that view is free. Only one line lets information pass between frames: the temporal shift in front
+of the convolutions of a ResnetBlock (Latent-Shift, An et al. 2023, figure 3).
 
 Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a
 table.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shift import temporal_shift
+
 
 def per_frame(layer, x):
-    """Apply a layer for pictures (n, c, h, w) to x (..., c, h, w)."""
-    return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+    """Apply a layer for images (n, c, h, w) to x (..., c, h, w)."""
+    return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])  # (b t) c h w -> b t c h w
+
+
+def sinusoids(positions, channels):
+    """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
+
+    Fast waves tell neighbours apart, slow ones give the rough place. Vaswani et al. 2017, section
+    3.5; the cosines come first, as Stable Diffusion was trained.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=positions.device) / half)
+    angles = positions.float()[:, None] * frequencies  # n half
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))); frames may talk around convolutions.
+    """x + conv2(shift(silu(norm2(conv1(shift(silu(norm1(x)))) + time)))).
 
-    Takes x (..., c, h, w) and the time embedding (b, d), returns (..., out_channels, h, w).
-    With `scale_shift` the time scales and moves norm2's output instead of being added to its input.
-    `temporal` are four modules of clips (b, t, c, h, w): what stands before and after conv1, before
-    and after conv2 (temporal.py). Without them each frame is a picture by itself.
+    Takes x (..., c, h, w) and the time embedding (b, d), returns (..., out_channels, h, w). With
+    `scale_shift` the time scales and offsets norm2's output instead of being added to its input.
+    `shift_before` names the convolutions in front of which 1 / `shift_fold` of the channels move
+    each way in time; it is empty in an image model.
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
-                 scale_shift=False, temporal=None):
+                 scale_shift=False, shift_before=(), shift_fold=3, shift_causal=False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.scale_shift = scale_shift
-        before1, after1, before2, after2 = temporal or [nn.Identity() for _ in range(4)]
-        self.temporal_before1, self.temporal_after1 = before1, after1
-        self.temporal_before2, self.temporal_after2 = before2, after2
+        self.shift_before = shift_before
+        self.shift_fold, self.shift_causal = shift_fold, shift_causal
+        self.temporal_after1 = self.temporal_after2 = None  # layers of other variants: temporal.py
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.conv_shortcut = None
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time=None):
-        branch = self.temporal_before1(F.silu(per_frame(self.norm1, x)))
-        branch = self.temporal_after1(per_frame(self.conv1, branch))
+        # A single frame has no neighbours: zeros in their place would cost it 2/3 of its channels.
+        shift_before = self.shift_before if x.shape[1] > 1 else ()
+        branch = F.silu(per_frame(self.norm1, x))
+        if "conv1" in shift_before:  # Latent-Shift: the step from an image model to a video model
+            branch = temporal_shift(branch, branch.shape[2] // self.shift_fold, self.shift_causal)
+        branch = per_frame(self.conv1, branch)
+        if self.temporal_after1 is not None:
+            branch = self.temporal_after1(branch)
         scale = None
         if time is not None:
-            time = self.time_emb_proj(F.silu(time))[:, None, :, None, None]  # b 1 c 1 1
+            time = self.time_emb_proj(F.silu(time))[:, None, :, None, None]  # b d -> b 1 c 1 1
             if self.scale_shift:
                 scale, time = time.chunk(2, dim=2)
             else:
@@ -57,9 +79,14 @@ class ResnetBlock(nn.Module):
         branch = per_frame(self.norm2, branch)
         if scale is not None:
             branch = torch.addcmul(branch + time, branch, scale)  # branch * (1 + scale) + time
-        branch = self.temporal_before2(F.silu(branch))
-        branch = self.temporal_after2(per_frame(self.conv2, branch))
-        if hasattr(self, "conv_shortcut"):
+        branch = F.silu(branch)
+        if "conv2" in shift_before:
+            branch = temporal_shift(branch, branch.shape[2] // self.shift_fold, self.shift_causal)
+        branch = per_frame(self.conv2, branch)
+        if self.temporal_after2 is not None:
+            branch = self.temporal_after2(branch)
+        # x itself is not shifted: a frame keeps all that it knows of itself.
+        if self.conv_shortcut is not None:
             x = per_frame(self.conv_shortcut, x)
         return x + branch
 
@@ -90,10 +117,10 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (b, n, d) to itself, or to what `read` made of a context (b, m, e).
+    """Multi-head attention of x (b, n, d) to itself, or to a context (b, m, e). Returns (b, n, d).
 
     `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder
-    has. `mask` is added to the logits (b, heads, n, m), or is False where none may look.
+    has. `mask` is boolean, True where a query may look, and broadcasts to (b, heads, n, m).
     """
 
     def __init__(self, channels, num_heads, context_channels=None, bias=False):
@@ -104,14 +131,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # [1] is diffusers' dropout
 
-    def read(self, context):
-        """Keys and values, (b, heads, m, d) each, of a context."""
-        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
-
-    def forward(self, x, keys_values=None, mask=None):
-        keys, values = self.read(x) if keys_values is None else keys_values
-        x = F.scaled_dot_product_attention(self._heads(self.to_q(x)), keys, values, mask)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))
-
-    def _heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n (heads d) -> b heads n d
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n d -> b heads n d/heads
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))  # b heads n d/heads -> b n d

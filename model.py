@@ -1,18 +1,17 @@
 """The U-Net: a text-to-image model of Stable Diffusion's form that also draws clips.
 
-A clip of noisy latents (b, t, c, h, w) goes down through levels of halved size and back up, where
-each level is joined by what was set aside on the way down. A level is made of
+A clip of noisy latents (b, t, c, h, w) goes down through levels of halved size and back up. On the
+way up, each layer also gets what the way down set aside at its size. A level is made of
 
-    ResnetBlock        convolutions, told the timestep; here frames talk, by the temporal shift
-    Transformer2D      each place looks at its own frame (attn1), then at the text (attn2)
+    ResnetBlock        convolutions and the timestep; here frames meet, by the temporal shift
+    Transformer2D      each place attends to its own frame (attn1), then to the text (attn2)
 
-With temporal="none" every frame is a picture by itself. temporal="shift" has the same parameters
+With temporal="none" every frame is an image by itself. temporal="shift" has the same parameters
 under the same names: that is how an image model becomes a video model in Latent-Shift (An et al.
-2023, section 3.2 and figure 3); temporal.py has its neighbours, too. All other layers are those of
-latent diffusion (Rombach et al. 2022); names are those of diffusers' UNet2DConditionModel.
+2023, section 3.2 and figure 3). All other layers are those of latent diffusion (Rombach et al.
+2022); names are those of diffusers' UNet2DConditionModel.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from layers import Downsample, ResnetBlock, Upsample, per_frame
-from temporal import WAYS, after_layer, around_convolutions
-from transformer import Text, Transformer2D, TransformerBlock, repeat_to
+from layers import Downsample, ResnetBlock, Upsample, per_frame, sinusoids
+from temporal import VARIANTS, add_temporal_layers
+from transformer import Transformer2D
 
-# What gradient checkpointing keeps beside a layer's input: outputs dear to compute, small to store.
+# What gradient checkpointing keeps beside a layer's input: outputs that are expensive to compute
+# and cheap to store.
 KEPT = [
     torch.ops.aten.convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -38,24 +38,24 @@ KEPT = [
 class UNetConfig:
     """The shape of a U-Net; where diffusers has a field for it, under diffusers' name.
 
-    `attention_levels` says which levels, from the finest, have transformers. `attention_head_dim`
-    is the NUMBER of heads, for all levels or for each: diffusers' old misnomer, kept because every
-    config.json has it. The temporal choices are ours: `temporal`, how frames talk; of the shift
-    `shift_before`, the convolutions of a block that see shifted channels ("conv1", "conv2" or
-    "both"; the paper leaves it open), `shift_fold`, which part of them moves each way (3: a third),
-    and `shift_causal`, from the past alone; `max_frames`, where there are parameters for each.
+    The last five fields are ours: `temporal` names a variant of temporal.py, `shift_before` the
+    convolutions of a block that see shifted channels ("conv1", "conv2" or "both"; the paper does
+    not say which), `shift_fold` says that one in so many channels moves each way, `shift_causal`
+    that none moves back in time; `max_frames` counts the frames that have parameters of their own.
     """
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # from the finest level down
+    # The NUMBER of heads, of all levels or of each: an old misnomer of diffusers, kept because
+    # every config.json has it.
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     norm_num_groups: int = 32
-    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time scales and moves norm2
+    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time scales norm2's output
     class_embed_type: str | None = None  # or "simple_projection": the last token joins the time
     sample_size: int = 64  # latents it was trained on; a note, not a limit
     temporal: str = "shift"
@@ -66,7 +66,7 @@ class UNetConfig:
 
     def __post_init__(self):
         choices = {
-            "temporal": WAYS,
+            "temporal": VARIANTS,
             "shift_before": ("conv1", "conv2", "both"),
             "resnet_time_scale_shift": ("default", "scale_shift"),
             "class_embed_type": (None, "simple_projection"),
@@ -86,16 +86,20 @@ class UNetConfig:
                              f" >= 1, got {self.shift_fold}, {self.max_frames}")
         for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if channels % self.norm_num_groups or channels % heads or channels % 2:
-                raise ValueError(
-                    f"block_out_channels needs even multiples of norm_num_groups="
-                    f"{self.norm_num_groups} and of the number of heads {heads}, got {channels}"
-                )
+                raise ValueError("block_out_channels needs even multiples of norm_num_groups="
+                                 f"{self.norm_num_groups} and of the number of heads {heads}, got "
+                                 f"{channels}")
 
     @property
     def num_heads(self):
         """The number of attention heads of each level."""
         heads = self.attention_head_dim
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else tuple(heads)
+
+    @property
+    def downscale(self):
+        """Height and width of the latents need to be multiples of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 PRESETS = {
@@ -105,8 +109,8 @@ PRESETS = {
         resnet_time_scale_shift="scale_shift", class_embed_type="simple_projection",
     ),
     "small": UNetConfig(
-        block_out_channels=(128, 256, 384), layers_per_block=2,
-        attention_levels=(False, True, True), cross_attention_dim=256, sample_size=16,
+        block_out_channels=(128, 256, 384), attention_levels=(False, True, True),
+        cross_attention_dim=256, sample_size=16,
         resnet_time_scale_shift="scale_shift", class_embed_type="simple_projection",
     ),
     "sd1": UNetConfig(),
@@ -117,18 +121,8 @@ PRESETS = {
 }
 
 
-def sinusoid(timesteps, channels):
-    """Timesteps (b,) as cosines and sines of falling frequency: (b, channels) float32."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat(
-        [angles.cos(), angles.sin()], dim=1
-    )  # cosine first, as Stable Diffusion has it
-
-
 class TimeEmbedding(nn.Module):
-    """Sinusoids (b, channels) to the embedding (b, d) that every ResnetBlock is told."""
+    """Sinusoids (b, channels) to the embedding (b, d) that every ResnetBlock gets."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -139,39 +133,48 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def make_resnet(in_channels, out_channels, config):
+    """A ResnetBlock of the U-Net, with the shift if the config has it."""
+    both = config.shift_before == "both"
+    shift_before = ("conv1", "conv2") if both else (config.shift_before,)
+    return ResnetBlock(
+        in_channels, out_channels, config.norm_num_groups, eps=1e-5,
+        time_channels=4 * config.block_out_channels[0],
+        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        shift_before=shift_before if config.temporal == "shift" else (),
+        shift_fold=config.shift_fold, shift_causal=config.shift_causal,
+    )
+
+
+def make_transformer(channels, num_heads, config):
+    """A Transformer2D of the U-Net."""
+    return Transformer2D(channels, num_heads, config.cross_attention_dim, config.norm_num_groups,
+                         linear=config.use_linear_projection)
+
+
 class Level(nn.Module):
     """The layers of one resolution: pairs of a ResnetBlock and, perhaps, a Transformer2D.
 
-    `widths` are the channels that enter each ResnetBlock; `attention` says whether the level looks
-    at the text. One that shrinks has `downsamplers`, one that grows has `upsamplers`.
+    `widths` are the channels that enter each ResnetBlock. A level has `downsamplers` if it halves
+    the size behind its layers, `upsamplers` if it doubles it.
     """
 
     def __init__(self, widths, channels, num_heads, config, attention, step=None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(
-                width, channels, config.norm_num_groups, eps=1e-5,
-                time_channels=4 * config.block_out_channels[0],
-                scale_shift=config.resnet_time_scale_shift == "scale_shift",
-                temporal=around_convolutions(config, channels),
-            )
-            for width in widths
+        self.resnets = nn.ModuleList(make_resnet(width, channels, config) for width in widths)
+        self.attentions = nn.ModuleList(
+            make_transformer(channels, num_heads, config) for _ in widths if attention
         )
-        self.temporal = nn.ModuleList(after_layer(config, channels, num_heads) for _ in widths)
-        if attention:
-            self.attentions = nn.ModuleList(
-                Transformer2D(channels, num_heads, config) for _ in widths
-            )
-        if step == "down":
-            self.downsamplers = nn.ModuleList([Downsample(channels)])
-        elif step == "up":
-            self.upsamplers = nn.ModuleList([Upsample(channels)])
+        self.temporal = nn.ModuleList()  # behind each layer, in one variant of temporal.py
+        self.downsamplers = nn.ModuleList([Downsample(channels)] if step == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if step == "up" else [])
 
-    def layer(self, i, x, time, text):
-        """The i-th ResnetBlock, the Transformer2D after it if there is one, and what follows."""
-        x = self.resnets[i](x, time[: len(x)])
-        x = self.attentions[i](x, text) if hasattr(self, "attentions") else x
-        return self.temporal[i](x)
+    def layer(self, i, x, time, context):
+        """The i-th ResnetBlock and what follows it, (b, t, c, h, w) to (b, t, channels, h, w)."""
+        x = self.resnets[i](x, time)
+        if self.attentions:
+            x = self.attentions[i](x, context)
+        return self.temporal[i](x) if self.temporal else x
 
 
 class MidBlock(nn.Module):
@@ -179,14 +182,15 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels, num_heads, config):
         super().__init__()
-        pair = Level([channels, channels], channels, num_heads, config, attention=False)
-        self.resnets = pair.resnets
-        self.attentions = nn.ModuleList([Transformer2D(channels, num_heads, config)])
-        self.temporal = pair.temporal[:1]
+        self.resnets = nn.ModuleList(make_resnet(channels, channels, config) for _ in range(2))
+        self.attentions = nn.ModuleList([make_transformer(channels, num_heads, config)])
+        self.temporal = nn.ModuleList()
 
-    def forward(self, x, time, text):
-        x = self.attentions[0](self.resnets[0](x, time[: len(x)]), text)
-        return self.resnets[1](self.temporal[0](x), time)
+    def forward(self, x, time, context):
+        x = self.attentions[0](self.resnets[0](x, time), context)
+        for temporal in self.temporal:
+            x = temporal(x)
+        return self.resnets[1](x, time)
 
 
 class UNet(nn.Module):
@@ -201,9 +205,10 @@ class UNet(nn.Module):
         time_width = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_width)
+        self.class_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
-        skips = [widths[0]]  # channels of what is set aside, in order
+        skips = [widths[0]]  # channels of what the way down sets aside, in order
         self.down_blocks = nn.ModuleList()
         for i in levels:
             enters = [widths[max(i - 1, 0)]] + [widths[i]] * (config.layers_per_block - 1)
@@ -219,52 +224,38 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-
-    def read(self, context):
-        """The Text of hidden states (b, n, d): keys and values for every cross-attention.
-
-        forward does it if it gets hidden states; a sampler does it once for all its steps.
-        """
-        width = self.config.cross_attention_dim
-        if context.ndim != 3 or context.shape[2] != width:
-            raise ValueError(f"context needs the shape (b, n, {width}), got {(*context.shape,)}")
-        blocks = [block for block in self.modules() if isinstance(block, TransformerBlock)]
-        return Text({block.attn2: block.attn2.read(context) for block in blocks}, context[:, -1])
+        add_temporal_layers(self)
 
     def forward(self, latents, timesteps, context):
         """The prediction (b, t, c, h, w) for noisy latents of that shape.
 
-        timesteps is (b,), context the text's hidden states (b, n, d) or what `read` made of them. h
-        and w need to be multiples of 2 ** (levels - 1); t is any number, and a picture is a clip of
-        one frame.
-
-        With k * b texts, the first of every clip before the second of any, the prediction is (k *
-        b, t, c, h, w): guidance asks twice, and what comes before the first text is done once.
+        timesteps is (b,), context the text's hidden states (b, n, d). h and w need to be multiples
+        of config.downscale; t is any number, and an image is a clip of one frame.
         """
-        text = context if isinstance(context, Text) else self.read(context)
-        batch = len(text.last_token)
-        self._check(latents, timesteps, batch)
-        time = sinusoid(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
-        time = repeat_to(batch, self.time_embedding(time))
-        if hasattr(self, "class_embedding"):
-            time = time + self.class_embedding(text.last_token)  # it has seen all others
-            latents = repeat_to(batch, latents)
-        x = per_frame(self.conv_in, latents)
+        self._check(latents, timesteps, context)
+        time = sinusoids(timesteps, self.config.block_out_channels[0])  # b -> b c
+        time = self.time_embedding(time.to(latents.dtype))
+        if self.class_embedding is not None:
+            # The last token has seen all others. Beside the cross-attention, this path tells every
+            # ResnetBlock what the text says; a tiny model learns directions only with it.
+            time = time + self.class_embedding(context[:, -1])
+        # Only a change of width: what 4 latent channels mean at a place needs neither text nor time.
+        x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = self._run(level.layer, i, x, time, text)
+                x = self._run(level.layer, i, x, time, context)
                 skips.append(x)
-            for downsample in getattr(level, "downsamplers", []):
-                x = downsample(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)  # b t c h w -> b t c h/2 w/2
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, text)
+        x = self._run(self.mid_block, x, time, context)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = torch.cat([x, repeat_to(batch, skips.pop())], dim=2)
-                x = self._run(level.layer, i, x, time, text)
-            for upsample in getattr(level, "upsamplers", []):
-                x = upsample(x)
+                x = torch.cat([x, skips.pop()], dim=2)  # b t c h w -> b t (c + c') h w
+                x = self._run(level.layer, i, x, time, context)
+            for upsample in level.upsamplers:
+                x = upsample(x)  # b t c h w -> b t c 2h 2w
         return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))
 
     def _run(self, layer, *inputs):
@@ -274,16 +265,15 @@ class UNet(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep)
         return layer(*inputs)
 
-    def _check(self, latents, timesteps, num_texts):
-        shape, factor = tuple(latents.shape), 2 ** (len(self.config.block_out_channels) - 1)
-        if len(shape) != 5 or shape[2] != self.config.in_channels:
-            raise ValueError(f"latents need the shape (b, t, {self.config.in_channels}, h, w), "
-                             f"got {shape}")
-        if shape[3] % factor or shape[4] % factor:
-            raise ValueError(f"latents need h and w to be multiples of {factor}, got {shape}")
-        if tuple(timesteps.shape) != shape[:1]:
-            raise ValueError(
-                f"timesteps need the shape ({shape[0]},), got {tuple(timesteps.shape)}"
-            )
-        if num_texts == 0 or num_texts % shape[0]:
-            raise ValueError(f"context needs a multiple of {shape[0]} texts, got {num_texts}")
+    def _check(self, latents, timesteps, context):
+        b, config = len(latents), self.config
+        if latents.ndim != 5 or latents.shape[2] != config.in_channels or any(
+            size % config.downscale for size in latents.shape[3:]
+        ):
+            raise ValueError(f"latents need the shape (b, t, {config.in_channels}, h, w) with h and "
+                             f"w multiples of {config.downscale}, got {tuple(latents.shape)}")
+        if tuple(timesteps.shape) != (b,):
+            raise ValueError(f"timesteps need the shape ({b},), got {tuple(timesteps.shape)}")
+        if context.ndim != 3 or len(context) != b or context.shape[2] != config.cross_attention_dim:
+            raise ValueError(f"context needs the shape ({b}, n, {config.cross_attention_dim}), got "
+                             f"{tuple(context.shape)}")

@@ -1,13 +1,13 @@
-"""The temporal shift: how Latent-Shift makes a picture model see motion without a new parameter.
+"""The temporal shift: how Latent-Shift makes an image model see motion without a new parameter.
 
-A 2-D U-Net looks at every frame alone. Before some of its convolutions we exchange a part of the
-channels between neighbouring frames:
+A 2-D U-Net looks at every frame alone. Before its convolutions we exchange a part of the channels
+between neighbouring frames:
 
     frame i     [ a third from frame i-1 | a third from frame i+1 | a third of its own ]
 
 The 2-D convolution that follows mixes channels anyway, so now it mixes past, present and future: it
-has become a convolution over three frames, and all it cost is moving memory. What leaves the clip
-is dropped, and zeros come in at its ends.
+acts as a convolution over three frames, and the only cost is moving memory. What leaves the clip is
+dropped, and zeros come in at its ends.
 
 Latent-Shift, An et al. 2023, section 3.2; the idea is the Temporal Shift Module, Lin et al. 2019.
 """
@@ -21,7 +21,7 @@ def temporal_shift(x, fold=None, causal=False):
     x is (b, t, c, ...) of any dtype. In the result, of the same shape and memory layout, channels
     [0, fold) of frame i are frame i-1's, channels [fold, 2 fold) are frame i+1's, the others are
     frame i's own; zeros stand where there is no such frame. fold is c // 3 unless given. A causal
-    shift leaves out the second part: those channels stay, and a frame sees the past alone.
+    shift leaves out the second part: those channels stay, and a frame sees only the past.
 
     Raises:
         ValueError: if x has fewer than three axes, or if not 0 < 2 * fold <= c.
@@ -34,11 +34,18 @@ def temporal_shift(x, fold=None, causal=False):
     return _Shift.apply(x, fold, 1, causal)
 
 
-class _Shift(torch.autograd.Function):
-    """The shift is a permutation with losses, so its gradient is the opposite shift.
+# The whole idea in four lines; _Shift gives the same numbers and gradients, faster:
+#     out = torch.zeros_like(x)
+#     out[:, 1:, :fold] = x[:, :-1, :fold]                          # one frame forward in time
+#     out[:, :-1, fold : 2 * fold] = x[:, 1:, fold : 2 * fold]      # one frame backward
+#     out[:, :, 2 * fold :] = x[:, :, 2 * fold :]                   # the frame's own channels
 
-    Autograd could derive that from the copies below, but it would keep a copy of the gradient for
-    each of them. Written by hand, each direction reads and writes every number once.
+
+class _Shift(torch.autograd.Function):
+    """The shift only moves numbers, so its gradient is the opposite shift.
+
+    Autograd could derive that from the copies, but it would keep a copy of the gradient for each of
+    them. Written by hand, each direction reads and writes every number once.
     """
 
     @staticmethod

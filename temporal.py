@@ -1,76 +1,62 @@
-"""How frames talk: the paper's shift and its neighbours, chosen by one word of the U-Net's config.
+"""What others use instead of the shift, chosen by one word of the U-Net's config. Read after
+model.py, which imports this file.
 
-    none        not at all: each frame is a picture by itself
-    shift       before convolutions, channels move a frame on or back (Latent-Shift, An et al. 2023)
-    attention   behind each layer, a place looks at itself in all frames (Latent-VDM, which An et
-                al. compare with; LVDM, He et al. 2022)
+    none        nothing: each frame is an image by itself
+    shift       in front of convolutions, a part of the channels moves one frame (Latent-Shift); it
+                is a line in ResnetBlock.forward and has no layer here
+    attention   behind each layer, a place attends to itself in all frames (Latent-VDM, the baseline
+                of An et al. 2023; LVDM, He et al. 2022)
     directed    behind convolutions, a scale and an offset for each frame; beside the spatial
-                attention, one over time that looks only back (MagicVideo, Zhou et al. 2022)
+                attention, attention to this frame and earlier ones (MagicVideo, Zhou et al. 2022)
     conv        behind convolutions, one over time (Make-A-Video, Singer et al. 2022, section 3.2)
 
-The shift has no parameters. All others begin as the image model: what they add is zero, or what
-they multiply by one. Each of their parameters has "temporal" in its name, and no other has. A
-picture has no time: it goes by all of them untouched, before training and after, so what draws it
-is the image model's layers and no others.
-
-The U-Net asks three questions: what stands around a convolution, beside a spatial attention, and
-behind a layer? A module that does nothing is an answer, too.
+All layers of this file are initialised as the identity, so each variant starts as the image model.
+Their parameters have "temporal" in their names, and no others have. An image has no time: a clip of
+one frame skips every temporal layer, before training and after, so the image model stays whole.
 """
-
-import math
 
 import torch
 from torch import nn
 
-from layers import Attention
-from shift import temporal_shift
+from layers import Attention, ResnetBlock, sinusoids
+from transformer import TransformerBlock
 
-WAYS = ("none", "shift", "attention", "directed", "conv")
+VARIANTS = ("none", "shift", "attention", "directed", "conv")
 
 
-def around_convolutions(config, channels):
-    """Modules before and after conv1, before and after conv2 of a ResnetBlock: four.
-
-    They take and return clips (b, t, c, h, w); `channels` are those that leave a convolution.
-    """
-    modules = []
-    for place in ("conv1", "conv2"):
-        before, after = nn.Identity(), nn.Identity()
-        if config.temporal == "shift" and config.shift_before in (place, "both"):
-            before = Shift(config.shift_fold, config.shift_causal)
-        elif config.temporal == "conv":
-            after = TemporalConvolution(channels)
+def add_temporal_layers(unet):
+    """Put the layers of the config's variant into a new U-Net; nothing for "none" and "shift"."""
+    config, modules = unet.config, list(unet.modules())
+    for block in [module for module in modules if isinstance(module, ResnetBlock)]:
+        channels = block.conv2.out_channels
+        if config.temporal == "conv":
+            block.temporal_after1 = TemporalConvolution(channels)
+            block.temporal_after2 = TemporalConvolution(channels)
         elif config.temporal == "directed":
-            after = FrameAdaptor(channels, config.max_frames)
-        modules += [before, after]
-    return modules
-
-
-def beside_attention(config, channels, num_heads):
-    """A module of two: the tokens (b, t, n, c) that a spatial attention sees, and what it makes."""
+            block.temporal_after1 = FrameAdaptor(channels, config.max_frames)
+            block.temporal_after2 = FrameAdaptor(channels, config.max_frames)
     if config.temporal == "directed":
-        return DirectedAttention(channels, num_heads)
-    return SpatialOnly()
-
-
-def after_layer(config, channels, num_heads):
-    """A module behind a ResnetBlock, or behind the Transformer2D that follows it, of clips.
-
-    The papers have one behind each spatial transformer. Here levels without transformers have one,
-    too: the tiny U-Net has none at its finest level, where motion is to be seen best.
-    """
+        for block in [module for module in modules if isinstance(module, TransformerBlock)]:
+            block.temporal = DirectedAttention(block.norm1.normalized_shape[0], block.attn1.num_heads)
     if config.temporal == "attention":
-        return TemporalAttention(channels, num_heads, config.max_frames)
-    return nn.Identity()
+        # The papers have one behind each spatial transformer. Here layers without a transformer get
+        # one, too: the tiny U-Net has none at its finest level, where motion shows best.
+        heads = config.num_heads
+        levels = [*zip(unet.down_blocks, heads, strict=True), (unet.mid_block, heads[-1]),
+                  *zip(unet.up_blocks, heads[::-1], strict=True)]
+        for level, num_heads in levels:
+            channels = level.resnets[0].conv2.out_channels
+            for _ in range(1 if level is unet.mid_block else len(level.resnets)):
+                level.temporal.append(TemporalAttention(channels, num_heads, config.max_frames))
 
 
-def new_names(unet):
-    """The names in a U-Net's state dict that an image model has not."""
-    return [name for name in unet.state_dict() if "temporal" in name]
+def temporal_state(unet):
+    """The part of a U-Net's state dict that an image model does not have; {} for the shift."""
+    return {name: value for name, value in unet.state_dict().items() if "temporal" in name}
 
 
 def start_as_shift(unet):
-    """Let the convolutions over time of a U-Net begin as the shift, not as the image model."""
+    """Initialise the temporal convolutions of a U-Net as the shift instead of the identity."""
     for module in unet.modules():
         if isinstance(module, TemporalConvolution):
             module.start_as_shift()
@@ -84,24 +70,10 @@ def first_frames(table, num_frames):
     return table[:num_frames]
 
 
-class Shift(nn.Module):
-    """The temporal shift of 1 / `fold` of the channels each way.
-
-    With zeros in place of its neighbours a picture would lose two thirds of its channels.
-    """
-
-    def __init__(self, fold, causal):
-        super().__init__()
-        self.fold, self.causal = fold, causal
-
-    def forward(self, x):
-        return x if x.shape[1] == 1 else temporal_shift(x, x.shape[2] // self.fold, self.causal)
-
-
 class TemporalConvolution(nn.Conv2d):
-    """A convolution over three frames at each place, which at first hands on the middle one.
+    """A convolution over three frames at each place, initialised to copy the middle one.
 
-    Time and place are the two axes of a 2-D convolution, so that nothing has to be moved in memory.
+    It is a 2-D convolution whose axes are time and place, so nothing has to be moved in memory.
     """
 
     def __init__(self, channels):
@@ -111,8 +83,9 @@ class TemporalConvolution(nn.Conv2d):
 
     @torch.no_grad()
     def start_as_shift(self):
-        """Hand on the frame before in a third of the channels, the frame after in a third."""
+        """Copy the frame before in a third of the channels, the frame after in another third."""
         c = self.out_channels
+        # Tap 0 of the kernel looks at the frame before, tap 1 at the frame itself, tap 2 after it.
         taps = torch.tensor([0] * (c // 3) + [2] * (c // 3) + [1] * (c - 2 * (c // 3)))
         self.weight.zero_()
         self.weight[torch.arange(c), torch.arange(c), taps, 0] = 1
@@ -136,11 +109,14 @@ class FrameAdaptor(nn.Module):
         if x.shape[1] == 1:
             return x
         scale, offset = (first_frames(y, x.shape[1]) for y in (self.scale, self.offset))
-        return x * scale[..., None, None] + offset[..., None, None]
+        return x * scale[..., None, None] + offset[..., None, None]  # t c -> t c 1 1
 
 
-class OverTime(Attention):
-    """Self-attention over the frames (b, t, n, c) of each place, silent until it is trained."""
+class AttentionOverTime(Attention):
+    """Self-attention of each place over the frames of tokens (b, t, n, c); 0 until it is trained.
+
+    With outputs of zero around a residual connection the layer is the identity at first.
+    """
 
     def __init__(self, channels, num_heads):
         super().__init__(channels, num_heads)
@@ -150,20 +126,21 @@ class OverTime(Attention):
     def forward(self, x, mask=None):
         b, t, n, _ = x.shape
         x = super().forward(x.transpose(1, 2).flatten(0, 1), mask=mask)  # b t n c -> (b n) t c
-        return x.unflatten(0, (b, n)).transpose(1, 2)
+        return x.unflatten(0, (b, n)).transpose(1, 2)  # (b n) t c -> b t n c
 
 
 class TemporalAttention(nn.Module):
     """x + attention over time (norm(x) + positions), of clips (b, t, c, h, w).
 
-    Positions are learnt, and begin as sinusoids: alike, they would leave attention blind to order.
+    Positions are learned. They start as sinusoids: if all were equal, attention, which sees its
+    frames as a set, could not tell their order.
     """
 
     def __init__(self, channels, num_heads, max_frames):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.attention = OverTime(channels, num_heads)
-        self.positions = nn.Parameter(sinusoids(max_frames, channels))
+        self.attention = AttentionOverTime(channels, num_heads)
+        self.positions = nn.Parameter(sinusoids(torch.arange(max_frames), channels))
 
     def forward(self, x):
         if x.shape[1] == 1:
@@ -171,28 +148,18 @@ class TemporalAttention(nn.Module):
         tokens = self.norm(x.flatten(3).transpose(2, 3))  # b t c h w -> b t (h w) c
         tokens = tokens + first_frames(self.positions, x.shape[1])[:, None]
         y = self.attention(tokens)
-        return x + y.transpose(2, 3).unflatten(3, x.shape[3:])
+        return x + y.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
 
 
-def sinusoids(max_frames, channels):
-    """Frame indices as sines and cosines of falling frequency. Vaswani et al. 2017, section 3.5."""
-    rates = torch.exp(-math.log(10000) * torch.arange(0, channels, 2) / channels)
-    angles = torch.arange(max_frames)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+class DirectedAttention(AttentionOverTime):
+    """Attention over time in which a frame sees itself and earlier ones. MagicVideo.
 
+    Takes the tokens (b, t, n, c) that the spatial attention gets; its result is added to that one's.
+    """
 
-class SpatialOnly(nn.Module):
-    """What the spatial attention makes, and nothing beside it."""
-
-    def forward(self, x, attended):
-        return attended
-
-
-class DirectedAttention(OverTime):
-    """Adds attention over time in which a frame sees itself and earlier ones. MagicVideo."""
-
-    def forward(self, x, attended):
-        if x.shape[1] == 1:
-            return attended
-        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        return attended + super().forward(x, past)
+    def forward(self, x):
+        t = x.shape[1]
+        if t == 1:
+            return torch.zeros_like(x)
+        past = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()  # row i: columns <= i
+        return super().forward(x, past)

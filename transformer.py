@@ -1,21 +1,18 @@
-"""The U-Net's transformers: where places of a frame look at each other, and at the text.
+"""The U-Net's transformers, in which the places of a frame attend to each other and to the text.
 
-    x + attn1(norm1(x))            each place at its own frame
-    x + attn2(norm2(x), text)      all places of all frames at the clip's text
-    x + ff(norm3(x))               each place by itself
+    x + attn1(norm1(x))             each place to all places of its own frame
+    x + attn2(norm2(x), context)    all places of all frames to the clip's text
+    x + ff(norm3(x))                each place by itself
 
 Latent diffusion, Rombach et al. 2022, section 3.3 and appendix E.2.1; names are those of diffusers'
-Transformer2DModel. The temporal shift is not here but in the ResnetBlocks around.
+Transformer2DModel. The temporal shift is not here but in the ResnetBlocks around it.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from layers import Attention, per_frame
-from temporal import beside_attention
 
 CHUNK_TOKENS = 2048  # that go through a FeedForward at once on a CPU: two frames of 32x32 latents
 
@@ -33,74 +30,69 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers at each place; net[1] is diffusers' dropout, which takes a place in its names."""
+    """Two layers at each place, four times as wide inside."""
 
     def __init__(self, channels):
         super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
-        )
+        # Keys and not a list, for the checkpoint's names: number 1 is diffusers' dropout.
+        self.net = nn.ModuleDict({
+            "0": GEGLU(channels, 4 * channels),
+            "2": nn.Linear(4 * channels, channels),
+        })
 
     def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled():
-            return self.net(x)
-        # Its inner tensors are eight times as wide as x. A few frames' worth of them stays in a
-        # CPU's cache; those of a clip would be new pages of memory for each operation.
+            return self.net["2"](self.net["0"](x))
+        # The inner tensors are eight times as wide as x. Those of a few frames stay in a CPU's
+        # cache; those of a whole clip would take new pages of memory at each operation.
         parts = x.flatten(0, -2).split(CHUNK_TOKENS)
-        return torch.cat([self.net(part) for part in parts]).view_as(x)
-
-
-class Text(NamedTuple):
-    """Texts as the U-Net uses them, in all frames and all steps of sampling: see UNet.read."""
-
-    keys_values: dict  # of each cross-attention
-    last_token: torch.Tensor  # (b, d)
-
-
-def repeat_to(batch, x):
-    """x (b, ...) repeated to (batch, ...): for each clip what its texts have in common so far."""
-    return x if len(x) == batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+        return torch.cat([self.net["2"](self.net["0"](part)) for part in parts]).view_as(x)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention inside each frame, cross-attention to the clip's text, feed-forward."""
 
-    def __init__(self, channels, num_heads, config):
+    def __init__(self, channels, num_heads, context_channels):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, num_heads, config.cross_attention_dim)
+        self.attn2 = Attention(channels, num_heads, context_channels)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
-        self.temporal = beside_attention(config, channels, num_heads)
+        self.temporal = None  # attention over time beside attn1, in one variant of temporal.py
 
-    def forward(self, x, text):
-        """x (b, t, h * w, c) and the Text of k * b texts to (k * b, t, h * w, c)."""
+    def forward(self, x, context):
+        """x (b, t, h * w, c) and hidden states (b, n, d) to (b, t, h * w, c)."""
         b, t, _, _ = x.shape
         y = self.norm1(x)
-        x = x + self.temporal(y, self.attn1(y.flatten(0, 1)).unflatten(0, (b, t)))
-        keys, values = text.keys_values[self.attn2]
-        x = repeat_to(len(keys), x)
-        # To the text all places of all frames are one long row of queries: so the text becomes keys
-        # and values once for each clip, not once for each frame.
-        x = x + self.attn2(self.norm2(x).flatten(1, 2), (keys, values)).unflatten(1, (t, -1))
+        attended = self.attn1(y.flatten(0, 1)).unflatten(0, (b, t))  # each frame by itself
+        if self.temporal is not None:
+            attended = attended + self.temporal(y)
+        x = x + attended
+        # The text is one for all frames, so all places of all frames are one row of queries: keys
+        # and values of the text are computed once a clip, not once a frame.
+        y = self.norm2(x).flatten(1, 2)  # b t (h w) c -> b (t h w) c
+        x = x + self.attn2(y, context).unflatten(1, (t, -1))
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nn.Module):
-    """Pictures to tokens, a transformer block, and back, around a residual connection."""
+    """Images to tokens, a transformer block, and back, around a residual connection."""
 
-    def __init__(self, channels, num_heads, config):
+    def __init__(self, channels, num_heads, context_channels, groups, linear):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.linear = config.use_linear_projection  # Stable Diffusion 2; 1 has 1x1 convolutions
-        project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # Stable Diffusion 1 and 2 differ
+        self.linear = linear  # only in this: 2 has linear projections, 1 has 1x1 convolutions
+        project = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, num_heads, config)])
+        self.transformer_blocks = nn.ModuleList([
+            TransformerBlock(channels, num_heads, context_channels)
+        ])
         self.proj_out = project(channels, channels)
 
-    def forward(self, x, text):
+    def forward(self, x, context):
+        """x (b, t, c, h, w) and hidden states (b, n, d) to (b, t, c, h, w)."""
         height_width = x.shape[-2:]
         tokens = per_frame(self.norm, x)
         if not self.linear:
@@ -108,9 +100,8 @@ class Transformer2D(nn.Module):
         tokens = tokens.flatten(3).transpose(2, 3)  # b t c h w -> b t (h w) c
         if self.linear:
             tokens = self.proj_in(tokens)
-        tokens = self.transformer_blocks[0](tokens, text)
+        tokens = self.transformer_blocks[0](tokens, context)
         if self.linear:
             tokens = self.proj_out(tokens)
         tokens = tokens.transpose(2, 3).unflatten(3, height_width)  # b t (h w) c -> b t c h w
-        tokens = tokens if self.linear else per_frame(self.proj_out, tokens)
-        return repeat_to(len(tokens), x) + tokens
+        return x + (tokens if self.linear else per_frame(self.proj_out, tokens))
