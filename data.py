@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from cli import add_flags, given_flags, option, run_main
-from shapes import MovingShapes  # noqa: F401  (here, so that all data sets come from this module)
 from media.read import CLIP_SUFFIXES, iter_clip, natural_key, read_clip
 
 METADATA = "metadata.jsonl"
@@ -177,7 +176,7 @@ class ClipFolder(torch.utils.data.Dataset):
     Raises ValueError, one line, if the folder has any problem or, at the item, if its file has.
     """
 
-    def __init__(self, folder, image_size, num_frames, stride=1, frame_rate=None, max_frames=None):
+    def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
         if max_frames is not None and max_frames < num_frames:
             raise ValueError(f"max_frames needs >= num_frames = {num_frames}, got {max_frames}")
         self.clips, problems = find_clips(folder)
@@ -185,7 +184,7 @@ class ClipFolder(torch.utils.data.Dataset):
             more = f" (+{len(problems) - 1} more; run: python data.py check {folder})"
             raise ValueError(problems[0] + (more if len(problems) > 1 else ""))
         self.captions = [caption for _, caption in self.clips]
-        self.image_size, self.num_frames = image_size, num_frames
+        self.num_frames, self.image_size = num_frames, image_size
         self.stride, self.frame_rate, self.max_frames = stride, frame_rate, max_frames
 
     def __len__(self):
@@ -206,7 +205,7 @@ def random_window(num_available, num_frames, generator):
     return int(torch.randint(num_available - num_frames + 1, (), generator=generator))
 
 
-def _examine(clips, image_size, num_frames, stride, frame_rate):
+def _examine(clips, num_frames, image_size, stride, frame_rate):
     """Yield (path, caption, frames read, picture size, rate, problem or None) of each clip."""
     for path, caption in clips:
         count, size, rate, problem = 0, (0, 0), None, None
@@ -221,17 +220,17 @@ def _examine(clips, image_size, num_frames, stride, frame_rate):
         yield path, caption, count, size, rate, problem
 
 
-def check(folder, image_size, num_frames, stride=1, frame_rate=None):
+def check(folder, num_frames, image_size, stride=1, frame_rate=None):
     """Every problem of a folder, a line each: of its captions, and of reading each of its clips."""
     clips, problems = find_clips(folder)
-    rows = _examine(clips, image_size, num_frames, stride, frame_rate)
+    rows = _examine(clips, num_frames, image_size, stride, frame_rate)
     return problems + [problem for *_, problem in rows if problem]
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    image_size: int = option(256, "pixels of the square that is cut out of each frame")
     num_frames: int = option(1, "frames that each clip needs to have")
+    image_size: int = option(256, "pixels of the square that is cut out of each frame")
     stride: int = option(1, "keep every stride-th frame")
     frame_rate: float | None = option(None, "frames per second to resample to, instead of a stride")
 

@@ -1,4 +1,4 @@
-"""Diffusion: how pictures are turned into noise, and noise step by step into pictures.
+"""Diffusion: clean latents become noise in one step, and noise becomes latents in many.
 
 Symbols, here only, and the letters of the papers:
 
@@ -9,13 +9,14 @@ Symbols, here only, and the letters of the papers:
     alpha_bar   prod_{s<=t} (1 - beta_s)    alpha_bar_t in DDPM, alpha_t in DDIM
     v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)
     sigma, eta  noise that a DDIM step adds, and its share of DDPM's (0 adds none)
+    SNR         signal-to-noise ratio, alpha_bar / (1 - alpha_bar)
 
-A model sees x_t, t and a text and predicts eps or v; either of them gives x0 by linear algebra. A
-sampler goes from pure noise at a large t down a list of timesteps, at each asking the model for x0
-and stepping to the x_t that lies between it and where we are.
+A model gets x_t, t and a text and predicts eps or v; either of them gives x0 by linear algebra. A
+sampler starts from pure noise at a large t and goes down a list of timesteps. At each it takes the
+model's x0 and steps to the x_t between it and where it is.
 
 DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin
-et al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like pictures.
+et al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like images.
 """
 
 import math
@@ -57,19 +58,17 @@ class Diffusion:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
         least = 2 if self.rescale_betas_zero_snr else 1
-        if self.num_train_timesteps < least:
-            raise ValueError(
-                f"num_train_timesteps needs >= {least}, got {self.num_train_timesteps}"
-            )
-        if self.steps_offset < 0:
-            raise ValueError(f"steps_offset needs >= 0, got {self.steps_offset}")
+        if self.num_train_timesteps < least or self.steps_offset < 0:
+            raise ValueError(f"num_train_timesteps needs >= {least} and steps_offset >= 0, got "
+                             f"{self.num_train_timesteps} and {self.steps_offset}")
         betas = self._betas()
         if not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError(
-                "betas need to lie in (0, 1]; look at beta_start, beta_end, trained_betas"
-            )
+            raise ValueError("betas need to lie in (0, 1]; look at beta_start, beta_end and "
+                             "trained_betas")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
+            # Stable Diffusion's last timestep still shows 7 % of the latents, by which a model
+            # learns their mean brightness; a sampler that starts from pure noise lacks this hint.
             alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
         if self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
             raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR, where "
@@ -81,9 +80,7 @@ class Diffusion:
         steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
             if len(self.trained_betas) != steps:
-                raise ValueError(
-                    f"trained_betas needs {steps} values, got {len(self.trained_betas)}"
-                )
+                raise ValueError(f"trained_betas needs {steps} values, got {len(self.trained_betas)}")
             return torch.tensor(self.trained_betas, dtype=torch.float64)
         if self.beta_schedule == "linear":
             return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -99,11 +96,9 @@ class Diffusion:
     def _coefficients(self, timesteps, like):
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (b,), shaped to multiply `like`."""
         alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        return (
-            alpha_bar.sqrt().to(like.dtype).view(shape),
-            (1 - alpha_bar).sqrt().to(like.dtype).view(shape),
-        )
+        alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))  # b -> b 1 1 1 1
+        # Roots of float64 numbers, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
+        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
 
     def add_noise(self, x0, noise, timesteps):
         """x_t for clean x0 and noise of shape (b, ...) at timesteps (b,). DDPM, eq. 4."""
@@ -123,6 +118,7 @@ class Diffusion:
         signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if self.prediction_type == "epsilon":
             return (x_t - sigma * model_output) / signal, model_output
+        # v and x_t are eps and x0 turned by an angle; turning back needs no division.
         return signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
 
     def timestep_pairs(self, num_steps):
@@ -135,6 +131,7 @@ class Diffusion:
             ValueError: if not 1 <= num_steps <= num_train_timesteps.
         """
         total = self.num_train_timesteps
+        # Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
         if self.timestep_spacing == "leading":
@@ -157,12 +154,14 @@ class Diffusion:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta needs to lie in [0, 1], got {eta}")
         alpha_bar = self.alphas_cumprod[t].item()
+        # Stable Diffusion stops at alpha_bar[0], which keeps a trace of noise, and not at 1.
         final = 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
         alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else final
         x0, eps = self.predict(model_output, x_t, t)
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         sigma = eta * math.sqrt(max(variance, 0.0))
         rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding makes 0 a -1e-17
+        # x0 and eps mixed anew, as the forward process would mix them at t_prev.
         mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
         return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
 
@@ -172,12 +171,11 @@ class Diffusion:
         alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
         alpha = alpha_bar / alpha_bar_prev
         x0, _ = self.predict(model_output, x_t, t)
-        mean = (
-            math.sqrt(alpha_bar_prev) * (1 - alpha) * x0
-            + math.sqrt(alpha) * (1 - alpha_bar_prev) * x_t
-        ) / (1 - alpha_bar)
+        part_x0 = math.sqrt(alpha_bar_prev) * (1 - alpha) / (1 - alpha_bar)
+        part_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        mean = part_x0 * x0 + part_x_t * x_t
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
-        if variance == 0:
+        if variance == 0:  # the last step: nothing is left to be random
             return mean
         return mean + math.sqrt(variance) * randn(x_t.shape, generator).to(x_t)
 
@@ -185,7 +183,7 @@ class Diffusion:
 def _zero_terminal_snr(alphas_cumprod):
     """Shift and scale sqrt(alpha_bar) so that its last value is 0. Lin et al. 2023, algorithm 1."""
     root = alphas_cumprod.sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))  # the first value stays
     return root**2
 
 
@@ -198,21 +196,21 @@ def randn(shape, generator=None, shared_noise=0.0):
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
-            raise ValueError(
-                f"need one generator a clip, got {len(generator)} for {shape[0]} clips"
-            )
+            raise ValueError(f"generator needs one of each clip, {shape[0]}, got {len(generator)}")
         return torch.cat([randn((1, *shape[1:]), one, shared_noise) for one in generator])
     if not 0 <= shared_noise <= 1:
         raise ValueError(f"shared_noise needs to lie in [0, 1], got {shared_noise}")
     noise = torch.randn(shape, generator=generator)
     if shared_noise == 0:
         return noise
-    common = torch.randn((shape[0], 1, *shape[2:]), generator=generator)
+    common = torch.randn((shape[0], 1, *shape[2:]), generator=generator)  # b 1 ...
+    # Weights whose squares add up to 1, so each frame's noise keeps unit variance.
     return math.sqrt(shared_noise) * common + math.sqrt(1 - shared_noise) * noise
 
 
 def classifier_free_guidance(unconditional, conditional, guidance_scale):
     """Away from the prediction without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
+    # At 1 the text alone; beyond 1 what the text adds is exaggerated.
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

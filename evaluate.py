@@ -1,18 +1,18 @@
-"""Does the model draw what the text says? For MovingShapes that is a number.
+"""Does the model draw what the text says? For MovingShapes the answer is a number.
 
     python evaluate.py runs/demo --num-prompts 128
     python evaluate.py runs/demo --num-prompts 512 --fvd
 
-`recognise` reads colour, shape and direction off the pixels of a clip, with thresholds and geometry
-and no network that could share a model's illusions. Half of the prompts are combinations that were
-held out of training. A number is only as good as its instrument, so the table also shows the reader
-on real clips, on real clips that went through the autoencoder (the best that any U-Net could do)
-and on noise.
+`recognise` reads colour, shape and direction off the pixels of a clip by thresholds and geometry. A
+network could have the same weaknesses as the model that it judges. Half of the prompts are
+combinations that were held out of training. The table also shows what the reader says of real
+clips, of real clips that went through the autoencoder (the best that any U-Net can reach) and of
+noise.
 
-A second table has what needs no text (metrics.py): how steady clips are and what the autoencoder
-loses; with --fvd also FVD-shapes and CLIPSIM-shapes, whose net is trained first, half a minute on
-two cores, and kept. Its real clips are the floor: nothing can be nearer to real clips than other
-real clips are. Both tables are saved as RUN/evaluation.json.
+A second table needs no text (metrics.py): how steady clips are and what the autoencoder loses; with
+--fvd also FVD-shapes and CLIPSIM-shapes, whose net is trained first, half a minute on two cores,
+and kept. The distance of real clips to other real clips is the lowest that a model can reach. Both
+tables are saved as RUN/evaluation.json.
 """
 
 import argparse
@@ -25,19 +25,8 @@ from tqdm import tqdm
 
 from cli import choose_device, run_main
 from files import write_json
-from metrics import (
-    NUM_FEATURES,
-    accuracy,
-    consistency,
-    features_of,
-    frechet_distance,
-    load_feature_net,
-    psnr,
-    real_clips,
-    ssim,
-    text_similarity,
-)
-from options import read_record
+from metrics import NUM_FEATURES, accuracy, evaluate_quality, load_feature_net, real_clips
+from run import read_record
 from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, coverage
 from vae import decode_clips, encode_clip
@@ -50,16 +39,16 @@ AREAS = 0.03, 0.3  # smallest and largest part of a frame that is a shape
 
 
 def recognise(frames):
-    """(colour, shape, direction) of a clip (t, 3, h, w) in [0, 1]; None for what is not to be seen.
+    """(colour, shape, direction) of a clip (t, 3, h, w) in [0, 1]; None for what it does not show.
 
-    The background is the median of a channel; the colour is the mean of what differs most from it.
-    Its projection on that colour says how much of each pixel the shape covers, in every frame.
+    The background is the median of each channel; the colour is the mean of what differs most from
+    it. The projection of a pixel on that colour is the part of the pixel that the shape covers.
     """
     size = frames.shape[-1]
     background = np.median(frames, axis=(0, 2, 3))
     difference = frames - background[:, None, None]
     strength = np.linalg.norm(difference, axis=1)  # t h w
-    inside = strength > 0.7 * np.percentile(strength, 99)
+    inside = strength > 0.7 * np.percentile(strength, 99)  # of the shape, without its soft edge
     if not inside.any():  # a blank clip
         return None, None, None
     paint = frames.transpose(1, 0, 2, 3)[:, inside].mean(1)
@@ -67,12 +56,13 @@ def recognise(frames):
     colour = min(distances, key=distances.get)
     colour = colour if distances[colour] < MAX_COLOUR_DISTANCE else None
     towards = paint - background
-    covered = (difference * towards[:, None, None]).sum(1) / (towards @ towards)
-    covered = np.where(covered < 0.15, 0, covered.clip(0, 1))  # below is blur and noise
+    covered = (difference * towards[:, None, None]).sum(1) / (towards @ towards)  # t h w
+    covered = np.where(covered < 0.15, 0, covered.clip(0, 1))  # less is blur and noise
     area = covered.sum((1, 2))
     if area.min() < AREAS[0] * size**2 or area.max() > AREAS[1] * size**2:
         return colour, None, None
-    axis = np.arange(size) + 0.5
+    axis = np.arange(size) + 0.5  # a pixel's centre
+    # The centre of mass of each frame, (t,) each.
     x, y = (covered.sum(1) * axis).sum(1) / area, (covered.sum(2) * axis).sum(1) / area
     return colour, recognise_shape(covered, x, y, area), recognise_direction(x, y, size)
 
@@ -84,7 +74,8 @@ def recognise_shape(covered, x, y, area):
     overlaps = {}
     for shape, unit_area in SHAPES.items():
         radius = np.sqrt(area / unit_area)[:, None, None]
-        lift = 0.389 * radius if shape == "triangle" else 0.0  # its centre of mass sits low
+        # A triangle's centre of mass lies below the middle of its height, where coverage() has it.
+        lift = 0.389 * radius if shape == "triangle" else 0.0
         ideal = coverage(shape, across, below + lift, radius)
         together = np.minimum(covered, ideal).sum((1, 2)), np.maximum(covered, ideal).sum((1, 2))
         overlaps[shape] = (together[0] / together[1]).mean()
@@ -97,6 +88,7 @@ def recognise_direction(x, y, size):
     centres = np.stack([x, y], axis=1)
     moved = centres[-1] - centres[0]
     for name, towards in DIRECTIONS.items():
+        # Swapping x and y of a direction gives the one across it.
         along, across = moved @ np.array(towards), abs(moved @ np.array(towards[::-1]))
         forward = np.diff(centres @ np.array(towards)) > 0
         if along > MIN_TRAVEL * size and across < along / 2 and forward.mean() > 0.7:
@@ -113,13 +105,13 @@ def agreement(clips, combinations):
     ])
 
 
-def rates(right, picture=False):
-    """Agreement (n, 3) as percentages. A picture has no direction, and is right without one."""
+def rates(right, image=False):
+    """Agreement (n, 3) as percentages. An image has no direction, and is right without one."""
     colour, shape, direction = (round(100 * part, 1) for part in right.mean(0).tolist())
     result = {"count": len(right), "colour": colour, "shape": shape}
-    if not picture:
+    if not image:
         result["direction"] = direction
-    considered = right[:, :2] if picture else right
+    considered = right[:, :2] if image else right
     return result | {"all": round(100 * considered.all(1).mean().item(), 1)}
 
 
@@ -127,7 +119,7 @@ def choose_prompts(num_prompts):
     """Combinations to draw: held-out ones, then as many of those seen in training."""
     held_out = num_prompts // 2
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(held_out)]
-    # Strides through SEEN, so that few prompts, too, show all colours, shapes and directions.
+    # In strides of 7 through SEEN, so that few prompts, too, have all colours, shapes, directions.
     return prompts + [SEEN[7 * i % len(SEEN)] for i in range(num_prompts - held_out)]
 
 
@@ -151,58 +143,24 @@ def references(vae, sampling, prompts, seed):
 
 
 def evaluate_agreement(drawn, others, prompts):
-    """The first table. drawn: {"clips" or "pictures": clips of prompts}, others: `references`."""
+    """The first table. drawn: {"clips" or "images": clips of prompts}, others: `references`."""
     result, held_out = {}, len(prompts) // 2
     for kind, clips in drawn.items():
         right = agreement(clips, prompts)
         parts = {"seen": right[held_out:], "held out": right[:held_out], "all": right}
         for name, part in parts.items():
             if len(part):
-                result[f"{kind}, {name}"] = rates(part, picture=clips.shape[1] == 1)
+                result[f"{kind}, {name}"] = rates(part, image=clips.shape[1] == 1)
     for name, clips in others.items():
-        result[name] = rates(agreement(clips, prompts), picture=clips.shape[1] == 1)
-    return result
-
-
-def mean_over_clips(measure, *clips):
-    """The mean of a measure, clip by clip: float64 copies of all at once would fill the memory."""
-    return np.mean([measure(*parts).mean().item() for parts in zip(*clips, strict=True)])
-
-
-def evaluate_quality(sources, prompts, seed, net=None):
-    """The second table, of sources {name: clips (n, t, 3, h, w)} of the prompts.
-
-    With a net, its distance is the one to other real clips of the same combinations.
-
-    Raises:
-        ValueError: if there are too few clips for a distance.
-    """
-    result = {name: {} for name in sources}
-    real, coded = sources["real clips"], sources["real, autoencoded"]
-    num_clips, num_frames, _, image_size, _ = real.shape
-    for name, clips in sources.items():
-        if num_frames > 1:
-            steady = mean_over_clips(consistency, clips[:, None])  # [:, None]: batches of one clip
-            result[name]["consistency"] = round(steady, 4)
-    result["real, autoencoded"] |= {
-        "PSNR": round(mean_over_clips(psnr, real, coded), 2),
-        "SSIM": round(mean_over_clips(ssim, real, coded), 4),
-    }
-    if net is not None:
-        others = features_of(net, real_clips(num_clips, num_frames, image_size, seed + 1, prompts))
-        texts = net.text_features([caption_of(*prompt) for prompt in prompts]).cpu()
-        for name, clips in sources.items():
-            features = features_of(net, clips)
-            result[name][f"FVD-{net.name}"] = round(frechet_distance(features, others), 3)
-            result[name][f"CLIPSIM-{net.name}"] = round(text_similarity(features, texts), 4)
+        result[name] = rates(agreement(clips, prompts), image=clips.shape[1] == 1)
     return result
 
 
 def evaluate(pipeline, num_prompts, seed, batch_size, net=None):
     """All that the tables show, {"agreement": rows, "quality": rows}, rows dicts of dicts."""
     prompts, num_frames = choose_prompts(num_prompts), pipeline.sampling.num_frames
-    kinds = {"clips": num_frames} if num_frames > 1 else {}  # some have not yet seen clips
-    kinds["pictures"] = 1
+    kinds = {"clips": num_frames} if num_frames > 1 else {}  # a run may not have its video stage yet
+    kinds["images"] = 1
     drawn = {name: draw(pipeline, prompts, t, seed, batch_size) for name, t in kinds.items()}
     others = references(pipeline.vae, pipeline.sampling, prompts, seed)
     sources = {"clips, all": drawn["clips"], **others} if num_frames > 1 else others
@@ -220,7 +178,7 @@ def print_table(title, rows, columns):
 
 
 def print_report(result):
-    """Both tables, and how much the feature net is to be believed."""
+    """Both tables, and how far to trust the feature net."""
     print_table("agreement with the text, %", result["agreement"],
                 ("count", "colour", "shape", "direction", "all"))
     names = {column: None for row in result["quality"].values() for column in row}
@@ -236,8 +194,7 @@ def print_report(result):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Measure how well clips of MovingShapes agree with their text.",
-        allow_abbrev=False,
-    )
+        allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     parser.add_argument("--num-prompts", type=int, default=128, help="clips to draw (default: 128)")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first (default: 1000)")

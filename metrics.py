@@ -266,3 +266,41 @@ def load_feature_net(path, num_frames, image_size, device="cpu", progress=iter):
                          f"{[num_frames, image_size]}; name another file")
     net.load_state_dict(tensors)
     return net.to(device).eval().requires_grad_(False)
+
+
+# Tables of clips from several sources
+
+
+def mean_over_clips(measure, *clips):
+    """The mean of a measure, clip by clip: float64 copies of all at once would fill the memory."""
+    return np.mean([measure(*parts).mean().item() for parts in zip(*clips, strict=True)])
+
+
+def evaluate_quality(sources, prompts, seed, net=None):
+    """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)} of combinations.
+
+    "real clips" and "real, autoencoded" are among the sources. With a net, its distance is the one
+    to other real clips of the same combinations.
+
+    Raises:
+        ValueError: if there are too few clips for a distance.
+    """
+    result = {name: {} for name in sources}
+    real, coded = sources["real clips"], sources["real, autoencoded"]
+    num_clips, num_frames, _, image_size, _ = real.shape
+    for name, clips in sources.items():
+        if num_frames > 1:
+            steady = mean_over_clips(consistency, clips[:, None])  # [:, None]: batches of one clip
+            result[name]["consistency"] = round(steady, 4)
+    result["real, autoencoded"] |= {
+        "PSNR": round(mean_over_clips(psnr, real, coded), 2),
+        "SSIM": round(mean_over_clips(ssim, real, coded), 4),
+    }
+    if net is not None:
+        others = features_of(net, real_clips(num_clips, num_frames, image_size, seed + 1, prompts))
+        texts = net.text_features([caption_of(*prompt) for prompt in prompts]).cpu()
+        for name, clips in sources.items():
+            features = features_of(net, clips)
+            result[name][f"FVD-{net.name}"] = round(frechet_distance(features, others), 3)
+            result[name][f"CLIPSIM-{net.name}"] = round(text_similarity(features, texts), 4)
+    return result

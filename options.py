@@ -1,12 +1,11 @@
 """Every choice of a training run, in one dataclass: its fields are the flags of train.py.
 
-A recipe per preset says how a model of that size is trained; a flag overrides a field of it. Where
-the tiny recipe goes beyond Latent-Shift and Stable Diffusion, the README says what it brings.
+A recipe per preset says how a model of that size is trained; a flag overrides a field of it. What
+the tiny recipe adds to Latent-Shift and Stable Diffusion is measured in docs/measurements.md.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -14,9 +13,8 @@ import model
 import vae
 from cli import option
 from diffusion import Diffusion
-from files import read_json
 from pipeline import Sampling
-from temporal import WAYS
+from temporal import VARIANTS
 
 STAGES = ("vae", "image", "video")
 FREE = {"free": True}  # a resumed run may change it, since it does not touch the result
@@ -46,50 +44,44 @@ class TrainOptions:
     kl_weight: float = option(1e-3, "weight of the pull of latents towards N(0, 1)")
     motion_weight: float = option(5.0, "additional weight of pixels that differ from their frame")
     image_steps: int = option(650, "steps of the image stage")
-    image_batch_size: int = option(64, "pictures a step")
+    image_batch_size: int = option(64, "images a step")
     image_learning_rate: float = option(2e-3, "learning rate of the image stage")
     text_rate: float = option(0.01, "the text encoder's part of the image stage's learning rate")
     video_steps: int = option(1200, "steps of the video stage")
     video_batch_size: int = option(8, "clips a step")
     video_learning_rate: float = option(2e-3, "learning rate of the video stage")
-    image_every: int = option(20, "every so many steps of the video stage see pictures; 0: none do")
-    # the model's way through time
-    temporal: str = option("shift", "how frames talk", choices=WAYS)
+    image_every: int = option(20, "every so many steps of the video stage see images; 0: none do")
+    # the temporal variant
+    temporal: str = option("shift", "what mixes frames (temporal.py)", choices=VARIANTS)
     shift_before: str = option("both", "convolutions of a block that see shifted channels",
                                choices=("conv1", "conv2", "both"))
     shift_fold: int = option(3, "the shift moves one in so many channels, each way")
     shift_causal: bool = option(False, "shift only from the frame before")
-    start_as_shift: bool = option(False, "--temporal conv begins as the shift, not as the identity")
+    start_as_shift: bool = option(False, "initialise --temporal conv as the shift")
     new_layers_rate: float = option(1.0, "temporal layers' part of the video stage's learning rate")
     # diffusion
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
                                   choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
-    snr_divisor: float = option(
-        4.0, "divide all signal-to-noise ratios: few latents need more noise"
-    )
+    snr_divisor: float = option(4.0, "divide all signal-to-noise ratios: few latents need more noise")
     shared_noise: float = option(0.0, "part of the noise's variance that a clip's frames share")
-    early_noise: float = option(
-        3.0, "how much the first half of the video steps prefers noise; 0: not"
-    )
+    early_noise: float = option(3.0, "how much the first half of the video steps prefers noise")
     caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
     max_tokens: int = option(16, "tokens of a caption, with start and end")
     # optimisation
     warmup_steps: int = option(30, "steps in which the learning rate rises")
-    weight_decay: float = option(0.01, "of AdamW")
-    gradient_clip: float = option(1.0, "largest norm of the gradient")
     ema_decay: float = option(0.99, "decay of the average of the weights")
     accumulate: int = option(1, "batches whose gradients make one step")
     gradient_checkpointing: bool = option(False, "compute activations twice, store them once")
     # machine
     device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
-    precision: str = option("auto", "bf16 arithmetic or fp32; auto: bf16 on CUDA", **FREE,
+    precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
                             choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
     log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
     save_every: int = option(250, "steps between saved states", **FREE)
     preview_every: int = option(500, "steps between previews", **FREE)
-    # what sample.py does with the run unless told otherwise
+    # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
     num_steps: int = option(12, "denoising steps of samples", **FREE)
     frames_per_second: float = option(8.0, "of the clips that are written", **FREE)
@@ -99,7 +91,7 @@ class TrainOptions:
         others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3}
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
             least = 0 if kinds[name] is float else others.get(name, 1)
-            if not getattr(self, name) >= least:  # so put, NaN fails, too
+            if not getattr(self, name) >= least:  # written as not >=, so that NaN fails
                 raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, "
                                  f"got {getattr(self, name)}")
         for name in ("shared_noise", "caption_dropout", "ema_decay"):
@@ -108,8 +100,8 @@ class TrainOptions:
                                  f"got {getattr(self, name)}")
         if self.init is not None:  # shapes and schedule are those of that model
             return
-        # What a later stage or sampling would refuse is refused now, and not hours later.
-        factor = self.vae().downscale * 2 ** (len(self.unet().block_out_channels) - 1)
+        # Refuse now what a later stage or sampling would refuse hours later.
+        factor = self.vae().downscale * self.unet().downscale
         if self.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")
         self.diffusion().timestep_pairs(self.num_steps)
@@ -122,18 +114,17 @@ class TrainOptions:
     def vae(self):
         """The autoencoder's configuration, before the scale of its latents is known."""
         preset = "sd" if self.preset in ("sd1", "sd2") else self.preset
-        return dataclasses.replace(
-            vae.PRESETS[preset], sample_size=self.image_size, scaling_factor=1.0
-        )
+        return dataclasses.replace(vae.PRESETS[preset], sample_size=self.image_size,
+                                   scaling_factor=1.0)
 
     def unet(self):
         """The U-Net's configuration."""
         size = self.image_size // self.vae().downscale
-        way = self.way_through_time()
-        return dataclasses.replace(model.PRESETS[self.preset], sample_size=size, **way)
+        return dataclasses.replace(model.PRESETS[self.preset], sample_size=size,
+                                   **self.temporal_fields())
 
-    def way_through_time(self):
-        """The fields of UNetConfig that say how frames talk."""
+    def temporal_fields(self):
+        """The fields of UNetConfig that choose the temporal variant."""
         return {
             "temporal": self.temporal, "shift_before": self.shift_before,
             "shift_fold": self.shift_fold, "shift_causal": self.shift_causal,
@@ -141,10 +132,11 @@ class TrainOptions:
         }
 
     def sampling(self, num_frames):
-        """What sample.py does with the run unless told otherwise."""
+        """The defaults of sample.py for the run."""
         return Sampling(
-            num_frames, self.image_size, self.frames_per_second, self.num_steps,
-            self.guidance_scale, shared_noise=self.shared_noise,
+            num_frames=num_frames, image_size=self.image_size, num_steps=self.num_steps,
+            frames_per_second=self.frames_per_second, guidance_scale=self.guidance_scale,
+            shared_noise=self.shared_noise,
         )
 
     def diffusion(self):
@@ -154,7 +146,8 @@ class TrainOptions:
             return plain
         zero = self.zero_terminal_snr
         base = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=zero).alphas_cumprod
-        # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)).
+        # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). The betas are rebuilt from it,
+        # because betas are what a scheduler_config.json can say and diffusers can read.
         alpha_bar = base / (base + self.snr_divisor * (1 - base))
         betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
         return Diffusion(
@@ -186,63 +179,4 @@ RECIPES = {
         save_every=5000, preview_every=5000, guidance_scale=7.5, num_steps=50,
     ),
 }
-RECIPES["sd2"] = dataclasses.replace(
-    RECIPES["sd1"], preset="sd2", prediction_type="v_prediction", image_size=256
-)
-
-
-def read_record(path):
-    """(TrainOptions, finished stages) of a run, as its train.json tells them."""
-    record_path = Path(path) / "train.json"
-    record = read_json(record_path)
-    try:
-        options, finished = TrainOptions(**record["options"]), record["finished"]
-        if finished != list(STAGES[: len(finished)]):
-            raise ValueError(f"finished stages {finished}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None
-    return options, finished
-
-
-def merge_options(path, given):
-    """(TrainOptions, finished stages) of a run: its own if it exists, with the flags given.
-
-    Raises ValueError if a flag contradicts what the run has been trained with.
-    """
-    known = (Path(path) / "train.json").exists()
-    if not known and Path(path).exists() and any(Path(path).iterdir()):
-        raise ValueError(f"{path}: is not empty and no run; choose a new folder")
-    stored, finished = read_record(path) if known else (None, [])
-    begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
-    if not known or (not begun and {"init", "preset"} & given.keys()):
-        base = RECIPES[given.get("preset", "sd1" if "init" in given else "tiny")]
-        if "init" in given:  # None: as that model has it
-            base = dataclasses.replace(base, init=given["init"], prediction_type=None)
-        return dataclasses.replace(base, **given), []
-    for field in dataclasses.fields(stored):
-        name, old = field.name, getattr(stored, field.name)
-        of_stage, _, what = name.partition("_")  # image_steps is of a stage, image_size is not
-        to_come = (
-            what in ("steps", "batch_size", "learning_rate")
-            and of_stage in STAGES and of_stage not in begun
-        )
-        free = field.metadata.get("free") or not begun
-        if given.get(name, old) != old and not free and not to_come:
-            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
-                             f"{given[name]}; choose a new folder for other options")
-    return dataclasses.replace(stored, **given), finished
-
-
-def stages_to_run(path, stage, finished):
-    """The stages that this call trains. Raises ValueError if the one asked for cannot be."""
-    if stage is None:
-        return [name for name in STAGES if name not in finished]
-    if stage in finished:
-        raise ValueError(
-            f"the {stage} stage of {path} is finished; choose a new folder to train anew"
-        )
-    needed = [name for name in STAGES[: STAGES.index(stage)] if name not in finished]
-    if needed:
-        raise ValueError(f"--stage {stage} needs the {needed[0]} stage of {path}, which is not "
-                         "finished; without --stage all that is missing is trained")
-    return [stage]
+RECIPES["sd2"] = dataclasses.replace(RECIPES["sd1"], preset="sd2", prediction_type="v_prediction")

@@ -1,12 +1,14 @@
 """From a text to pixels: the five parts of a latent diffusion model at work together.
 
     text -> tokenizer -> text_encoder -> context (b, n, d)
-    noise (b, t, c, h, w) -> unet, again and again, told the context -> latents -> vae -> frames
+    noise (b, t, c, h, w), context -> unet, once for each step -> latents -> vae -> frames
 
-This is all of text-to-video sampling; files are weights.py's job, flags and pictures sample.py's.
+This is all of text-to-video sampling; weights.py reads the parts from files, sample.py is the
+command and writes clips.
 Latent diffusion, Rombach et al. 2022, section 3; Latent-Shift, An et al. 2023, section 3.1.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +16,8 @@ import torch
 from cli import option
 from diffusion import Diffusion, classifier_free_guidance, randn, sample_loop
 from model import UNet
-from packing import pack
-from text import CLIPTextModel, CLIPTokenizer
+from text import CLIPTextModel
+from tokenizer import CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
 
 
@@ -23,7 +25,7 @@ from vae import AutoencoderKL, decode_clips
 class Sampling:
     """How clips are drawn. A run keeps its own in sampling.json; flags override it."""
 
-    num_frames: int = option(16, "frames of a clip; 1 draws a picture")
+    num_frames: int = option(16, "frames of a clip; 1 draws an image")
     image_size: int = option(256, "height and width of a frame, in pixels")
     frames_per_second: float = option(8.0, "frames per second of the files written")
     num_steps: int = option(50, "denoising steps")
@@ -34,19 +36,19 @@ class Sampling:
 
     def __post_init__(self):
         limits = {
-            "num_frames": (1, None), "image_size": (1, None), "frames_per_second": (0.1, 50),
-            "num_steps": (1, None), "eta": (0, 1), "shared_noise": (0, 1),
+            "num_frames": (1, math.inf), "image_size": (1, math.inf), "num_steps": (1, math.inf),
+            "frames_per_second": (0.1, 50), "eta": (0, 1), "shared_noise": (0, 1),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not low <= value or (high is not None and value > high):
-                limit = f">= {low}" if high is None else f"to lie in [{low}, {high}]"
+            if not low <= value <= high:
+                limit = f">= {low}" if high == math.inf else f"to lie in [{low}, {high}]"
                 raise ValueError(f"{name} needs {limit}, got {value}")
 
 
 @dataclass
 class Pipeline:
-    """The parts of a trained model; without a `tokenizer` (None) it reads no texts."""
+    """The parts of a trained model; without a `tokenizer` (None) it cannot take texts."""
 
     unet: UNet
     vae: AutoencoderKL
@@ -54,16 +56,13 @@ class Pipeline:
     tokenizer: CLIPTokenizer | None
     diffusion: Diffusion
     sampling: Sampling = field(default_factory=Sampling)
-    report: object = None  # of a loaded one: what became of the file's tensors (convert.Report)
+    report: object = None  # of a loaded model: which tensors of its file were used (names.Report)
 
     def to(self, device):
-        """Move the networks to a device, and set them up for sampling there, for good."""
+        """Move the networks to a device and set them up for sampling there."""
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device).eval().requires_grad_(False)
-        for network in (self.unet, self.vae):
-            if torch.device(device).type == "cpu":
-                pack(network)
-            else:  # 2-D convolutions are faster with channels innermost
+            if torch.device(device).type != "cpu":  # a GPU convolves faster with channels innermost
                 network.to(memory_format=torch.channels_last)
         return self
 
@@ -75,10 +74,9 @@ class Pipeline:
             ValueError: if there is no tokenizer: the single files of Stable Diffusion hold none.
         """
         if self.tokenizer is None:
-            raise ValueError("this model holds no tokenizer to read a text with; name a merges "
-                             "file (--merges PATH), such as any diffusers folder has in tokenizer/"
-                             )
-        ids = self.tokenizer(list(texts))
+            raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), which "
+                             "any diffusers folder has in tokenizer/")
+        ids = self.tokenizer(list(texts))  # b n
         return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))
 
     @torch.no_grad()
@@ -95,29 +93,23 @@ class Pipeline:
         context = self.encode_text(prompts)
         guided = sampling.guidance_scale != 1
         if guided:
-            context = torch.cat([self.encode_text([""]).expand_as(context), context])
-        text = self.unet.read(context)
+            context = torch.cat([self.encode_text([""]).expand_as(context), context])  # 2b n d
 
         def model(x_t, timesteps):
-            output = self.unet(x_t, timesteps, text)
-            if guided:
-                output = classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
-            return output
+            if not guided:
+                return self.unet(x_t, timesteps, context)
+            # The U-Net answers twice, without the text and with it: one batch of 2b clips.
+            output = self.unet(torch.cat([x_t, x_t]), timesteps.repeat(2), context)
+            return classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
 
         size = sampling.image_size // f
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
+        # A generator for each clip, so that it does not depend on the clips beside it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shared = sampling.shared_noise if sampling.num_frames > 1 else 0.0
         x_t = randn(shape, generators, shared).to(context)
-        yield from sample_loop(
-            self.diffusion,
-            model,
-            x_t,
-            sampling.num_steps,
-            sampling.sampler,
-            sampling.eta,
-            generators,
-        )
+        yield from sample_loop(self.diffusion, model, x_t, sampling.num_steps, sampling.sampler,
+                               sampling.eta, generators)
 
     def decode(self, latents):
         """Clips (b, t, 3, h, w) in [-1, 1], on the CPU, of latents (b, t, c, h, w)."""

@@ -1,4 +1,4 @@
-"""Draw clips and pictures from text with a trained model, or with Stable Diffusion.
+"""Draw clips and images from text with a trained model, or with Stable Diffusion.
 
     python sample.py runs/demo "a red circle moving left"
     python sample.py v1-5-pruned.safetensors "a red fox in snow" --merges bpe_simple_vocab.txt.gz
@@ -68,7 +68,7 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
 
 
 def enlarge(clip, zoom):
-    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom."""
+    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom pixels."""
     return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
 
 
@@ -92,8 +92,8 @@ def write_samples(clips, prompts, output, suffix, sampling):
 def main():
     parser = argparse.ArgumentParser(
         description="Draw clips from text.", allow_abbrev=False,
-        epilog="Defaults of the drawing are the run's own (sampling.json); other "
-        "models draw a picture (one frame) of the size that they were trained on.",
+        epilog="Defaults of the drawing are the run's own (sampling.json); other models draw an "
+               "image (one frame) of the size that they were trained on.",
     )
     parser.add_argument("path", type=Path, metavar="PATH",
                         help="a run, a diffusers folder or a single file")
@@ -103,7 +103,7 @@ def main():
                         help="file or folder (default: samples, of a run its own)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="of files in a folder (default: gif; png for one frame)")
-    parser.add_argument("--zoom", type=int, default=1, help="enlarge pixels so often (default: 1)")
+    parser.add_argument("--zoom", type=int, default=1, help="enlarge every pixel (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")

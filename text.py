@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import CLIPTokenizer  # noqa: F401  (all of text is to be had from this module)
-
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -50,14 +48,24 @@ def quick_gelu(x):
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
-# vocab_size, hidden_size, intermediate_size, layers, heads, positions. The vocabulary of "tiny" and
-# "small" is that of the tokenizer they are trained with: dataclasses.replace(..., vocab_size=...).
+# The vocabulary of "tiny" and "small" is that of the tokenizer they are trained with.
 PRESETS = {
-    "tiny": TextConfig(1024, 64, 256, 2, 4, 24),
-    "small": TextConfig(1024, 256, 1024, 4, 4, 48),
-    "sd1": TextConfig(49408, 768, 3072, 12, 12, 77),  # CLIP ViT-L/14
-    # OpenCLIP ViT-H/14 less its 24th and last layer, which SD 2 skips
-    "sd2": TextConfig(49408, 1024, 4096, 23, 16, 77, hidden_act="gelu"),
+    "tiny": TextConfig(
+        vocab_size=1024, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=24,
+    ),
+    "small": TextConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=48,
+    ),
+    "sd1": TextConfig(  # CLIP ViT-L/14
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, max_position_embeddings=77,
+    ),
+    "sd2": TextConfig(  # OpenCLIP ViT-H/14 without its 24th and last layer, which SD 2 skips
+        vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+        num_attention_heads=16, max_position_embeddings=77, hidden_act="gelu",
+    ),
 }
 
 

@@ -12,21 +12,15 @@ One difference from openai/CLIP: it first repairs wrongly decoded text with ftfy
 would be one more package. All else is equal, on all characters that this Python's Unicode knows.
 """
 
-import gzip
 import html
 import re
 import unicodedata
-import zlib
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from files import read_json, write_json, write_text
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges file
 
 # CLIP splits text with a pattern of the `regex` package:
 #   <|startoftext|> | <|endoftext|> | 's|'t|'re|'ve|'m|'ll|'d | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+
@@ -169,65 +163,6 @@ class CLIPTokenizer:
             words = [(merge_pair(symbols, best), count) for symbols, count in words]
         return cls(merges, max_length, pad_with_end)
 
-    @classmethod
-    def from_merges_file(cls, path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_with_end=True):
-        """Open a file such as CLIP's bpe_simple_vocab_16e6.txt, plain or .gz.
-
-        Raises ValueError if it holds less than num_merges merges or a line that is none.
-        """
-        merges = read_merges(path, num_merges)
-        if len(merges) < num_merges:
-            raise ValueError(f"{path}: needs {num_merges} merges, got {len(merges)}")
-        return cls(merges, max_length, pad_with_end)
-
-    @classmethod
-    def load(cls, folder):
-        """Open a folder that save() wrote, or the tokenizer/ folder of a Stable Diffusion model.
-
-        It holds vocab.json and merges.txt or, from transformers 5 on, both in tokenizer.json.
-
-        Raises ValueError if the vocabulary is not the one that the merges make.
-        """
-        folder, settings = Path(folder), {}
-        # special_tokens_map.json comes last and wins, as in transformers: in the folders of SD 2 it
-        # alone tells that id 0 pads.
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / name).exists():
-                settings |= read_json(folder / name)
-        pad = settings.get("pad_token") or END
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        first = BYTE_TO_CHARACTER[ord("!")]
-        if pad not in (END, first):
-            raise ValueError(f"{folder}: pad_token needs to be {END!r} or {first!r}, got {pad!r}")
-        if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
-            merges, vocabulary = read_tokenizer_json(folder / "tokenizer.json")
-        else:
-            merges = read_merges(folder / "merges.txt")
-            vocabulary = read_json(folder / "vocab.json")
-        tokenizer = cls(merges, settings.get("model_max_length", 77), pad_with_end=pad == END)
-        for token in vocabulary | tokenizer.ids:
-            if vocabulary.get(token) != tokenizer.ids.get(token):
-                raise ValueError(f"{folder}: vocabulary and merges disagree about {token!r}")
-        return tokenizer
-
-    def save(self, folder):
-        """Write vocab.json, merges.txt and tokenizer_config.json, for load() and transformers."""
-        folder = Path(folder)
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
-        write_text(folder / "merges.txt", "\n".join(lines) + "\n")
-        write_json(folder / "vocab.json", self.ids)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "model_max_length": self.max_length,
-                "bos_token": START,
-                "eos_token": END,
-                "unk_token": END,
-                "pad_token": self.tokens[self.pad_id],
-            },
-        )
-
     def encode(self, text):
         """The ids of one text, without start, end and padding."""
         ids = []
@@ -279,38 +214,3 @@ def check_texts(texts, name):
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{name}[{index}] needs to be a str, got {type(text).__name__}")
-
-
-def read_merges(path, num_merges=None):
-    """The first num_merges pairs (or all) of a merges file, plain or .gz.
-
-    Raises ValueError naming the line if one is not two symbols.
-    """
-    data = Path(path).read_bytes()
-    try:
-        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a merges file ({error})") from None
-    first, *lines = text.rstrip("\n").split("\n")
-    if "#version" not in first:
-        raise ValueError(f"{path}: line 1 needs to be the #version line, got {first[:40]!r}")
-    merges = [tuple(line.split()) for line in lines[:num_merges]]
-    for number, pair in enumerate(merges, start=2):
-        if len(pair) != 2:
-            raise ValueError(f"{path}: line {number} needs two symbols, got {lines[number - 2]!r}")
-    return merges
-
-
-def read_tokenizer_json(path):
-    """The merges and {token: id} of a tokenizer.json. Raises ValueError if it has none."""
-    model = read_json(path).get("model")
-    model = model if isinstance(model, dict) else {}
-    merges, vocabulary = model.get("merges"), model.get("vocab")
-    if not (isinstance(merges, list) and isinstance(vocabulary, dict)):
-        raise ValueError(f"{path}: needs merges and vocab in its model, got {list(model)}")
-    # "a b" up to transformers 4.44, ["a", "b"] after that
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    for number, pair in enumerate(merges, start=1):
-        if not (isinstance(pair, list) and [type(symbol) for symbol in pair] == [str, str]):
-            raise ValueError(f"{path}: merge {number} needs two symbols, got {pair!r}")
-    return merges, vocabulary

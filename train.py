@@ -1,124 +1,44 @@
-"""Training in three stages, each the ground of the next:
+"""Training in three stages, each built on the one before:
 
-    vae     frames -> latents -> frames. Latents are encoded once, afterwards, for all that follows.
+    vae     frames -> latents -> frames. The following stages encode the clips once.
     image   text-to-image: the U-Net on single frames, and with it the text encoder.
-    video   text-to-video: the same U-Net with the temporal shift, on clips. The text is frozen now,
-            so each caption is encoded once. This is Latent-Shift (An et al. 2023, section 3); with
-            another --temporal it is one of its neighbours (temporal.py).
+    video   text-to-video: the same U-Net with the temporal shift, on clips. The text encoder is
+            frozen, so each caption is encoded once. This is Latent-Shift (An et al. 2023, section
+            3); --temporal chooses another variant (temporal.py).
 
     python train.py runs/mine --data shapes                 all three, or what is still missing
-    python train.py runs/mine --data my_clips --resume      go on after a stop
+    python train.py runs/mine --data my_clips --resume      continue after a stop
     python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
                                                             stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
 
-The run's folder is a model in the diffusers layout (weights.py), which sample.py and evaluate.py
-open, and beside it train.json, metrics.jsonl, previews/, image_unet/ (the U-Net before it saw a
-clip) and, in mid-stage, training_state.pt.
+run.py says what a run's folder holds. sample.py draws with it and evaluate.py scores it.
 """
 
 import argparse
 import dataclasses
-import pickle
-import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
-from tqdm import tqdm
 
 import text
 import vae
-import weights
-from cli import add_flags, choose_device, given_flags, run_main
-from data import ClipFolder, MovingShapes, random_window
+from cli import add_flags, given_flags, run_main
+from data import ClipFolder, random_window
 from diffusion import randn
-from files import write_json
-from losses import DenoisingLoss, ReconstructionLoss
-from model import UNet
 from media.write import contact_sheet, side_by_side, write_clip
+from model import UNet
+from options import RECIPES, STAGES
 from pipeline import Pipeline
-from options import RECIPES, STAGES, merge_options, stages_to_run
-from temporal import start_as_shift
-from trainer import Plan, Trainer, processes, start_processes, step_generator
+from run import Run, merge_options, progress, stages_to_run
+from shapes import MovingShapes
+from temporal import start_as_shift, temporal_state
+from tokenizer import CLIPTokenizer
+from trainer import Trainer
 
-NUM_MERGES = 2000  # of the tokenizer, at most: words of a small clip set become one token each
-PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which comes on top of training's memory
+NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
+PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
 TEXTS = 64  # captions that are encoded at once
-
-
-class Run:
-    """The folder of a training run: which stages are done, and what an interrupted one left."""
-
-    def __init__(self, path, options, finished, resume):
-        self.path, self.options, self.finished = Path(path), options, finished
-        self.device = start_processes(choose_device(options.device))
-        self.main, self.state = processes()[0] == 0, None
-        state_path = self.path / "training_state.pt"
-        if state_path.exists():
-            self.state = read_state(state_path)
-            if self.state["stage"] in finished:  # a kill came just before its removal
-                self.state = None
-            elif not resume:
-                raise ValueError(f"{state_path} is of an unfinished stage: add --resume to go on "
-                                 "with it, or remove that file to start it anew")
-        self.save_record()
-
-    def save_record(self):
-        """Write train.json, when all processes have read what was there."""
-        if distributed.is_initialized():
-            distributed.barrier()
-        if self.main:
-            options = dataclasses.asdict(self.options)
-            write_json(self.path / "train.json", {"options": options, "finished": self.finished})
-        if distributed.is_initialized():
-            distributed.barrier()
-
-    def fit(self, stage, objective, make_batch, preview):
-        """Train an objective as the stage's options say, from its state if there is one."""
-        options = self.options
-        plan = Plan(
-            stage, getattr(options, f"{stage}_steps"), getattr(options, f"{stage}_learning_rate"),
-            objective.to(self.device), make_batch, preview,
-        )
-        trainer = Trainer(self.path, plan, options, self.device)
-        if self.state is not None and self.state["stage"] != stage:
-            raise ValueError(f"{trainer.state_path}: is of the {self.state['stage']} stage; "
-                             f"finish that one first")
-        if self.state is not None:
-            trainer.load_state(self.state)
-            self.state = None
-        trainer.run()
-        objective.requires_grad_(False)
-
-    def finish(self, stage):
-        """Note that a stage is done, after what it made has been written."""
-        self.finished = [*self.finished, stage]
-        self.save_record()
-        if self.main:
-            (self.path / "training_state.pt").unlink(missing_ok=True)
-
-    def to_device(self, *tensors):
-        """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
-        if self.device.type != "cuda":
-            return tensors
-        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-
-
-def read_state(path):
-    """A training state; nothing but tensors and plain values is ever loaded from it."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\3\4":  # torch would take it for a file of its early days
-                raise RuntimeError("no archive")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "stage" not in state:
-            raise RuntimeError("of another program")
-        return state
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
-                         "anew") from None
 
 
 def open_data(options):
@@ -127,27 +47,40 @@ def open_data(options):
     if options.data == "shapes":
         clips = MovingShapes(options.num_clips, *size, options.seed)
     else:
-        pace = options.stride, options.frame_rate, options.max_frames
-        clips = ClipFolder(options.data, size[1], size[0], *pace)
-    bar = tqdm(range(len(clips)), "read ", unit="clip", disable=processes()[0] > 0, leave=False)
-    return [clips[i][0] for i in bar], clips.captions
+        clips = ClipFolder(options.data, *size, options.stride, options.frame_rate,
+                           options.max_frames)
+    return [clips[i][0] for i in progress(range(len(clips)), "read ")], clips.captions
+
+
+# Stage one: the autoencoder
+
+
+def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
+    """Squared error plus a small divergence from N(0, 1). LDM, Rombach et al. 2022, eq. 25.
+
+    x are frames (n, 3, h, w) in [-1, 1], noise (n, c, h/f, w/f) is for the sample of their latents.
+    """
+    reconstruction, gaussian = autoencoder(x, noise)
+    # A moving shape covers a tenth of a frame; unweighted, the background would decide. What
+    # differs from a frame's median colour is taken for the shape.
+    median = x.flatten(2).median(dim=2).values[:, :, None, None]  # n c h w -> n c 1 1
+    differs = ((x - median).abs().amax(dim=1, keepdim=True) > 0.1).to(x.dtype)  # n 1 h w
+    error = (reconstruction - x) ** 2 * (1 + motion_weight * differs)
+    return error.mean() + kl_weight * gaussian.kl().mean() / noise[0].numel()
 
 
 def train_vae(run, clips):
-    """Stage one: the autoencoder, then the scale that gives its latents unit variance."""
-    options = run.options
-    autoencoder = vae.AutoencoderKL(options.vae()).to(memory_format=torch.channels_last)
-    config, frames, count = autoencoder.config, torch.cat(clips), options.vae_batch_size
+    """Stage one: frames -> latents -> frames; then the scale that gives latents unit variance."""
+    options, frames = run.options, torch.cat(clips)  # (clips t) 3 h w
+    autoencoder = vae.AutoencoderKL(options.vae())
+    autoencoder.to(run.device, memory_format=torch.channels_last)
+    config, count = autoencoder.config, options.vae_batch_size
     size = options.image_size // config.downscale
+    trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
+    forward = trainer.wrap(autoencoder)
 
     def pixels(chosen):
-        return run.to_device(frames[chosen])[0].float() / 127.5 - 1
-
-    def make_batch(step, micro):
-        generator = step_generator(options.seed, "vae", step, micro)
-        chosen = torch.randint(len(frames), (count,), generator=generator)
-        noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
-        return pixels(chosen), *run.to_device(noise)
+        return run.to_device(frames[chosen])[0].float() / 127.5 - 1  # 0..255 -> -1..1
 
     @torch.no_grad()
     def preview(step):
@@ -155,73 +88,157 @@ def train_vae(run, clips):
         y = autoencoder.decode(autoencoder.encode(x).mean)
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
 
-    run.fit("vae", ReconstructionLoss(autoencoder, options), make_batch, preview)
-    vae.standardise(autoencoder, torch.cat(encode_clips(run, autoencoder, clips)).to(run.device))
-    if run.main:
-        weights.save_vae(run.path / "vae", autoencoder)
+    for _, generator in trainer.steps(preview):
+        chosen = torch.randint(len(frames), (count,), generator=generator)
+        noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
+        x, (noise,) = pixels(chosen), run.to_device(noise)
+        with trainer.autocast():
+            loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
+        trainer.backward(loss)
+    latents = torch.cat(encode_clips(autoencoder, clips))  # (clips t) c h/f w/f
+    vae.standardise(autoencoder, latents.to(run.device))
+    run.save(vae=autoencoder)
     run.finish("vae")
 
 
-def encode_clips(run, autoencoder, clips):
-    """All clips as scaled latents (t, c, h, w) on the CPU: once, not once a step."""
-    bar = tqdm(clips, "encode", unit="clip", disable=not run.main, leave=False)
-    return [vae.encode_clip(autoencoder, clip.to(run.device)).cpu() for clip in bar]
+def encode_clips(autoencoder, clips):
+    """All clips as scaled latents (t, c, h/f, w/f) on the CPU: once, and not once a step."""
+    return [vae.encode_clip(autoencoder, clip).cpu() for clip in progress(clips, "encode")]
 
 
-def denoising_batches(run, stage, latents, captions, texts, num_timesteps):
-    """make_batch for the U-Net: (latents, noise, timesteps, context) of random clips or frames.
+# Stages two and three: the U-Net
 
-    texts[caption] is what the loss wants of a caption; texts[""] stands in for one that is dropped.
+
+def denoising_loss(unet, diffusion, x0, noise, timesteps, context):
+    """Mean squared error of the U-Net's prediction. DDPM, Ho et al. 2020, eq. 14; LDM, eq. 2.
+
+    x0 and noise are (b, t, c, h, w), timesteps (b,), context the text's hidden states (b, n, d).
     """
+    noisy = diffusion.add_noise(x0, noise, timesteps)
+    prediction = unet(noisy, timesteps, context)
+    target = diffusion.target(x0, noise, timesteps)  # the noise, or v
+    return (prediction.float() - target).square().mean()
+
+
+def random_clips(latents, captions, batch_size, num_frames, generator):
+    """Windows of random clips, x0 (b, t, c, h, w), and their captions."""
+    chosen = torch.randint(len(latents), (batch_size,), generator=generator).tolist()
+    starts = [random_window(len(latents[i]), num_frames, generator) for i in chosen]
+    windows = [latents[i][s : s + num_frames] for i, s in zip(chosen, starts, strict=True)]
+    return torch.stack(windows), [captions[i] for i in chosen]
+
+
+def random_timesteps(count, num_timesteps, generator, prefer_noise=0.0):
+    """Timesteps (count,) int64; with prefer_noise p, t has the density (1 + p) t**p on [0, 1]."""
+    # With u uniform, u ** (1 / (1 + p)) has that density: p = 0 is uniform, p = 3 has a mean of
+    # 0.8. The exponent is the inverse of the distribution function t ** (1 + p).
+    t = torch.rand(count, generator=generator) ** (1 / (1 + prefer_noise))
+    return (t * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def drop_captions(texts, part, generator):
+    """Leave out a part of the captions: guidance needs the prediction without a text, too."""
+    dropped = torch.rand(len(texts), generator=generator) < part
+    return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+
+
+def new_text_model(options, captions):
+    """A tokenizer that has learned the captions' words, and an untrained encoder for its tokens."""
+    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
+                                 max_position_embeddings=options.max_tokens)
+    encoder = text.CLIPTextModel(config)
+    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
+    return encoder, tokenizer
+
+
+def train_image(run, clips, captions):
+    """Stage two: the U-Net on single frames, and the text encoder with it."""
     options = run.options
-
-    def make_batch(step, micro):
-        generator = step_generator(options.seed, stage, step, micro)
-        t, b = options.num_frames, options.video_batch_size
-        if stage == "image":
-            t, b = 1, options.image_batch_size
-        elif options.image_every and step % options.image_every == options.image_every - 1:
-            t, b = 1, b * t  # pictures, to stay an image model; about as much work
-        chosen = torch.randint(len(latents), (b,), generator=generator).tolist()
-        starts = [random_window(len(latents[i]), t, generator) for i in chosen]
-        x0 = torch.stack([latents[i][s : s + t] for i, s in zip(chosen, starts, strict=True)])
-        noise = randn(x0.shape, generator, options.shared_noise if t > 1 else 0.0)
-        # Motion is decided where the noise is strong, so that is learnt first.
-        prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
-        uniform = torch.rand(b, generator=generator) ** (1 / (1 + prefer))
-        timesteps = (uniform * num_timesteps).long().clamp(max=num_timesteps - 1)
-        dropped = (torch.rand(b, generator=generator) < options.caption_dropout).tolist()
-        context = torch.stack(
-            [texts["" if drop else captions[i]] for i, drop in zip(chosen, dropped, strict=True)]
-        )
-        return run.to_device(x0, noise, timesteps, context)
-
-    return make_batch
-
-
-def adopt(run):
-    """Stages one and two of somebody else: a trained model becomes the run's own, whole."""
-    options = run.options
-    if run.main:
-        pipeline = weights.load_pipeline(
-            options.init, "none", options.merges, options.prediction_type
-        )
-        for note in pipeline.report.notes:
-            print(note, file=sys.stderr)
-        pipeline.encode_text([""])  # without a tokenizer, say so now
-        unet, factor = pipeline.unet, pipeline.vae.config.downscale
-        factor *= 2 ** (len(unet.config.block_out_channels) - 1)
-        if options.image_size % factor:
-            raise ValueError(f"--image-size needs a multiple of {factor}, "
-                             f"got {options.image_size}")
-        weights.save_unet(run.path / "image_unet", unet)
-        weights.save_pipeline(pipeline, run.path)
-    run.finished = ["vae"]
+    autoencoder = run.load_vae()
+    latents = encode_clips(autoencoder, clips)  # of each clip t c h/f w/f
+    encoder, tokenizer = new_text_model(options, captions)
+    encoder.to(run.device)
+    unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
+    unet.to(run.device, memory_format=torch.channels_last)
+    unet.gradient_checkpointing = options.gradient_checkpointing
+    diffusion, sampling = options.diffusion(), options.sampling(num_frames=1)
+    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
+    # No image shows a direction, so an encoder that learns fast forgets those words: text_rate.
+    trainer = Trainer(run, "image", [(unet.parameters(), 1.0),
+                                     (encoder.parameters(), options.text_rate)])
+    predict, encode = trainer.wrap(unet), trainer.wrap(encoder)
+    for _, generator in trainer.steps(draw_previews(run, "image", pipeline, captions)):
+        x0, texts = random_clips(latents, captions, options.image_batch_size, 1, generator)
+        noise = randn(x0.shape, generator)  # b 1 c h w
+        timesteps = random_timesteps(len(x0), diffusion.num_train_timesteps, generator)
+        ids = tokenizer(drop_captions(texts, options.caption_dropout, generator))  # b n
+        x0, noise, timesteps, ids = run.to_device(x0, noise, timesteps, ids)
+        with trainer.autocast():
+            context = encode(ids)  # b n -> b n d
+            loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
+        trainer.backward(loss)
+    run.save(unet=unet, image_unet=unet, text=(encoder, tokenizer), schedule=(diffusion, sampling))
     run.finish("image")
 
 
-def preview_samples(run, stage, pipeline, captions):
-    """on_preview for the U-Net: a few captions drawn with the average's weights."""
+def train_video(run, image_model, latents, captions, preview=None):
+    """Stage three: an image model, a Pipeline, learns clips. Returns the U-Net.
+
+    latents are those of the clips, one tensor (t, c, h/f, w/f) each. preview(step, unet) replaces
+    the usual samples.
+    """
+    options, diffusion = run.options, image_model.diffusion
+    # Latent-Shift: the same U-Net with the shift, and the image model's weights, all and no others.
+    # temporal_state() is {} for the shift; only other variants have layers that the image model
+    # lacks.
+    unet = UNet(dataclasses.replace(image_model.unet.config, **options.temporal_fields()))
+    unet.load_state_dict(image_model.unet.state_dict() | temporal_state(unet))
+    if options.start_as_shift:
+        start_as_shift(unet)
+    unet.to(run.device, memory_format=torch.channels_last)
+    unet.gradient_checkpointing = options.gradient_checkpointing
+    sampling = options.sampling(options.num_frames)
+    pipeline = dataclasses.replace(image_model, unet=unet, sampling=sampling)
+    contexts = encode_captions(image_model, captions)  # {caption: n d}
+    new = temporal_state(unet)
+    groups = [([p for name, p in unet.named_parameters() if name not in new], 1.0),
+              ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
+    trainer = Trainer(run, "video", [group for group in groups if group[0]])
+    predict = trainer.wrap(unet)
+    usual = draw_previews(run, "video", pipeline, captions)
+    for step, generator in trainer.steps(usual if preview is None else lambda s: preview(s, unet)):
+        t, b = options.num_frames, options.video_batch_size
+        if options.image_every and step % options.image_every == options.image_every - 1:
+            t, b = 1, b * t  # images, so that it stays an image model; about as much work
+        x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
+        noise = randn(x0.shape, generator, options.shared_noise if t > 1 else 0.0)
+        # Where a shape goes is decided at the noisiest timesteps, so the first half of the training
+        # prefers them. It is a choice of the tiny recipe, not of the paper.
+        early = max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
+        timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator,
+                                     prefer_noise=early * options.early_noise)
+        texts = drop_captions(texts, options.caption_dropout, generator)
+        context = torch.stack([contexts[text] for text in texts])  # b n d
+        x0, noise, timesteps, context = run.to_device(x0, noise, timesteps, context)
+        with trainer.autocast():
+            loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
+        trainer.backward(loss)
+    run.save(unet=unet, schedule=(diffusion, sampling))
+    run.finish("video")
+    return unet
+
+
+def encode_captions(model, captions):
+    """{caption: hidden states (n, d) on the CPU} of all captions and of no caption, ""."""
+    unique = ["", *dict.fromkeys(captions)]
+    parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
+    encoded = torch.cat([model.encode_text(part).cpu() for part in parts])
+    return dict(zip(unique, encoded, strict=True))
+
+
+def draw_previews(run, stage, pipeline, captions):
+    """A function of the step that draws nine captions with the average's weights."""
     prompts = list(dict.fromkeys(captions))
     prompts = prompts[:: max(1, len(prompts) // 9)][:9]
     sampling = pipeline.sampling
@@ -235,75 +252,19 @@ def preview_samples(run, stage, pipeline, captions):
             clips.append(pipeline.decode(latents))
         suffix = ".png" if stage == "image" else ".gif"
         path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
-        clip = side_by_side(torch.cat(clips))
-        write_clip(path, clip, pipeline.sampling.frames_per_second)
+        write_clip(path, side_by_side(torch.cat(clips)), sampling.frames_per_second)
 
     return preview
-
-
-def new_text_model(options, captions):
-    """A tokenizer that has learnt the captions' words, and an untrained encoder for its tokens."""
-    tokenizer = text.CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
-    config = dataclasses.replace(
-        text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=options.max_tokens,
-    )
-    encoder = text.CLIPTextModel(config)
-    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
-    return encoder, tokenizer
-
-
-def train_unet(run, stage, clips, captions):
-    """Stage two, image: the U-Net and the text encoder. Stage three, video: the U-Net alone."""
-    options = run.options
-    autoencoder = weights.load_vae(run.path / "vae").to(run.device)
-    autoencoder.to(memory_format=torch.channels_last)
-    latents = encode_clips(run, autoencoder, clips)
-    if stage == "image":
-        encoder, tokenizer = new_text_model(options, captions)
-        unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
-        diffusion = options.diffusion()
-    else:
-        encoder, tokenizer = weights.load_text(run.path)
-        unet = weights.load_sibling(run.path / "image_unet", options.way_through_time())
-        if options.start_as_shift:
-            start_as_shift(unet)
-        diffusion, _ = weights.load_schedule(run.path)
-    encoder.to(run.device)
-    unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = options.gradient_checkpointing
-    sampling = options.sampling(1 if stage == "image" else options.num_frames)
-    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
-    unique = ["", *dict.fromkeys(captions)]
-    texts = tokenizer(unique)
-    if stage == "video":
-        parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
-        texts = torch.cat([pipeline.encode_text(part).cpu() for part in parts])
-    batches = denoising_batches(
-        run, stage, latents, captions, dict(zip(unique, texts, strict=True)),
-        diffusion.num_train_timesteps,
-    )
-    learnt = encoder if stage == "image" else None
-    rates = options.text_rate, options.new_layers_rate
-    objective = DenoisingLoss(unet, pipeline.diffusion, learnt, *rates)
-    run.fit(stage, objective, batches, preview_samples(run, stage, pipeline, captions))
-    if run.main:
-        if stage == "image":
-            weights.save_text(run.path, encoder, tokenizer)
-            weights.save_unet(run.path / "image_unet", unet)
-        weights.save_schedule(run.path, pipeline.diffusion, sampling)
-        weights.save_unet(run.path / "unet", unet)
-    run.finish(stage)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description="Train a text-to-video model.", allow_abbrev=False,
-        epilog="Defaults are those of the tiny preset; another --preset has its own (recipe.py).",
+        epilog="Defaults are those of the tiny preset; another --preset has its own (options.py).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--stage", choices=STAGES, help="train this stage only")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished stage")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished stage")
     add_flags(parser, RECIPES["tiny"])
     args = parser.parse_args()
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
@@ -317,13 +278,16 @@ def main():
     clips, captions = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
-        adopt(run)
+        run.adopt()
     for stage in stages:
         torch.manual_seed(options.seed)
         if stage == "vae":
             train_vae(run, clips)
+        elif stage == "image":
+            train_image(run, clips, captions)
         else:
-            train_unet(run, stage, clips, captions)
+            image_model = run.load_image_model()
+            train_video(run, image_model, encode_clips(image_model.vae, clips), captions)
 
 
 if __name__ == "__main__":

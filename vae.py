@@ -1,8 +1,8 @@
 """The KL autoencoder: frames to latents and back, so that diffusion works on few numbers.
 
 The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f,
-w/f), the decoder maps latents back. Trained on reconstruction plus a small pull of that Gaussian
-towards N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
+w/f), the decoder maps latents back. It is trained to reconstruct frames, with a small penalty for
+Gaussians far from N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
 
 Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
@@ -17,8 +17,10 @@ from torch import nn
 
 from layers import Attention, Downsample, ResnetBlock, Upsample
 
-EPS = 1e-6  # of every GroupNorm here; with the U-Net's 1e-5 a checkpoint loads and draws worse
-CHUNK_PIXELS = 2**18  # frames' pixels that go through the network at once: 4 frames of 256x256
+# Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
+EPS = 1e-6
+# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory.
+CHUNK_PIXELS = 2**18
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,10 @@ class VAEConfig:
     sample_size: int = 512  # pixels it was trained on; a note, not a limit
 
     def __post_init__(self):
-        if min(self.block_out_channels, default=0) < 1 or self.norm_num_groups < 1:
-            raise ValueError("block_out_channels needs widths and norm_num_groups >= 1, got "
-                             f"{self.block_out_channels}, {self.norm_num_groups}")
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels needs multiples of norm_num_groups="
-                    f"{self.norm_num_groups}, got {channels}"
-                )
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if min(widths, default=0) < 1 or groups < 1 or any(width % groups for width in widths):
+            raise ValueError("block_out_channels needs multiples of norm_num_groups >= 1, got "
+                             f"{widths} and {groups}")
         if self.layers_per_block < 1 or not self.scaling_factor > 0:
             raise ValueError("layers_per_block needs >= 1 and scaling_factor > 0, got "
                              f"{self.layers_per_block} and {self.scaling_factor}")
@@ -58,6 +55,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+# "tiny" has wide steps and no attention, for a CPU: 32x32 pixels become 8x8 latents.
 PRESETS = {
     "tiny": VAEConfig(
         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
@@ -75,15 +73,15 @@ class DiagonalGaussian:
 
     def __init__(self, mean, logvar):
         self.mean = mean
-        self.logvar = logvar.clamp(-30.0, 20.0)  # exp() of it stays finite, also in float16's grasp
+        # An untrained encoder may answer any number; exp(logvar) has to stay finite in float32.
+        self.logvar = logvar.clamp(-30.0, 20.0)
 
-    def sample(self, generator=None):
-        """Latents drawn with noise from a CPU generator."""
-        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
+    def sample(self, noise):
+        """Latents (n, c, h, w), drawn with noise from N(0, 1) of that shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self):
-        """Divergence from N(0, 1) in nats, summed over each picture: (n,)."""
+        """Divergence from N(0, 1) in nats, summed over each image: (n,)."""
         per_latent = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * per_latent.flatten(1).sum(1)
 
@@ -91,8 +89,8 @@ class DiagonalGaussian:
 class Level(nn.Module):
     """The blocks of one resolution, then a step to the next one (`sampler`), if there is one.
 
-    It stands in the encoder's and in the decoder's list of levels; only the name of its step,
-    downsamplers or upsamplers, differs.
+    The encoder and the decoder both have a list of these; one half has downsamplers, the other
+    upsamplers.
     """
 
     def __init__(self, in_channels, out_channels, num_layers, groups, step=None):
@@ -101,15 +99,14 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)
         )
-        if step == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels, asymmetric=True)])
-        elif step == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+        down = [Downsample(out_channels, asymmetric=True)] if step == "down" else []
+        self.downsamplers = nn.ModuleList(down)
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if step == "up" else [])
 
     def forward(self, x):
         for resnet in self.resnets:
             x = resnet(x)
-        for step in [*getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
+        for step in [*self.downsamplers, *self.upsamplers]:  # one, or none at the last level
             x = step(x)
         return x
 
@@ -130,7 +127,7 @@ class MidBlock(nn.Module):
 
 
 class PlaceAttention(Attention):
-    """Single-headed self-attention over the places of a picture, with its norm and residual."""
+    """Single-headed self-attention over the places of an image, with its norm and residual."""
 
     def __init__(self, channels, groups):
         super().__init__(channels, num_heads=1, bias=True)
@@ -138,11 +135,12 @@ class PlaceAttention(Attention):
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # n c h w -> n (h w) c
-        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        y = super().forward(tokens).transpose(1, 2)  # n (h w) c -> n c (h w)
+        return x + y.unflatten(2, x.shape[2:])
 
 
 class Encoder(nn.Module):
-    """Frames (n, 3, h, w) to 2 * latent_channels at 1/f of the size: mean and logvar, mixed."""
+    """Frames (n, 3, h, w) to 2 * latent_channels at 1/f of the size: mean and logvar."""
 
     def __init__(self, config):
         super().__init__()
@@ -160,7 +158,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down_blocks:
-            x = level(x)
+            x = level(x)  # n c h w -> n c' h/2 w/2
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -183,12 +181,12 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
-            x = level(x)
+            x = level(x)  # n c h w -> n c' 2h 2w
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder of latent diffusion, at any size."""
+    """The autoencoder of latent diffusion; all convolutions, so it takes frames of any size."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,8 +194,14 @@ class AutoencoderKL(nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        # 1x1 convolutions around the latents; the names are from an autoencoder that quantised them.
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    def forward(self, x, noise):
+        """(reconstruction, Gaussian) of frames x (n, 3, h, w), with noise for its sample."""
+        gaussian = self.encode(x)
+        return self.decode(gaussian.sample(noise)), gaussian
 
     def encode(self, x):
         """The Gaussian over latents of frames x (n, 3, h, w) in [-1, 1].
@@ -231,7 +235,8 @@ class AutoencoderKL(nn.Module):
 def encode_clip(vae, frames):
     """Scaled latents (t, c, h, w) of a clip's frames uint8 (t, 3, h, w): what the U-Net sees."""
     parameter = next(vae.parameters())
-    x = frames.to(parameter.device, parameter.dtype) / 127.5 - 1
+    x = frames.to(parameter.device, parameter.dtype) / 127.5 - 1  # 0..255 -> -1..1
+    # The mean and no sample: the U-Net adds noise of its own, far stronger than the Gaussian's.
     return vae.encode(x).mean * vae.config.scaling_factor
 
 
@@ -245,6 +250,7 @@ def standardise(vae, latents):
     c, mean = latents.shape[1], latents.mean((0, 2, 3))
     vae.quant_conv.bias[:c] -= mean
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    # One deviation for all channels: it is a single number in every config.json.
     deviation = (latents - mean[:, None, None]).square().mean().sqrt().item()
     vae.config = dataclasses.replace(vae.config, scaling_factor=1 / deviation)
 
@@ -252,5 +258,5 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)
+    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)  # (b t) 3 fh fw
     return frames.clamp(-1, 1).unflatten(0, latents.shape[:2])

@@ -9,8 +9,13 @@
     sampling.json           ours: frames, steps and guidance that suit the model
 
 A run and a diffusers folder are one and the same layout. Single files of Stable Diffusion 1.x and
-2.x are read (names.py), never written. Nothing is loaded in part: a tensor is used, or ignored
+2.x are read (checkpoints/), never written. Nothing is loaded in part: a tensor is used, or ignored
 for a reason that the report gives, or an error.
+
+A folder's networks are copied to memory where a tensor does not begin at a multiple of 64 bytes, so
+a run gives the same bits before it is saved and after it is loaded: the kernels' sums depend on
+where a tensor begins. A single file stays mapped, whatever its offsets, because gigabytes are not
+copied for that; its results may differ in the last digits.
 
     python weights.py v1-5-pruned.safetensors                     # what is it?
     python weights.py v2-1_768-ema-pruned.ckpt --merges bpe.txt.gz --convert models/sd21
@@ -22,16 +27,16 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import configs
-from checkpoints import names
+from checkpoints import configs, names
 from checkpoints.containers import find_weights, read_checkpoint
+from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_from_merges
 from cli import run_main
 from diffusion import Diffusion
 from files import read_json, save_safetensors, write_json
 from model import UNet
 from pipeline import Pipeline, Sampling
-from temporal import new_names
-from text import CLIPTextModel, CLIPTokenizer
+from text import CLIPTextModel
+from tokenizer import CLIPTokenizer
 from vae import AutoencoderKL
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -47,16 +52,18 @@ def save_network(folder, config, network, weights):
     save_safetensors(Path(folder) / weights, network.state_dict())
 
 
-def fill(network, tensors, dtype):
+def fill(network, tensors, dtype, align):
     """Give a network on the meta device its tensors, emptying the dict.
 
     Tensors of the dtype (None: of any) are used as they lie in the mapping of their file, others
-    are cast one by one: a model is never in memory twice.
+    are cast one by one: a model is never in memory twice. `align` copies those that do not begin
+    at a multiple of 64 bytes.
     """
     state = {}
     for name in list(tensors):
         tensor = tensors.pop(name)
-        state[name] = tensor if dtype is None else tensor.to(dtype)
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        state[name] = tensor.clone() if align and tensor.data_ptr() % 64 else tensor
     network.load_state_dict(state, assign=True)
     return network
 
@@ -86,7 +93,7 @@ def load_network(folder, parse, network, dtype=torch.float32):
     expected, found = shapes_of(network.state_dict()), shapes_of(tensors)
     unexpected = found.keys() - expected.keys()
     names.check_fit(expected, found, unexpected, f"{path}: does not fit its config.json")
-    return fill(network, tensors, dtype), ignored
+    return fill(network, tensors, dtype, align=True), ignored
 
 
 def save_unet(folder, unet):
@@ -102,22 +109,8 @@ def _parse_unet(temporal):
 
 
 def load_unet(folder, temporal=None):
-    """The U-Net in a folder, with its own way through time or with the one that is named."""
+    """The U-Net in a folder, with the temporal variant that it names or with another one."""
     return load_network(folder, _parse_unet(temporal), UNet)[0]
-
-
-def load_sibling(folder, way):
-    """The image U-Net in a folder as one that goes another way through time, and is to be trained.
-
-    way: {field: value} of UNetConfig. Temporal layers, if that way has any, are new; all else has
-    to be in the folder.
-    """
-    image = load_unet(folder, "none")
-    unet = UNet(dataclasses.replace(image.config, **way))
-    own = unet.state_dict()
-    state = image.state_dict() | {name: own[name] for name in new_names(unet)}
-    unet.load_state_dict(state, assign=True)
-    return unet
 
 
 def save_vae(folder, vae):
@@ -133,14 +126,14 @@ def save_text(folder, text_encoder, tokenizer):
     config = configs.text_to_json(text_encoder.config)
     save_network(Path(folder) / "text_encoder", config, text_encoder, TEXT_WEIGHTS)
     if tokenizer is not None:
-        tokenizer.save(Path(folder) / "tokenizer")
+        save_tokenizer(Path(folder) / "tokenizer", tokenizer)
 
 
 def load_text(folder):
     """(text encoder, tokenizer) of a model's folder."""
     folder = Path(folder)
     encoder, _ = load_network(folder / "text_encoder", configs.text_from_json, CLIPTextModel)
-    return encoder, CLIPTokenizer.load(folder / "tokenizer")
+    return encoder, load_tokenizer(folder / "tokenizer")
 
 
 def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
@@ -162,7 +155,7 @@ def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
 
 
 def load_schedule(folder):
-    """(Diffusion, Sampling) of a model's folder; one that keeps no Sampling draws pictures."""
+    """(Diffusion, Sampling) of a model's folder; without sampling.json it draws images."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
     diffusion = configs.diffusion_from_json(read_json(path), path)
     path = Path(folder) / "sampling.json"
@@ -183,7 +176,7 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
                   dtype=torch.float32):
     """Read a whole model: a run's folder, a diffusers folder or a single file.
 
-    temporal: overrides the U-Net's own way through time; a model that has none gets the shift.
+    temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
     merges: a merges file (plain or .gz) or a tokenizer folder, for a model without a tokenizer.
     prediction_type: overrides what the model says, or what is assumed for a single file.
     ema: take the average of the U-Net's weights that a single file holds beside them.
@@ -196,11 +189,11 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: is not there; `python train.py {path}` would train a model")
+        raise ValueError(f"{path}: no such file or folder; check the path")
     load = _load_file if path.is_file() else _load_folder
     pipeline = load(path, temporal, prediction_type, ema, dtype)
     if merges is not None:
-        pipeline.tokenizer = load_tokenizer(merges, pipeline.text_encoder.config)
+        pipeline.tokenizer = tokenizer_for(merges, pipeline.text_encoder.config)
     tokenizer, size = pipeline.tokenizer, pipeline.text_encoder.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size != size:
         raise ValueError(f"{merges or path}: the tokenizer has {tokenizer.vocab_size} tokens, the "
@@ -208,25 +201,23 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     return pipeline
 
 
-def load_tokenizer(path, config):
+def tokenizer_for(path, config):
     """The tokenizer for a text encoder, from a merges file or a tokenizer folder.
 
     Whatever the folder says, CLIP (Stable Diffusion 1) is padded with the end token and OpenCLIP
-    (2), which one knows by its GELU, with 0.
+    (2), which its GELU gives away, with 0.
     """
+    length, pad_with_end = config.max_position_embeddings, config.hidden_act != "gelu"
     if Path(path).is_dir():
-        merges = CLIPTokenizer.load(path).ranks
-        return CLIPTokenizer(merges, config.max_position_embeddings, config.hidden_act != "gelu")
-    return CLIPTokenizer.from_merges_file(
-        path, config.vocab_size - 2 * 256 - 2, config.max_position_embeddings,
-        pad_with_end=config.hidden_act != "gelu",
-    )
+        return CLIPTokenizer(load_tokenizer(path).ranks, length, pad_with_end)
+    return tokenizer_from_merges(path, config.vocab_size - 2 * 256 - 2, length, pad_with_end)
 
 
 def _load_folder(path, temporal, prediction_type, ema, dtype):
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
-            raise ValueError(f"{path}: has no {part}/; train one with `python train.py {path}`")
+            raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or a "
+                             "diffusers folder")
     if ema:
         raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
                          "weights beside them")
@@ -236,7 +227,7 @@ def _load_folder(path, temporal, prediction_type, ema, dtype):
     text, most = load_network(path / "text_encoder", configs.text_from_json, CLIPTextModel, dtype)
     names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()
-    tokenizer = CLIPTokenizer.load(path / "tokenizer") if has_tokenizer else None
+    tokenizer = load_tokenizer(path / "tokenizer") if has_tokenizer else None
     if prediction_type is not None:
         diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
     if not (path / "sampling.json").exists():
@@ -267,7 +258,7 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
     parts, report = names.convert(tensors, networks, ema, path)
     tensors.clear()
     for name, network in networks.items():
-        fill(network, parts[name], dtype)
+        fill(network, parts[name], dtype, align=False)
     sampling = Sampling(num_frames=1, image_size=image_size)
     report = dataclasses.replace(report, notes=notes)
     return Pipeline(**networks, tokenizer=None, diffusion=diffusion, sampling=sampling,
@@ -275,7 +266,7 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
 
 
 def describe(pipeline):
-    """What a model is, in lines for people."""
+    """What a model is, in lines to read."""
     unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
     form = "2.x" if unet.use_linear_projection else "1.x"
     ours = unet.class_embed_type or unet.resnet_time_scale_shift != "default"
@@ -322,8 +313,8 @@ def main():
                         help="write it in the layout of diffusers")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     args = parser.parse_args()
-    if args.convert and args.convert.exists() and (
-        not args.convert.is_dir() or any(args.convert.iterdir())
+    if args.convert and args.names.exists() and (
+        not args.names.is_dir() or any(args.names.iterdir())
     ):
         raise ValueError(f"--convert {args.convert}: exists already; name a new folder")
     pipeline = load_pipeline(args.path, merges=args.merges, prediction_type=args.prediction_type,

@@ -32,7 +32,8 @@ from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
 from model import UNet
 from pipeline import Pipeline, Sampling
-from text import CLIPTextModel, CLIPTokenizer
+from text import CLIPTextModel
+from tokenizer import CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
 from weights import load_pipeline, save_schedule
 

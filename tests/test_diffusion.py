@@ -100,7 +100,7 @@ def test_zero_terminal_snr_moves_and_stretches_the_signal():
     ({"prediction_type": "sample"}, "prediction_type needs one of .* got 'sample'"),
     ({"timestep_spacing": "even"}, "timestep_spacing needs one of .* got 'even'"),
     ({"beta_schedule": "cosine"}, "beta_schedule needs one of .* got 'cosine'"),
-    ({"num_train_timesteps": 0}, "num_train_timesteps needs >= 1, got 0"),
+    ({"num_train_timesteps": 0}, "num_train_timesteps needs >= 1 and steps_offset >= 0, got 0"),
     ({"trained_betas": (0.1, 0.2)}, "trained_betas needs 1000 values, got 2"),
     ({"num_train_timesteps": 1, "trained_betas": (1.1,)}, r"betas need to lie in \(0, 1\]"),
     ({"beta_end": float("nan")}, r"betas need to lie in \(0, 1\]"),
@@ -400,5 +400,5 @@ def test_the_same_seed_gives_the_same_noise():
 
 
 def test_refuses_a_list_of_generators_of_another_length():
-    with pytest.raises(ValueError, match="one generator a clip, got 1 for 2 clips"):
+    with pytest.raises(ValueError, match="generator needs one of each clip, 2, got 1"):
         randn((2, 3), generators(0))

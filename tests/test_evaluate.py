@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call, train_small
+from helpers import call, train_small
 
 import evaluate
 import metrics
@@ -173,7 +173,7 @@ def test_half_of_the_prompts_are_held_out_ones(report):
 
 def test_the_rows_of_the_table_add_up(report):
     rows = report[1]["agreement"]
-    for kind in ("clips", "pictures"):
+    for kind in ("clips", "images"):
         seen, held_out, both = (rows[f"{kind}, {part}"] for part in ("seen", "held out", "all"))
         assert (seen["count"], held_out["count"], both["count"]) == (4, 3, 7)
         for name in set(both) - {"count"}:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_model import CASES, build, inputs
+from helpers import UNETS, build_unet, unet_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layers
@@ -13,19 +13,19 @@ import layers
 def gradients(unet, checkpointing):
     unet.gradient_checkpointing = checkpointing
     unet.zero_grad()
-    unet(*inputs()).square().mean().backward()
+    unet(*unet_inputs()).square().mean().backward()
     return [parameter.grad for parameter in unet.parameters()]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", UNETS)
 def test_gradient_checkpointing_changes_no_gradient(name):
-    unet = build(CASES[name])
+    unet = build_unet(UNETS[name])
     for a, b in zip(gradients(unet, False), gradients(unet, True), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_gradient_checkpointing_computes_every_block_twice():
-    unet, calls = build(), []
+    unet, calls = build_unet(), []
     for module in unet.modules():
         if isinstance(module, layers.ResnetBlock):
             module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -51,7 +51,7 @@ def test_convolutions_and_attention_are_computed_once_the_rest_twice():
     counts = []
     for checkpointing in (False, True):
         with Count() as count:
-            gradients(build(), checkpointing)
+            gradients(build_unet(), checkpointing)
         counts.append(count.calls)
     expected = {
         "convolution": (50, 50),

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call, flags, train_small
+from helpers import SMALL, call, flags, train_small
 from PIL import Image
 from recorded.rule import checkpoint
 
 import sample
 import train
 from files import load_safetensors, read_json, save_safetensors
-from text import CLIPTokenizer
+from checkpoints.tokenizers import save_tokenizer
+from tokenizer import CLIPTokenizer
 from weights import load_pipeline
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "single_files.json").read_text())
@@ -26,7 +27,7 @@ def files(tmp_path_factory):
     """A small single file of Stable Diffusion 1, one of 2, and a merges file."""
     path = tmp_path_factory.mktemp("files")
     words = ["a red circle", "a blue square", "a green triangle", "moving left", "moving right"]
-    CLIPTokenizer.train(words, 20, max_length=12).save(path / "tokenizer")
+    save_tokenizer(path / "tokenizer", CLIPTokenizer.train(words, 20, max_length=12))
     for family in ("sd1", "sd2"):
         save_safetensors(path / f"{family}.safetensors", checkpoint(RECORDED[family]["shapes"]))
     shutil.move(path / "tokenizer" / "merges.txt", path / "merges.txt")
@@ -116,7 +117,7 @@ def test_a_beginning_without_a_tokenizer_is_refused_before_training(files, tmp_p
 
 
 def test_after_a_beginning_that_was_none_another_can_be_named(files, tmp_path):
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="no such file or folder"):
         start(tmp_path / "run", files, family="sd3")
     start(tmp_path / "run", files, video_steps=1)
     assert read_json(tmp_path / "run/train.json")["finished"] == ["vae", "image", "video"]
@@ -127,7 +128,7 @@ def test_a_size_that_does_not_suit_the_model_is_refused_before_training(files, t
         start(tmp_path / "run", files, image_size=20)
 
 
-def test_a_checkpoint_draws_a_picture_into_samples_here(files, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_draws_an_image_into_samples_here(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call(sample.main, files / "sd1.safetensors", "a red circle", "--merges", files / "merges.txt",
          "--num-steps", 1, "--image-size", 16)

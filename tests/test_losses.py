@@ -1,43 +1,69 @@
-"""The two objectives, against arithmetic by hand."""
+"""The two losses of train.py, against arithmetic by hand, and a U-Net that learns in seconds."""
 
 import pytest
 import torch
-from torch import nn
+from helpers import build_unet, unet_inputs
+from recorded.rule import normal
 
 from diffusion import Diffusion
-from losses import DenoisingLoss, ReconstructionLoss
-from options import TrainOptions
+from train import denoising_loss, reconstruction_loss
 from vae import DiagonalGaussian
 
 
-class Nothing(nn.Module):
-    """A network that answers 0, as a U-Net or as an autoencoder whose Gaussian is N(1, 1)."""
-
-    def forward(self, latents, timesteps, context):
-        return torch.zeros_like(latents)
-
-    def encode(self, x):
-        ones = torch.ones(len(x), 4, 1, 1)
-        return DiagonalGaussian(ones, torch.zeros_like(ones))
-
-    def decode(self, z):
-        return torch.zeros(len(z), 3, 4, 4)
+def autoencoder(x, noise):
+    """Answers 0.25 everywhere and a Gaussian N(1, 1), whatever it gets."""
+    ones = torch.ones(len(x), 4, 1, 1)
+    return torch.full_like(x, 0.25), DiagonalGaussian(ones, torch.zeros_like(ones))
 
 
 def test_the_reconstruction_loss_by_hand():
     x = torch.full((1, 3, 4, 4), 0.5)
     x[0, 0, 2, 1] = 1.0  # one of 16 pixels differs from the background, in one channel
-    loss = ReconstructionLoss(Nothing(), TrainOptions(motion_weight=4.0, kl_weight=0.1))
-    error = (15 * 3 * 0.25 + 5 * (1.0 + 0.25 + 0.25)) / 48
+    loss = reconstruction_loss(autoencoder, x, torch.zeros(1, 4, 1, 1), 4.0, kl_weight=0.1)
+    error = (15 * 3 * 0.25**2 + 5 * (0.75**2 + 2 * 0.25**2)) / 48
     kl = 0.5  # nats a latent number, of N(1, 1) from N(0, 1)
-    assert loss(x, torch.zeros(1, 4, 1, 1)).item() == pytest.approx(error + 0.1 * kl)
+    assert loss.item() == pytest.approx(error + 0.1 * kl)
+
+
+def test_a_faint_difference_from_the_background_weighs_no_more():
+    x = torch.full((1, 3, 4, 4), 0.5)
+    x[0, 0, 2, 1] = 0.59  # it counts as a shape from 0.1 on
+    losses = [reconstruction_loss(autoencoder, x, torch.zeros(1, 4, 1, 1), weight, kl_weight=0.0)
+              for weight in (0.0, 4.0)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_network_that_predicts_nothing_loses_the_square_of_the_target(prediction_type):
-    diffusion = Diffusion(prediction_type=prediction_type)
-    x0, noise = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6)
+def test_the_denoising_loss_by_a_loop_over_the_clips(prediction_type):
+    diffusion, shape = Diffusion(prediction_type=prediction_type), (2, 3, 4, 5, 6)
+    x0, noise, context = normal(*shape), normal(*shape, seed=2), normal(2, 7, 8, seed=3)
     timesteps = torch.tensor([10, 900])
-    loss = DenoisingLoss(Nothing(), diffusion)(x0, noise, timesteps, torch.zeros(2, 1, 8))
-    target = diffusion.target(x0, noise, timesteps)
-    assert loss.item() == pytest.approx((target**2).mean().item())
+
+    def unet(noisy, timesteps, context):  # answers numbers that depend on all that it gets
+        return noisy.tanh() + timesteps.view(2, 1, 1, 1, 1) / 1000 + context.mean((1, 2)).view(
+            2, 1, 1, 1, 1)
+
+    expected = 0.0
+    for i, t in enumerate((10, 900)):
+        alpha_bar = diffusion.alphas_cumprod[t].item()
+        signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        prediction = torch.tanh(signal * x0[i] + sigma * noise[i]) + t / 1000 + context[i].mean()
+        target = noise[i] if prediction_type == "epsilon" else signal * noise[i] - sigma * x0[i]
+        expected += (prediction - target).square().mean().item() / 2
+    loss = denoising_loss(unet, diffusion, x0, noise, timesteps, context)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tiny_unet_learns_one_batch_in_seconds():
+    torch.manual_seed(0)
+    unet, diffusion = build_unet(), Diffusion(prediction_type="v_prediction")
+    x0, timesteps, context = unet_inputs()
+    noise, timesteps = normal(*x0.shape, seed=5), timesteps * 20
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
+    for step in range(60):
+        loss = denoising_loss(unet, diffusion, x0, noise, timesteps, context)
+        first = loss.item() if step == 0 else first
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert first > 0.9 and loss.item() < 0.25

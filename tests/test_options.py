@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from files import write_json
-from options import RECIPES, STAGES, TrainOptions, merge_options, read_record, stages_to_run
+from options import RECIPES, STAGES, TrainOptions
+from run import merge_options, read_record, stages_to_run
 
 OPTIONS = dataclasses.replace(RECIPES["tiny"], image_size=16, num_clips=8)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call, flags, metrics_of, train_small, weights_of
+from helpers import SMALL, call, flags, metrics_of, train_small, weights_of
 
-import losses
+import run
 import train
 import trainer
 from options import STAGES
@@ -54,10 +54,10 @@ def before_step(monkeypatch, stage, step, action):
     """Do something in a stage just before the step that is number `step`, from 0."""
     optimise = Trainer._optimise
 
-    def optimise_or_act(self, forward):
-        if (self.plan.stage, self.step) == (stage, step):
+    def optimise_or_act(self):
+        if (self.stage, self.step) == (stage, step):
             action()
-        return optimise(self, forward)
+        return optimise(self)
 
     monkeypatch.setattr(Trainer, "_optimise", optimise_or_act)
 
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, tmp_path, stage):
 def test_optimizer_and_average_after_a_resume_are_those_without_a_kill(trained, tmp_path, stage):
     kill_at(tmp_path / "run", stage, 3)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, "finish", finish_until(stage))
+        patch.setattr(run.Run, "finish", finish_until(stage))
         train_small(tmp_path / "run", "--resume")
     states = [tmp_path / "run/training_state.pt", trained.parent / f"states/{stage}-4.pt"]
     assert_equal(*(torch.load(state, weights_only=True) for state in states))
@@ -96,7 +96,7 @@ def test_optimizer_and_average_after_a_resume_are_those_without_a_kill(trained, 
 
 def finish_until(stage):
     """Run.finish, and a kill just before it notes that a stage is done."""
-    finish = train.Run.finish
+    finish = run.Run.finish
     return lambda self, name: fail(Killed) if name == stage else finish(self, name)
 
 
@@ -110,7 +110,7 @@ def test_metrics_after_a_resume_are_those_without_a_kill(trained, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_just_before_a_stage_is_noted_as_done_is_survived(trained, tmp_path, stage):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, "finish", finish_until(stage))
+        patch.setattr(run.Run, "finish", finish_until(stage))
         train_small(tmp_path / "run")
     train_small(tmp_path / "run", "--resume")
     assert weights_of(tmp_path / "run") == weights_of(trained)
@@ -243,13 +243,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
-    forward, calls = losses.ReconstructionLoss.forward, []
+    loss, calls = train.reconstruction_loss, []
 
-    def forward_until(self, *batch):
+    def loss_until(*batch):
         calls.append(1)
-        return forward(self, *batch) * (math.nan if len(calls) == 3 else 1)
+        return loss(*batch) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(losses.ReconstructionLoss, "forward", forward_until)
+    monkeypatch.setattr(train, "reconstruction_loss", loss_until)
     with pytest.raises(ValueError, match="the loss of the vae stage is not finite at step 4"):
         train_small(tmp_path / "run")
     state = torch.load(tmp_path / "run/training_state.pt")
@@ -262,7 +262,7 @@ def test_an_enormous_learning_rate_saves_no_weights(tmp_path, stage):
     with pytest.raises(ValueError, match=f"the {stage} stage is not finite .* lower --{stage}-lea"):
         train_small(tmp_path / "run", **{f"{stage}_learning_rate": 1e30, "save_every": 1})
     part = {"vae": "vae", "image": "image_unet", "video": "unet"}[stage]
-    if stage == "video":  # the picture model of the stage before still draws
+    if stage == "video":  # the image model of the stage before still draws
         assert load_pipeline(tmp_path / "run").sampling.num_frames == 1
     else:
         assert not (tmp_path / "run" / part).exists()
@@ -286,7 +286,7 @@ def unfinished(tmp_path_factory):
 
 def test_an_unfinished_stage_is_not_trained_over(killed):
     before = weights_of(killed)
-    with pytest.raises(ValueError, match="add --resume to go on with it, or remove that file"):
+    with pytest.raises(ValueError, match="add --resume to continue it, or remove that file"):
         call(train.main, killed)
     assert weights_of(killed) == before
 
@@ -319,6 +319,13 @@ def test_a_state_of_another_network_is_refused(killed, trained):
     state = torch.load(trained.parent / "states/video-2.pt") | {"stage": "image"}
     torch.save(state, killed / "training_state.pt")
     with pytest.raises(ValueError, match="belongs to a model of another configuration"):
+        call(train.main, killed, "--resume")
+
+
+def test_a_state_of_another_number_of_processes_is_refused(killed):
+    state = torch.load(killed / "training_state.pt") | {"processes": 2}
+    torch.save(state, killed / "training_state.pt")
+    with pytest.raises(ValueError, match="with 2 processes, this one has 1; resume it with as many"):
         call(train.main, killed, "--resume")
 
 

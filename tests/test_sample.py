@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call
+from helpers import call
 from PIL import Image
 
 import sample

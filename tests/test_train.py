@@ -1,76 +1,93 @@
 """Training: what a batch holds, what a whole run leaves behind and what does not change it."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, call, metrics_of, train_small, weights_of
+from helpers import SMALL, call, metrics_of, train_small, weights_of
 
 import train
 import vae
+from files import read_json, write_json
 from media.write import write_clip
 from options import STAGES, TrainOptions
 from weights import load_pipeline
 
 
-def fake_run(**options):
-    return SimpleNamespace(options=TrainOptions(**options), to_device=lambda *tensors: tensors)
-
-
-CAPTIONS = ["zero", "one", "two"]
-TEXTS = {"": torch.tensor([-1]), **{name: torch.tensor([i]) for i, name in enumerate(CAPTIONS)}}
 # Frame f of clip i holds 100 i + f, so a batch shows where it comes from.
 LATENTS = [torch.arange(9.0)[:, None, None, None].expand(9, 4, 2, 2) + 100 * i for i in range(3)]
 
 
-def batches(stage, **options):
-    return train.denoising_batches(fake_run(**options), stage, LATENTS, CAPTIONS, TEXTS, 1000)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_a_batch_has_successive_frames_and_their_caption():
-    make_batch = batches("video", video_batch_size=200, num_frames=5, caption_dropout=0.0)
-    x0, _, _, context = make_batch(0, 0)
+    x0, texts = train.random_clips(LATENTS, ["zero", "one", "two"], 200, 5, generator())
     first = x0[:, 0, 0, 0, 0]
     assert torch.equal(x0[:, :, 0, 0, 0], first[:, None] + torch.arange(5))
-    assert torch.equal((first // 100).long(), context[:, 0])
+    assert texts == [("zero", "one", "two")[int(value // 100)] for value in first]
     assert set((first % 100).tolist()) == {0, 1, 2, 3, 4}  # all windows that fit into 9 frames
 
 
 def test_captions_are_left_out_as_often_as_asked_for():
-    make_batch = batches("image", image_batch_size=5000, caption_dropout=0.2)
-    x0, _, _, context = make_batch(0, 0)
-    dropped = context[:, 0] == -1
-    assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.02)
-    assert torch.equal((x0[~dropped, 0, 0, 0, 0] // 100).long(), context[~dropped, 0])
+    texts = train.drop_captions(["a"] * 5000, 0.2, generator())
+    assert set(texts) == {"", "a"} and texts.count("") / 5000 == pytest.approx(0.2, abs=0.02)
+    assert train.drop_captions(["a", "b"], 0.0, generator()) == ["a", "b"]
 
 
-def test_frames_of_a_clip_share_the_part_of_the_noise_asked_for():
-    _, noise, _, _ = batches("video", video_batch_size=2000, num_frames=3, shared_noise=0.3)(0, 0)
-    a, b = noise[:, 0].flatten(), noise[:, 2].flatten()
-    assert ((a * b).mean().item(), a.var().item()) == pytest.approx((0.3, 1.0), abs=0.05)
-
-
-def test_some_steps_of_the_video_stage_see_as_many_pictures():
-    make_batch = batches("video", video_batch_size=2, num_frames=5, image_every=3)
-    shapes = [tuple(make_batch(step, 0)[0].shape[:2]) for step in range(6)]
-    assert shapes == [(2, 5), (2, 5), (10, 1)] * 2
-
-
-def test_without_image_every_all_steps_see_clips():
-    make_batch = batches("video", video_batch_size=2, num_frames=5, image_every=0)
-    assert {tuple(make_batch(step, 0)[0].shape[:2]) for step in range(20)} == {(2, 5)}
-
-
-@pytest.mark.parametrize("step, prefer", [(0, 3.0), (25, 1.5), (50, 0.0), (90, 0.0)])
-def test_early_steps_prefer_noisy_timesteps(step, prefer):
-    make_batch = batches("video", video_batch_size=9000, num_frames=2, video_steps=100,
-                         early_noise=3.0, image_every=0)
-    timesteps = make_batch(step, 0)[2]
+@pytest.mark.parametrize("prefer", [0.0, 1.5, 3.0])
+def test_timesteps_have_the_mean_of_their_density(prefer):
+    timesteps = train.random_timesteps(9000, 1000, generator(), prefer)
     # The mean of u^(1 / (1 + p)), u uniform in [0, 1], is (1 + p) / (2 + p).
     mean = 1000 * (1 + prefer) / (2 + prefer) - 0.5
     assert timesteps.float().mean().item() == pytest.approx(mean, abs=15)
-    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert timesteps.min() >= 0 and timesteps.max() <= 999 and timesteps.dtype == torch.int64
+
+
+@pytest.fixture
+def batches(run, monkeypatch):
+    """Train the video stage anew with the options given; returns the batches that its loss gets."""
+
+    def train_on(**options):
+        seen, loss = [], train.denoising_loss
+        monkeypatch.setattr(
+            train, "denoising_loss", lambda *batch: seen.append(batch[2:]) or loss(*batch)
+        )
+        record = read_json(run / "train.json")
+        write_json(run / "train.json", {"options": record["options"] | options,
+                                        "finished": ["vae", "image"]})
+        call(train.main, run)
+        return seen
+
+    return train_on
+
+
+def test_some_steps_of_the_video_stage_see_as_many_images(batches):
+    seen = batches(image_every=3, video_steps=6)
+    assert [tuple(x0.shape[:2]) for x0, *_ in seen] == [(2, 3), (2, 3), (6, 1)] * 2
+
+
+def test_without_image_every_all_steps_see_clips(batches):
+    assert {tuple(x0.shape[:2]) for x0, *_ in batches(image_every=0)} == {(2, 3)}
+
+
+def test_frames_of_a_clip_share_the_part_of_the_noise_asked_for(batches):
+    clips = [noise for _, noise, *_ in batches(shared_noise=1.0) if noise.shape[1] > 1]
+    assert clips and all(torch.equal(noise[:, 0], noise[:, 2]) for noise in clips)
+
+
+def test_the_first_half_of_the_video_steps_prefers_noisy_timesteps(batches):
+    seen = batches(video_steps=30, video_batch_size=20, early_noise=9.0, image_every=0)
+    means = [timesteps.float().mean().item() for _, _, timesteps, _ in seen]
+    early, late = sum(means[:5]) / 5, sum(means[15:]) / 15
+    assert early > 800 and late == pytest.approx(500, abs=60)
+
+
+def test_a_text_dropped_is_the_empty_text(batches, run):
+    (empty,) = load_pipeline(run).encode_text([""])
+    contexts = torch.cat([context for *_, context in batches(caption_dropout=1.0)])
+    assert contexts.ndim == 3 and (contexts - empty).abs().max() < 1e-5
 
 
 # A whole run

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call
+from helpers import call, change, fresh_pipeline
 
 import model
 import vae
@@ -13,23 +13,9 @@ import weights
 from diffusion import Diffusion
 from files import load_safetensors, read_json, save_safetensors, write_json
 from pipeline import Pipeline, Sampling
-from text import CLIPTextModel, CLIPTokenizer, TextConfig
+from text import CLIPTextModel, TextConfig
+from tokenizer import CLIPTokenizer
 from weights import load_pipeline, save_pipeline
-
-
-def fresh_pipeline():
-    """An untrained model whose every setting differs from its default."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.train(["a red circle", "a blue square"], 20, max_length=9)
-    config = TextConfig(tokenizer.vocab_size, 64, 96, 1, 2, 9, "gelu", 1e-4)
-    unet = dataclasses.replace(model.PRESETS["tiny"], temporal="none", shift_before="conv2")
-    autoencoder = dataclasses.replace(vae.PRESETS["tiny"], scaling_factor=0.7)
-    return Pipeline(
-        model.UNet(unet), vae.AutoencoderKL(autoencoder), CLIPTextModel(config), tokenizer,
-        Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                  timestep_spacing="trailing"),
-        Sampling(5, 40, 12.0, 7, 3.0, "ddpm", 0.5, 0.25),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +29,6 @@ def saved(tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of a model's folder, to be damaged."""
     return shutil.copytree(saved, tmp_path / "model")
-
-
-def change(path, **values):
-    """Change a JSON file; None removes a key."""
-    new = read_json(path) | values
-    write_json(path, {name: value for name, value in new.items() if value is not None})
 
 
 # What comes back

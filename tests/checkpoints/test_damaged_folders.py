@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_weights import change, fresh_pipeline
+from helpers import change, fresh_pipeline
 
 import model
 import weights

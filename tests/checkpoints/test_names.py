@@ -13,7 +13,7 @@ import layers
 import text
 from files import load_safetensors, save_safetensors
 from pipeline import Sampling
-from text import CLIPTokenizer
+from tokenizer import CLIPTokenizer
 from weights import load_pipeline
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "single_files.json").read_text())

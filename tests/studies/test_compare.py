@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import call
+from helpers import call
 
 from studies import compare
 from studies import costs
@@ -103,8 +103,8 @@ def test_the_json_has_the_curves_and_the_scores(compared):
         "shift": ["2"], "conv": ["2"],
     }
     assert set(results["conv"][0]["scores"]) == {
-        "clips, seen", "clips, held out", "clips, all", "pictures, seen", "pictures, held out",
-        "pictures, all", "consistency", "FVD-shapes",
+        "clips, seen", "clips, held out", "clips, all", "images, seen", "images, held out",
+        "images, all", "consistency", "FVD-shapes",
     }
 
 

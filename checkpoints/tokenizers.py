@@ -1,0 +1,103 @@
+"""Tokenizers from files and into files: merges files, and the tokenizer/ folder of a model.
+
+    merges.txt              a pair of symbols a line, in the order in which they were learned
+    vocab.json              {token: id}, which the merges determine: it is checked, not used
+    tokenizer_config.json   maximal length and padding
+    tokenizer.json          both of the first two, as transformers 5 and later write them
+"""
+
+import gzip
+import zlib
+from pathlib import Path
+
+from files import read_json, write_json, write_text
+from tokenizer import BYTE_TO_CHARACTER, END, START, CLIPTokenizer
+
+CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges file
+
+
+def tokenizer_from_merges(path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_with_end=True):
+    """The tokenizer of a merges file such as CLIP's bpe_simple_vocab_16e6.txt, plain or .gz.
+
+    Raises ValueError if it holds fewer than num_merges merges or a line that is none.
+    """
+    merges = read_merges(path, num_merges)
+    if len(merges) < num_merges:
+        raise ValueError(f"{path}: needs {num_merges} merges, got {len(merges)}")
+    return CLIPTokenizer(merges, max_length, pad_with_end)
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a folder: one of save_tokenizer, or tokenizer/ of a Stable Diffusion model.
+
+    Raises ValueError if the vocabulary is not the one that the merges make.
+    """
+    folder, settings = Path(folder), {}
+    # special_tokens_map.json comes last and wins, as in transformers: in the folders of SD 2 only
+    # this file says that id 0 pads.
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings |= read_json(folder / name)
+    pad = settings.get("pad_token") or END
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    first = BYTE_TO_CHARACTER[ord("!")]
+    if pad not in (END, first):
+        raise ValueError(f"{folder}: pad_token needs to be {END!r} or {first!r}, got {pad!r}")
+    if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
+        merges, vocabulary = read_tokenizer_json(folder / "tokenizer.json")
+    else:
+        merges, vocabulary = read_merges(folder / "merges.txt"), read_json(folder / "vocab.json")
+    length = settings.get("model_max_length", 77)
+    tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad == END)
+    for token in vocabulary | tokenizer.ids:
+        if vocabulary.get(token) != tokenizer.ids.get(token):
+            raise ValueError(f"{folder}: vocabulary and merges disagree about {token!r}")
+    return tokenizer
+
+
+def save_tokenizer(folder, tokenizer):
+    """Write vocab.json, merges.txt and tokenizer_config.json, as transformers reads them, too."""
+    folder = Path(folder)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.ranks)]
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_json(folder / "vocab.json", tokenizer.ids)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.max_length,
+        "bos_token": START, "eos_token": END, "unk_token": END,
+        "pad_token": tokenizer.tokens[tokenizer.pad_id],
+    })
+
+
+def read_merges(path, num_merges=None):
+    """The first num_merges pairs (or all) of a merges file, plain or .gz.
+
+    Raises ValueError naming the line if one is not two symbols.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a merges file ({error})") from None
+    first, *lines = text.rstrip("\n").split("\n")
+    if "#version" not in first:
+        raise ValueError(f"{path}: line 1 needs to be the #version line, got {first[:40]!r}")
+    merges = [tuple(line.split()) for line in lines[:num_merges]]
+    for number, pair in enumerate(merges, start=2):
+        if len(pair) != 2:
+            raise ValueError(f"{path}: line {number} needs two symbols, got {lines[number - 2]!r}")
+    return merges
+
+
+def read_tokenizer_json(path):
+    """The merges and {token: id} of a tokenizer.json. Raises ValueError if it has none."""
+    model = read_json(path).get("model")
+    model = model if isinstance(model, dict) else {}
+    merges, vocabulary = model.get("merges"), model.get("vocab")
+    if not (isinstance(merges, list) and isinstance(vocabulary, dict)):
+        raise ValueError(f"{path}: needs merges and vocab in its model, got {list(model)}")
+    # "a b" up to transformers 4.44, ["a", "b"] after that
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    for number, pair in enumerate(merges, start=1):
+        if not (isinstance(pair, list) and [type(symbol) for symbol in pair] == [str, str]):
+            raise ValueError(f"{path}: merge {number} needs two symbols, got {pair!r}")
+    return merges, vocabulary

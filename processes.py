@@ -1,0 +1,66 @@
+"""All there is of several processes: `torchrun --nproc-per-node N train.py ...` starts the same
+script N times, and each process trains on its own batches.
+
+PyTorch averages the gradients (DistributedDataParallel), so after every step all processes hold the
+same weights; the first one alone prints and writes. Without torchrun each function here does what
+one process needs: nothing.
+"""
+
+import os
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(device):
+    """Join the processes that torchrun started, if it did; returns the device of this one."""
+    if "RANK" not in os.environ or distributed.is_initialized():
+        return device
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def rank_and_count():
+    """(number of this process from 0 on, how many there are)."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def is_main():
+    """Whether this process is the one that prints and writes."""
+    return rank_and_count()[0] == 0
+
+
+def mean(value):
+    """The mean over all processes of a tensor of one number, as a float. Waits for all of them."""
+    value = value.clone()
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+    return value.item() / rank_and_count()[1]
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def wrap(network):
+    """The network as a training step calls it, so that its gradients become the processes' mean."""
+    if not distributed.is_initialized():
+        return network
+    # A step on images skips the temporal layers (temporal.py), which then get no gradient.
+    skipped = any("temporal" in name for name, _ in network.named_parameters())
+    return DistributedDataParallel(network, find_unused_parameters=skipped)
+
+
+def average_gradients(networks, now):
+    """Whether the next backward passes of wrapped networks exchange gradients: the last of a step."""
+    for network in networks:
+        if isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = now

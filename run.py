@@ -1,0 +1,188 @@
+"""The folder of a training run: its options, the stages that are done, the state of a stopped one.
+
+    train.json                 options and finished stages
+    training_state.pt          while a stage is unfinished: all that --resume needs
+    unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json sampling.json
+                               the model in the layout of diffusers (weights.py)
+    image_unet/                the U-Net before it saw a clip
+    metrics.jsonl previews/    losses, and samples drawn during training
+"""
+
+import dataclasses
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import processes
+import weights
+from cli import choose_device
+from files import read_json, write_json
+from options import RECIPES, STAGES, TrainOptions
+from pipeline import Pipeline
+
+REMOVED = ("weight_decay", "gradient_clip")  # options of older runs, constants of trainer.py now
+
+
+class Run:
+    """An open run: `path`, `options`, the `finished` stages, and the `device` that it trains on."""
+
+    def __init__(self, path, options, finished, resume):
+        self.path, self.options, self.finished = Path(path), options, finished
+        self.device = processes.start(choose_device(options.device))
+        self.state, state_path = None, self.path / "training_state.pt"
+        if state_path.exists():
+            self.state = read_state(state_path)
+            if self.state["stage"] in finished:  # a kill came just before its removal
+                self.state = None
+            elif not resume:
+                raise ValueError(f"{state_path}: is of an unfinished stage; add --resume to continue "
+                                 "it, or remove that file to start the stage anew")
+        self._save_record()
+
+    def _save_record(self):
+        processes.barrier()  # until all processes have read what was there
+        if processes.is_main():
+            options = dataclasses.asdict(self.options)
+            write_json(self.path / "train.json", {"options": options, "finished": self.finished})
+        processes.barrier()
+
+    def take_state(self, stage):
+        """The training state of the stage, once. Raises ValueError if it is another stage's."""
+        state, self.state = self.state, None
+        if state["stage"] != stage:
+            raise ValueError(f"{self.path / 'training_state.pt'}: is of the {state['stage']} stage; "
+                             "finish that one first")
+        return state
+
+    def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
+        """Write parts of the model: networks, (encoder, tokenizer), (diffusion, sampling)."""
+        if not processes.is_main():
+            return
+        if unet is not None:
+            weights.save_unet(self.path / "unet", unet)
+        if image_unet is not None:
+            weights.save_unet(self.path / "image_unet", image_unet)
+        if vae is not None:
+            weights.save_vae(self.path / "vae", vae)
+        if text is not None:
+            weights.save_text(self.path, *text)
+        if schedule is not None:
+            weights.save_schedule(self.path, *schedule)
+
+    def finish(self, stage):
+        """Note that a stage is done, after what it made has been written."""
+        self.finished = list(STAGES[: STAGES.index(stage) + 1])
+        self._save_record()
+        if processes.is_main():
+            (self.path / "training_state.pt").unlink(missing_ok=True)
+
+    def load_vae(self):
+        """The run's autoencoder on its device."""
+        vae = weights.load_vae(self.path / "vae")
+        return vae.to(self.device, memory_format=torch.channels_last)
+
+    def load_image_model(self):
+        """The run's model as it was before it saw a clip: a Pipeline on the run's device."""
+        unet = weights.load_unet(self.path / "image_unet", "none").to(self.device)
+        encoder, tokenizer = weights.load_text(self.path)
+        diffusion, sampling = weights.load_schedule(self.path)
+        return Pipeline(unet, self.load_vae(), encoder.to(self.device), tokenizer, diffusion, sampling)
+
+    def adopt(self):
+        """Take the model that --init names as stages one and two."""
+        options = self.options
+        model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
+        if processes.is_main():
+            print(*model.report.notes, sep="\n", end="\n" * bool(model.report.notes), file=sys.stderr)
+        model.encode_text([""])  # a model without a tokenizer is refused now
+        factor = model.vae.config.downscale * model.unet.config.downscale
+        if options.image_size % factor:
+            raise ValueError(f"--image-size needs a multiple of {factor}, got {options.image_size}")
+        if processes.is_main():
+            weights.save_unet(self.path / "image_unet", model.unet)
+            weights.save_pipeline(model, self.path)
+        self.finish("image")
+
+    def to_device(self, *tensors):
+        """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
+        if self.device.type != "cuda":
+            return tensors
+        return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
+
+
+def progress(items, title):
+    """The items behind a bar, which only the first process draws."""
+    return tqdm(items, title, unit="clip", disable=not processes.is_main(), leave=False)
+
+
+def read_state(path):
+    """A training state; nothing but tensors and plain values is ever loaded from it."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # torch would read it as a file of its first versions
+                raise RuntimeError("no archive")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "stage" not in state:
+            raise RuntimeError("of another program")
+        return state
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
+                         "anew") from None
+
+
+def read_record(path):
+    """(TrainOptions, finished stages) of a run, from its train.json."""
+    record_path = Path(path) / "train.json"
+    record = read_json(record_path)
+    try:
+        values = {k: v for k, v in record["options"].items() if k not in REMOVED}
+        options, finished = TrainOptions(**values), record["finished"]
+        if finished != list(STAGES[: len(finished)]):
+            raise ValueError(f"finished stages {finished}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None
+    return options, finished
+
+
+def merge_options(path, given):
+    """(TrainOptions, finished stages) of a run: its own if it exists, with the flags given.
+
+    Raises ValueError if a flag contradicts what the run has been trained with.
+    """
+    known = (Path(path) / "train.json").exists()
+    if not known and Path(path).exists() and any(Path(path).iterdir()):
+        raise ValueError(f"{path}: is not empty and no run; choose a new folder")
+    stored, finished = read_record(path) if known else (None, [])
+    begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
+    if not known or (not begun and {"init", "preset"} & given.keys()):
+        base = RECIPES[given.get("preset", "sd1" if "init" in given else "tiny")]
+        if "init" in given:  # None: what that model predicts
+            base = dataclasses.replace(base, init=given["init"], prediction_type=None)
+        return dataclasses.replace(base, **given), []
+    for field in dataclasses.fields(stored):
+        name, old = field.name, getattr(stored, field.name)
+        stage, _, what = name.partition("_")  # image_steps is of a stage, image_size is not
+        of_stage = stage in STAGES and what in ("steps", "batch_size", "learning_rate")
+        free = field.metadata.get("free") or not begun or (of_stage and stage not in begun)
+        if given.get(name, old) != old and not free:
+            raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
+                             f"{given[name]}; choose a new folder for other options")
+    return dataclasses.replace(stored, **given), finished
+
+
+def stages_to_run(path, stage, finished):
+    """The stages that this call trains. Raises ValueError if the one asked for cannot be."""
+    if stage is None:
+        return [name for name in STAGES if name not in finished]
+    if stage in finished:
+        raise ValueError(f"the {stage} stage of {path} is finished; choose a new folder to train "
+                         "anew")
+    needed = [name for name in STAGES[: STAGES.index(stage)] if name not in finished]
+    if needed:
+        raise ValueError(f"--stage {stage} needs the {needed[0]} stage of {path}, which is not "
+                         "finished; without --stage all that is missing is trained")
+    return [stage]

@@ -1,0 +1,145 @@
+"""Tokenizers from files: what was saved comes back, and what is damaged is refused by name."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_from_merges
+from tokenizer import CLIPTokenizer
+
+CAPTIONS = [
+    f"A {color} {shape} moves {side}."
+    for color in ("red", "green")
+    for shape in ("circle", "square")
+    for side in ("left", "right")
+]
+A, B, C = (ord(letter) - ord("!") for letter in "abc")  # "!" is the first visible byte: id 0
+ENDING = 256  # added to the id of a byte that ends a word
+
+
+def trained(**options):
+    return CLIPTokenizer.train(CAPTIONS, num_merges=60, max_length=12, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tokenizer(tmp_path, trained())
+    return tmp_path
+
+
+# Files
+
+
+@pytest.mark.parametrize("pad_with_end", [True, False])
+def test_a_loaded_tokenizer_gives_the_same_ids(tmp_path, pad_with_end):
+    tokenizer = trained(pad_with_end=pad_with_end)
+    save_tokenizer(tmp_path, tokenizer)
+    texts = [*CAPTIONS, "", "Ünseen! " * 9]
+    assert torch.equal(load_tokenizer(tmp_path)(texts), tokenizer(texts))
+
+
+def test_special_tokens_map_tells_the_padding_of_sd2(folder):
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
+    assert load_tokenizer(folder).pad_id == 0
+
+
+def tokenizer_json(folder, merges=None, **changes):
+    """Put what vocab.json and merges.txt say into the one file that transformers 5 writes."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    if merges is None:
+        merges = [line.split() for line in (folder / "merges.txt").read_text().split("\n")[1:-1]]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges} | changes
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+@pytest.mark.parametrize("join", [list, " ".join], ids=["pairs", "lines of transformers 4"])
+def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
+    texts = [*CAPTIONS, "", "Ünseen! " * 9]
+    tokenizer_json(folder, [join(pair) for pair in trained().ranks])
+    assert torch.equal(load_tokenizer(folder)(texts), trained()(texts))
+
+
+def test_tokenizer_config_tells_the_padding_of_sd2_beside_tokenizer_json(folder):
+    tokenizer_json(folder)
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+    assert load_tokenizer(folder).pad_id == 0
+
+
+def test_merges_file_of_clip_is_read_to_its_last_used_merge(tmp_path):
+    path = tmp_path / "bpe.txt"
+    path.write_text('"bpe.txt#version: 0.2\na b\nb c</w>\nnot used at all\n')
+    tokenizer = tokenizer_from_merges(path, num_merges=2)
+    assert list(tokenizer.ranks) == [("a", "b"), ("b", "c</w>")]
+
+
+@pytest.mark.parametrize(
+    "merges, message",
+    [
+        ("#version: 0.2\na b\nab\n", "line 3 needs two symbols, got 'ab'"),
+        ("#version: 0.2\na b\n\nb c\n", "line 3 needs two symbols, got ''"),
+        ("#version: 0.2\na bc\n", "known symbols .* got 'a' 'bc' as number 1"),
+        ("#version: 0.2\na b\na b\n", "known symbols .* as number 2"),
+        ("a b\n", "#version"),
+    ],
+)
+def test_a_damaged_merges_file_is_refused(folder, merges, message):
+    (folder / "merges.txt").write_text(merges)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
+
+
+def test_a_vocabulary_of_other_merges_is_refused(folder):
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary |= {"red</w>": vocabulary["square</w>"], "square</w>": vocabulary["red</w>"]}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match="disagree about '(red|square)</w>'"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab": {"a": 64}}, "disagree about"),
+        ({"merges": [["r", "e"]]}, "disagree about"),
+        ({"merges": [["r", "e"], ["abc"]]}, r"merge 2 needs two symbols, got \['abc'\]"),
+        ({"merges": ["r e d"]}, "merge 1 needs two symbols"),
+        ({"merges": [[1, 2]]}, "merge 1 needs two symbols"),
+        ({"merges": [None]}, "merge 1 needs two symbols, got None"),
+        ({"merges": {}}, "needs merges and vocab"),
+        ({"vocab": [["a", -1.0]]}, "needs merges and vocab"),  # of another kind, Unigram
+    ],
+)
+def test_a_damaged_tokenizer_json_is_refused(folder, changes, message):
+    tokenizer_json(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_tokenizer_json_without_a_model_is_refused(folder):
+    (folder / "merges.txt").unlink()
+    (folder / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(ValueError, match="needs merges and vocab"):
+        load_tokenizer(folder)
+
+
+def test_an_unknown_pad_token_is_refused(folder):
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    with pytest.raises(ValueError, match=r"pad_token .* got '\[PAD\]'"):
+        load_tokenizer(folder)
+
+
+def test_a_merges_file_that_is_too_short_is_refused(tmp_path):
+    (tmp_path / "bpe.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="needs 48894 merges, got 1"):
+        tokenizer_from_merges(tmp_path / "bpe.txt")
+
+
+def test_a_damaged_gz_file_is_refused(tmp_path):
+    (tmp_path / "bpe.txt.gz").write_bytes(gzip.compress(b"#version: 0.2\na b\n")[:-9])
+    with pytest.raises(ValueError, match="not a merges file"):
+        tokenizer_from_merges(tmp_path / "bpe.txt.gz")

@@ -1,0 +1,113 @@
+"""What several test files share: commands called in this process, small models, run folders."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recorded.rule import fill, normal
+
+import model
+import train
+import vae
+from tokenizer import CLIPTokenizer
+from diffusion import Diffusion
+from files import read_json, write_json
+from pipeline import Pipeline, Sampling
+from text import CLIPTextModel, TextConfig
+
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "diffusers.json").read_text())
+TOLERANCE = 5e-7  # of outputs of about 0.03; float32 rounds them by less than 1e-7
+
+# Four steps a stage at 16 x 16 pixels. States and metrics every other step, so that there is a
+# step after the last saved one to be lost in a kill.
+SMALL = {
+    "num_clips": 8, "num_frames": 3, "image_size": 16, "vae_steps": 4, "image_steps": 4,
+    "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
+    "image_every": 3, "warmup_steps": 2, "num_steps": 2, "log_every": 2, "save_every": 2,
+    "preview_every": 1000, "device": "cpu",
+}
+SMALL_UNET = model.UNetConfig(
+    block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
+    attention_levels=(True, True, False), attention_head_dim=2,
+)
+UNETS = {
+    "sd1": SMALL_UNET,
+    "sd2": dataclasses.replace(SMALL_UNET, attention_head_dim=(1, 2, 4),
+                               use_linear_projection=True),
+    "small": dataclasses.replace(SMALL_UNET, resnet_time_scale_shift="scale_shift",
+                                 class_embed_type="simple_projection"),
+}
+
+
+def build_unet(config=SMALL_UNET, **options):
+    """A small U-Net with weights by the rule of the recordings."""
+    return fill(model.UNet(dataclasses.replace(config, **options)))
+
+
+def unet_inputs(b=2, t=3, h=8, w=12):
+    """Latents, timesteps and a text of five tokens."""
+    timesteps = torch.tensor([37, 2])[:b]  # small: float32 knows their sines to seven digits
+    return normal(b, t, 4, h, w), timesteps, normal(b, 5, 20, seed=2)
+
+
+def fresh_pipeline():
+    """An untrained model whose every setting differs from its default."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.train(["a red circle", "a blue square"], 20, max_length=9)
+    config = TextConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=9, hidden_act="gelu", layer_norm_eps=1e-4,
+    )
+    unet = dataclasses.replace(model.PRESETS["tiny"], temporal="none", shift_before="conv2")
+    autoencoder = dataclasses.replace(vae.PRESETS["tiny"], scaling_factor=0.7)
+    diffusion = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                          timestep_spacing="trailing")
+    sampling = Sampling(num_frames=5, image_size=40, frames_per_second=12.0, num_steps=7,
+                        guidance_scale=3.0, sampler="ddpm", eta=0.5, shared_noise=0.25)
+    return Pipeline(model.UNet(unet), vae.AutoencoderKL(autoencoder), CLIPTextModel(config),
+                    tokenizer, diffusion, sampling)
+
+
+def change(path, **values):
+    """Change a JSON file; None removes a key."""
+    new = read_json(path) | values
+    write_json(path, {name: value for name, value in new.items() if value is not None})
+
+
+def flags(**options):
+    """{"num_clips": 8} as ["--num-clips", "8"]."""
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+    return [word for pair in pairs for word in pair]
+
+
+def call(main, *arguments):
+    """main() as the command line `python script.py ARGUMENTS` calls it, but in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        try:
+            return main()
+        finally:
+            torch.set_flush_denormal(False)  # the scripts set it for their whole process
+
+
+def train_small(path, *arguments, **options):
+    """Train a run of SMALL's options."""
+    call(train.main, path, *flags(**SMALL | options), *arguments)
+
+
+def metrics_of(path):
+    """The entries of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(path):
+    """The bytes of everything that training has made, but for its clock and its options."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [file.relative_to(path).as_posix() for file in files]
+    return {
+        name: file.read_bytes() for name, file in zip(names, files, strict=True)
+        if name not in ("metrics.jsonl", "train.json") and "previews" not in name
+    }
