@@ -313,8 +313,8 @@ def main():
                         help="write it in the layout of diffusers")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     args = parser.parse_args()
-    if args.convert and args.names.exists() and (
-        not args.names.is_dir() or any(args.names.iterdir())
+    if args.convert and args.convert.exists() and (
+        not args.convert.is_dir() or any(args.convert.iterdir())
     ):
         raise ValueError(f"--convert {args.convert}: exists already; name a new folder")
     pipeline = load_pipeline(args.path, merges=args.merges, prediction_type=args.prediction_type,

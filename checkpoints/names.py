@@ -165,7 +165,7 @@ def openclip_name(name):
     return name, None
 
 
-def places(part, network, tensors, ema):
+def names_in_file(part, network, tensors, ema):
     """Where a part's parameters are: {our name: (the file's name, a third of it or None)}."""
     openclips, clip = openclip(tensors), clip_prefix(tensors)
     found = {}
@@ -186,7 +186,7 @@ def places(part, network, tensors, ema):
     return found
 
 
-def taken(tensor, third, ndim):
+def view_of(tensor, third, ndim):
     """A view of a tensor of a single file as our parameter: one third of it, 1x1 taken off."""
     if third is not None and tensor.ndim and len(tensor) % 3 == 0:
         tensor = tensor.chunk(3)[third]
@@ -245,10 +245,10 @@ def convert(tensors, networks, ema, where):
     parts, expected, found = {}, {}, {}
     for part, network in networks.items():
         parts[part], state = {}, network.state_dict()
-        for name, (place, third) in places(part, network, tensors, ema).items():
+        for name, (place, third) in names_in_file(part, network, tensors, ema).items():
             expected[place] = tuple(state[name].shape)
             if place in tensors:
-                tensor = taken(tensors[place], third, state[name].ndim)
+                tensor = view_of(tensors[place], third, state[name].ndim)
                 parts[part][name], found[place] = tensor, tuple(tensor.shape)
     num_layers = networks["text_encoder"].config.num_hidden_layers
     ignored, unexpected = sort_out(tensors.keys() - expected.keys(), num_layers, ema)
@@ -264,7 +264,7 @@ def current_names(tensors):
     for name, tensor in tensors.items():
         if old.search(name):
             name = old.sub(lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.", name)
-            tensor = taken(tensor, None, 2)
+            tensor = view_of(tensor, None, 2)
         if not name.endswith("position_ids"):
             current["text_model." + name if bare else name] = tensor
     return current, len(tensors) - len(current)

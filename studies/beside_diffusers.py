@@ -254,7 +254,7 @@ def write_checkpoint(folder):
     tensors, form = {}, {f"{configs.TEXT}transformer.text_model.": None}
     for part, network in networks.items():
         state = network.state_dict()
-        for name, (place, _) in names.places(part, network, form, ema=False).items():
+        for name, (place, _) in names.names_in_file(part, network, form, ema=False).items():
             tensors[place] = 0.02 * torch.randn(state[name].shape)
     save_safetensors(folder / "model.safetensors", tensors)
     to_json = configs.unet_to_json, configs.vae_to_json, configs.text_to_json

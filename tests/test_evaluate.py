@@ -81,7 +81,7 @@ def test_a_static_clip_has_no_direction():
         assert recognise(clip[:1].repeat(8, axis=0)) == (*combination[:2], None)
 
 
-def test_a_picture_has_no_direction():
+def test_an_image_has_no_direction():
     clip = clips_of([("cyan", "triangle", "up")], num_frames=1)[0]
     assert recognise(clip) == ("cyan", "triangle", None)
 
@@ -138,9 +138,9 @@ def test_rates_are_percentages_of_clips():
     }
 
 
-def test_a_picture_is_right_without_a_direction():
+def test_an_image_is_right_without_a_direction():
     right = np.array([[True, True, False], [True, False, False]])
-    assert rates(right, picture=True) == {"count": 2, "colour": 100.0, "shape": 50.0, "all": 50.0}
+    assert rates(right, image=True) == {"count": 2, "colour": 100.0, "shape": 50.0, "all": 50.0}
 
 
 # The command
@@ -240,7 +240,7 @@ def test_a_wrong_number_is_refused(run, words):
     assert not (run / "evaluation.json").exists()
 
 
-def test_a_run_without_a_video_stage_is_measured_on_pictures(tmp_path, capsys):
+def test_a_run_without_a_video_stage_is_measured_on_images(tmp_path, capsys):
     train_small(tmp_path / "run", "--stage", "vae")
     train_small(tmp_path / "run", "--stage", "image")
     call(evaluate.main, tmp_path / "run", "--num-prompts", 2)

@@ -74,7 +74,7 @@ def rows_of(pipeline, monkeypatch, **options):
     """(clips, texts) in each call of the U-Net while one clip is drawn."""
     rows, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda self, x, timesteps, text: (
-        rows.append((len(x), len(text.last_token))) or forward(self, x, timesteps, text)
+        rows.append((len(x), len(text))) or forward(self, x, timesteps, text)
     ))
     draw(pipeline, PROMPTS[:1], num_steps=3, **options)
     return rows
@@ -84,8 +84,8 @@ def test_without_guidance_the_network_sees_a_clip_with_its_text_once_a_step(pipe
     assert rows_of(pipeline, monkeypatch, guidance_scale=1.0) == [(1, 1)] * 3
 
 
-def test_with_guidance_the_network_sees_it_with_two_texts(pipeline, monkeypatch):
-    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [(1, 2)] * 3
+def test_with_guidance_the_network_sees_it_twice_with_two_texts(pipeline, monkeypatch):
+    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [(2, 2)] * 3
 
 
 def test_one_guided_step_equals_the_formula(pipeline):
@@ -247,7 +247,7 @@ def test_a_wrong_flag_ends_with_status_2(run, words):
     assert stop.value.code == 2
 
 
-def test_a_run_without_a_unet_says_how_to_train_one(run):
+def test_a_run_without_a_unet_says_what_is_missing(run):
     shutil.rmtree(run / "unet")
-    with pytest.raises(ValueError, match="has no unet/; train one with `python train.py"):
+    with pytest.raises(ValueError, match="has no unet/; needs a run with a finished image stage"):
         call(sample.main, run, "a cat")

@@ -8,26 +8,10 @@ import zipfile
 
 import pytest
 import torch
+from checkpoint_files import WEIGHTS, A, B, holds_weights, save
 
 from checkpoints.containers import find_weights, read_checkpoint
 from files import save_safetensors
-
-A, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.5, -2.0]).half()
-WEIGHTS = {"a": A, "b": B}
-
-
-def holds_weights(path):
-    read = read_checkpoint(path)
-    same = {
-        name: x.dtype == WEIGHTS[name].dtype and x.equal(WEIGHTS[name]) for name, x in read.items()
-    }
-    return same == {"a": True, "b": True}
-
-
-def save(path, value=WEIGHTS):
-    torch.save(value, path)
-    return path
-
 
 # Forms
 

@@ -28,11 +28,11 @@ def refuse(folder, message):
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
 def test_a_missing_part_is_named(folder, part):
     shutil.rmtree(folder / part)
-    refuse(folder, f"model: has no {part}/; train one with")
+    refuse(folder, f"model: has no {part}/; needs a run with a finished image stage or a diffusers")
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    message = "nowhere: is not there; `python train.py .*nowhere` would train a model"
+    message = "nowhere: no such file or folder; check the path"
     refuse(tmp_path / "nowhere", message)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_convert import RECORDED, TEXT, UNET, VAE, changed, write_files
+from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, write_files
 
 import model
 import text
@@ -10,7 +10,7 @@ import vae
 import weights
 from checkpoints.containers import read_checkpoint
 from checkpoints.configs import configs_of, text_config
-from checkpoints.names import places
+from checkpoints.names import names_in_file
 from files import load_safetensors
 from weights import load_pipeline
 
@@ -41,7 +41,7 @@ def test_the_names_of_stable_diffusions_own_files_are_known():
         encoder = text.CLIPTextModel(text.PRESETS["sd2"])
     here = {TEXT + "model.": None}
     unet, autoencoder, encoder = (
-        places(part, network, here, False)
+        names_in_file(part, network, here, False)
         for part, network in [("unet", unet), ("vae", autoencoder), ("text_encoder", encoder)]
     )
     assert {unet[f"down_blocks.{i}.downsamplers.0.conv.bias"][0] for i in range(3)} == {
@@ -69,7 +69,7 @@ def test_the_full_size_is_read_off_the_tensors(family):
     tensors = {prefix + "x": torch.empty(0)}
     for part, network in networks.items():
         full = network.state_dict()
-        for name, (place, third) in places(part, network, {prefix: None}, False).items():
+        for name, (place, third) in names_in_file(part, network, {prefix: None}, False).items():
             tensor = full[name]
             tensors[place] = tensor if third is None else tensor.repeat_interleave(3, 0)
     size = model.PRESETS[family].sample_size * 8

@@ -1,12 +1,11 @@
 """Single files of Stable Diffusion 1 and 2: read as diffusers reads them, or refused by name."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from recorded.rule import checkpoint, normal, probe
+from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, write_files
+from recorded.rule import normal, probe
 from torch import nn
 
 import layers
@@ -16,32 +15,12 @@ from pipeline import Sampling
 from tokenizer import CLIPTokenizer
 from weights import load_pipeline
 
-RECORDED = json.loads((Path(__file__).parent / "recorded" / "single_files.json").read_text())
 TOLERANCE = 1e-4
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-
-
-def write_files(path):
-    """The paths {"sd1", "sd2"} of small single files, weights by the rule, and of a merges file."""
-    words = ["a red circle", "a blue square", "a green triangle", "moving left", "moving right"]
-    CLIPTokenizer.train(words, 20, max_length=12).save(path / "tokenizer")
-    for family in RECORDED:
-        save_safetensors(path / family, checkpoint(RECORDED[family]["shapes"]))
-    paths = {family: path / family for family in RECORDED}
-    return paths | {"merges": path / "tokenizer" / "merges.txt"}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
-
-
-def changed(path, files, family, change):
-    """A copy of a single file whose tensors were changed by a function, at a path."""
-    tensors = load_safetensors(files[family])
-    tensors = change(tensors) or tensors
-    save_safetensors(path, tensors)
-    return path
 
 
 # Values
@@ -131,7 +110,7 @@ def test_the_recorded_numbers_notice_a(mistake, name, family, files):
 def test_without_a_tokenizer_only_reading_a_text_is_refused(files):
     pipeline = load_pipeline(files["sd1"])
     assert pipeline.tokenizer is None
-    with pytest.raises(ValueError, match=r"no tokenizer .*--merges PATH.* in tokenizer/"):
+    with pytest.raises(ValueError, match=r"no tokenizer; .*--merges PATH.* in tokenizer/"):
         pipeline.encode_text(["a red circle"])
 
 
@@ -145,7 +124,7 @@ def test_the_family_says_how_a_text_is_padded(files, family, padding, as_folder)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(files, tmp_path):
-    CLIPTokenizer.train(["a red circle"], 3).save(tmp_path)
+    save_tokenizer(tmp_path, CLIPTokenizer.train(["a red circle"], 3))
     with pytest.raises(ValueError, match="the tokenizer has 517 tokens, the text encoder 534"):
         load_pipeline(files["sd1"], merges=tmp_path)
     with pytest.raises(ValueError, match="merges.txt: needs 20 merges, got 3"):

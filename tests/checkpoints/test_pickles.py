@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import WEIGHTS, A, B, holds_weights, save
+from checkpoint_files import WEIGHTS, A, B, holds_weights, save
 
 from checkpoints.containers import read_checkpoint
 

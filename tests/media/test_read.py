@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from media import read
-from media.write import contact_sheet, to_uint8, write_clip
 from media.read import iter_clip, read_clip
+from media.write import contact_sheet, to_uint8, write_clip
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 
@@ -266,7 +266,7 @@ def test_a_video_that_is_cut_off_is_an_error_and_not_a_shorter_clip(tmp_path, su
 
 
 def test_a_clip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "MAX_CLIP_BYTES", 3 * HEIGHT * WIDTH * 4)
+    monkeypatch.setattr(read, "MAX_CLIP_BYTES", 3 * HEIGHT * WIDTH * 4)
     np.save(tmp_path / "a.npy", gray_frames())
     with pytest.raises(ValueError, match="a.npy: more than .* raise the stride"):
         read_clip(tmp_path / "a.npy")
