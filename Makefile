@@ -1,7 +1,8 @@
-# make demo     environment, data, training, clips and scores: a text-to-video model from nothing
-# make test     the tests
-# make bench    what the shift and the rest cost on this machine
-# make clean    remove the environment and the demo's run
+# make demo           environment, data, training, clips and scores: a text-to-video model from nothing
+# make test           the tests, but for those of studies/
+# make test-studies   the tests of studies/, with the packages that those need
+# make bench          what the shift and the rest cost on this machine
+# make clean          remove the environment and the demo's run
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 # to do.
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-studies bench clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -19,6 +20,10 @@ FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+.venv/studies: studies/requirements.txt .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r studies/requirements.txt
+	touch $@
+
 demo: .venv/installed
 	$(FAST) $(PY) train.py runs/demo --data shapes --resume
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
@@ -26,10 +31,13 @@ demo: .venv/installed
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
 
 test: .venv/installed
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --ignore tests/studies
+
+test-studies: .venv/studies
+	$(PY) -m pytest -q tests/studies
 
 bench: .venv/installed
-	$(FAST) $(PY) bench.py
+	$(FAST) $(PY) -m studies.bench
 
 clean:
 	rm -rf .venv runs/demo

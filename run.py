@@ -79,18 +79,6 @@ class Run:
         if processes.is_main():
             (self.path / "training_state.pt").unlink(missing_ok=True)
 
-    def load_vae(self):
-        """The run's autoencoder on its device."""
-        vae = weights.load_vae(self.path / "vae")
-        return vae.to(self.device, memory_format=torch.channels_last)
-
-    def load_image_model(self):
-        """The run's model as it was before it saw a clip: a Pipeline on the run's device."""
-        unet = weights.load_unet(self.path / "image_unet", "none").to(self.device)
-        encoder, tokenizer = weights.load_text(self.path)
-        diffusion, sampling = weights.load_schedule(self.path)
-        return Pipeline(unet, self.load_vae(), encoder.to(self.device), tokenizer, diffusion, sampling)
-
     def adopt(self):
         """Take the model that --init names as stages one and two."""
         options = self.options
@@ -111,6 +99,19 @@ class Run:
         if self.device.type != "cuda":
             return tensors
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
+
+
+def load_vae(path, device):
+    """A run's autoencoder."""
+    return weights.load_vae(Path(path) / "vae").to(device, memory_format=torch.channels_last)
+
+
+def load_image_model(path, device):
+    """A run's model as it was before it saw a clip: a Pipeline on a device."""
+    unet = weights.load_unet(Path(path) / "image_unet", "none").to(device)
+    encoder, tokenizer = weights.load_text(path)
+    diffusion, sampling = weights.load_schedule(path)
+    return Pipeline(unet, load_vae(path, device), encoder.to(device), tokenizer, diffusion, sampling)
 
 
 def progress(items, title):

@@ -30,7 +30,7 @@ from media.write import contact_sheet, side_by_side, write_clip
 from model import UNet
 from options import RECIPES, STAGES
 from pipeline import Pipeline
-from run import Run, merge_options, progress, stages_to_run
+from run import Run, load_image_model, load_vae, merge_options, progress, stages_to_run
 from shapes import MovingShapes
 from temporal import start_as_shift, temporal_state
 from tokenizer import CLIPTokenizer
@@ -155,7 +155,7 @@ def new_text_model(options, captions):
 def train_image(run, clips, captions):
     """Stage two: the U-Net on single frames, and the text encoder with it."""
     options = run.options
-    autoencoder = run.load_vae()
+    autoencoder = load_vae(run.path, run.device)
     latents = encode_clips(autoencoder, clips)  # of each clip t c h/f w/f
     encoder, tokenizer = new_text_model(options, captions)
     encoder.to(run.device)
@@ -286,7 +286,7 @@ def main():
         elif stage == "image":
             train_image(run, clips, captions)
         else:
-            image_model = run.load_image_model()
+            image_model = load_image_model(run.path, run.device)
             train_video(run, image_model, encode_clips(image_model.vae, clips), captions)
 
 

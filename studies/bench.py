@@ -1,9 +1,9 @@
-"""What does it cost? Medians of interleaved repetitions, as tables for the README.
+"""What does it cost? Medians of interleaved repetitions, as tables for docs/measurements.md.
 
-    python bench.py                 everything, on the GPU if there is one, else on the CPU
-    python bench.py --only tiny     one of: shift, tiny, sd1, diffusers
+    python -m studies.bench                 everything, on the GPU if there is one, else on the CPU
+    python -m studies.bench --only tiny     one of: shift, tiny, sd1, diffusers
 
-The last needs the diffusers and transformers libraries, which are no requirement (reference.py).
+The last needs diffusers and transformers (beside_diffusers.py).
 
 Two things that are compared take turns, A B A B ..., and the ratio is taken turn by turn: so a
 machine that slows down slows both. Each part runs in a process of its own, whose peak memory it
@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +56,26 @@ def ratio(seconds, a, b):
     return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
 
 
-def print_row(what, *cells):
-    print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
+def row(*cells):
+    """A row of a markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(columns, *rows):
+    """A markdown table; without rows its head."""
+    return "\n".join([row(*columns), row(*["---"] * len(columns)), *(row(*cells) for cells in rows)])
+
+
+def peak_gib(device):
+    """The most memory that this process has used so far, in GiB; on a GPU, of the GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
 def bench_shift(device, repetitions):
     """The shift beside x.clone(), which is one read and one write: the least that it could cost."""
-    print_row("shift over clone", "forward", "forward and backward")
-    print_row("---", "---", "---")
+    print(table(["shift over clone", "forward", "forward and backward"]))
     for name, (b, t, c, h, w) in SHAPES.items():
         for layout in (torch.contiguous_format, torch.channels_last):
             frames = torch.randn(b * t, c, h, w, device=device).to(memory_format=layout)
@@ -89,7 +100,7 @@ def bench_shift(device, repetitions):
                     "clone": lambda run=run: run(torch.clone),
                 }
                 cells.append(ratio(measure(pair, repetitions, device), "shift", "clone"))
-            print_row(f"{name}, {str(layout).removeprefix('torch.')}", *cells)
+            print(row(f"{name}, {str(layout).removeprefix('torch.')}", *cells), flush=True)
 
 
 def bench_unet(preset, device, repetitions):
@@ -117,25 +128,20 @@ def bench_unet(preset, device, repetitions):
     functions = {"shift": lambda: step(shifted), "none": lambda: step(apart)}
     seconds = measure(functions, repetitions, device)
     median = statistics.median(seconds["shift"])
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
-    print_row(f"{preset}: {b} x {t} frames of {h}x{w} latents, forward and backward", "")
-    print_row("---", "---")
-    print_row("with the shift over without", ratio(seconds, "shift", "none"))
-    print_row("seconds, median", f"{median:.3f}")
-    print_row("frames per second", f"{b * t / median:.2f}")
-    print_row("peak memory, GiB", f"{peak:.2f}")
+    print(table(
+        [f"{preset}: {b} x {t} frames of {h}x{w} latents, forward and backward", ""],
+        ["with the shift over without", ratio(seconds, "shift", "none")],
+        ["seconds, median", f"{median:.3f}"], ["frames per second", f"{b * t / median:.2f}"],
+        ["peak memory, GiB", f"{peak_gib(device):.2f}"],
+    ))
 
 
 def bench_diffusers(arguments):
-    """Everything of reference.py, each job in a process of its own; returns its exit status."""
+    """Everything of beside_diffusers.py, each job in a process of its own; returns its exit status."""
     if importlib.util.find_spec("diffusers") is None:
         print("beside diffusers: not measured, diffusers and transformers are not installed")
         return 0
-    script = Path(__file__).with_name("reference.py")
-    return subprocess.call([sys.executable, script, *arguments])
+    return subprocess.call([sys.executable, "-m", "studies.beside_diffusers", *arguments])
 
 
 def main():
@@ -161,7 +167,7 @@ def main():
         print(f"PyTorch {torch.__version__} on {name or device}, {torch.get_num_threads()} threads")
         for part in PARTS:
             print(flush=True)
-            status = subprocess.call([sys.executable, __file__, *sys.argv[1:], "--only", part])
+            status = subprocess.call([sys.executable, "-m", "studies.bench", *sys.argv[1:], "--only", part])
             if status:
                 sys.exit(status)
 

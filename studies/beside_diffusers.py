@@ -1,9 +1,10 @@
 """Beside diffusers: the same weights and inputs, the same numbers, and who is faster.
 
-    python reference.py                  every job, each in a process of its own
-    python reference.py --only clip      one of: frame, clip, training, decode, picture, loading
+    python -m studies.beside_diffusers                every job, each in a process of its own
+    python -m studies.beside_diffusers --only clip    one of: frame, clip, training, decode, image,
+                                                      loading
 
-Needs the diffusers and transformers libraries, which this project does not. Weights are random, of
+Needs diffusers and transformers (studies/requirements.txt), as nothing else here does. Weights are random, of
 Stable Diffusion 1.5's full size; the numbers of both sides are compared before any time is taken,
 then the sides take turns. float32 on a CPU, bfloat16 on a GPU, PyTorch's own attention on both.
 """
@@ -21,17 +22,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoints import configs
-from checkpoints import names
+from checkpoints import configs, names
+from checkpoints.tokenizers import save_tokenizer
 import model
 import text
 import vae
-from studies.bench import measure, print_row, ratio
 from cli import choose_device, run_main
 from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
 from model import UNet
 from pipeline import Pipeline, Sampling
+from studies.bench import measure, ratio, row, table
 from text import CLIPTextModel
 from tokenizer import CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
@@ -41,9 +42,10 @@ try:
     import diffusers
     import transformers
 except ImportError as error:
-    sys.exit(f"reference.py: error: {error}; it needs `pip install diffusers transformers`")
+    sys.exit(f"studies.beside_diffusers needs diffusers and transformers ({error}); install them with "
+             "`pip install -r studies/requirements.txt`")
 
-TURNS = {"frame": 9, "clip": 5, "training": 3, "decode": 3, "picture": 5, "loading": 3}
+TURNS = {"frame": 9, "clip": 5, "training": 3, "decode": 3, "image": 5, "loading": 3}
 SIDES = ("ours", "theirs")
 FRAMES, PROMPT = 16, "a red circle"
 
@@ -88,7 +90,7 @@ def make_text(device):
     ours.load_state_dict(names, assign=True)
     tokenizer = CLIPTokenizer.train([PROMPT, "moving left"], 20)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
+        save_tokenizer(folder, tokenizer)
         return ours, theirs, tokenizer, transformers.CLIPTokenizer.from_pretrained(folder)
 
 
@@ -97,7 +99,7 @@ def for_sampling(device, unet=None, autoencoder=None, encoder=None, tokenizer=No
     empty = torch.nn.Module
     pipeline = Pipeline(
         unet or empty(), autoencoder or empty(), encoder or empty(), tokenizer,
-        Diffusion(), Sampling(1, 256, num_steps=4),
+        Diffusion(), Sampling(num_frames=1, image_size=256, num_steps=4),
     )
     return pipeline.to(device)
 
@@ -112,27 +114,26 @@ def inputs(device, b, t):
 
 
 def frame_job(device):
-    """The U-Net on one frame with guidance: one clip, two texts."""
+    """The U-Net on one frame with guidance: a batch of two."""
     ours, theirs = make_unet(device)
     ours = for_sampling(device, unet=ours).unet
     latents, timesteps, _ = inputs(device, 1, 1)
     _, _, context = inputs(device, 2, 1)
-    read = ours.read(context)  # once per sampling run
-    twice, both = latents[:, 0].repeat(2, 1, 1, 1), timesteps.repeat(2)
+    twice, both = latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
     return (
-        lambda: ours(latents, timesteps, read)[:, 0],
-        lambda: theirs(twice, both, context).sample,
+        lambda: ours(twice, both, context)[:, 0],
+        lambda: theirs(twice[:, 0], both, context).sample,
     )
 
 
 def clip_job(device):
-    """The U-Net on a clip of 16 frames, which diffusers sees as 16 pictures with 16 texts."""
+    """The U-Net on a clip of 16 frames, which diffusers gets as 16 images with 16 texts."""
     ours, theirs = make_unet(device)
     ours = for_sampling(device, unet=ours).unet
     latents, timesteps, context = inputs(device, 1, FRAMES)
-    read, texts = ours.read(context), context.repeat(FRAMES, 1, 1)
+    texts = context.repeat(FRAMES, 1, 1)
     return (
-        lambda: ours(latents, timesteps, read)[0],
+        lambda: ours(latents, timesteps, context)[0],
         lambda: theirs(latents[0], timesteps.repeat(FRAMES), texts).sample,
     )
 
@@ -170,8 +171,8 @@ def decode_job(device):
     )
 
 
-def picture_job(device):
-    """From a prompt to pixels: a picture of 256x256, four DDIM steps, guidance."""
+def image_job(device):
+    """From a prompt to pixels: an image of 256x256, four DDIM steps, guidance."""
     encoder, their_encoder, tokenizer, their_tokenizer = make_text(device)
     (unet, their_unet), (autoencoder, their_vae) = make_unet(device), make_vae(device)
     scheduler = diffusers.DDIMScheduler(
@@ -191,16 +192,16 @@ def picture_job(device):
         return ours.decode(latents)[0]
 
     def draw_theirs():
-        pictures = theirs(PROMPT, 256, 256, 4, guidance_scale=7.5, output_type="pt",
+        images = theirs(PROMPT, 256, 256, 4, guidance_scale=7.5, output_type="pt",
                           latents=noise.to(device, their_unet.dtype)).images
-        return pictures.float().cpu() * 2 - 1
+        return images.float().cpu() * 2 - 1
 
     return draw, draw_theirs
 
 
 JOBS = {
     "frame": frame_job, "clip": clip_job, "training": training_job, "decode": decode_job,
-    "picture": picture_job,
+    "image": image_job,
 }
 
 
@@ -235,12 +236,12 @@ def compare(name, device, repetitions):
     medians = " and ".join(f"{statistics.median(seconds[side]):.2f}" for side in SIDES)
     peaks = " and ".join(in_new_process(name, device, "--side", side) for side in SIDES)
     what = " ".join(JOBS[name].__doc__.split()).rstrip(".")
-    print_row(what, ratio(seconds, "ours", "theirs"), medians, peaks, f"{difference:.0e}")
+    print(row(what, ratio(seconds, "ours", "theirs"), medians, peaks, f"{difference:.0e}"))
 
 
 def in_new_process(name, device, *arguments):
     """What a process prints that runs one job for one side."""
-    command = [sys.executable, __file__, "--only", name, "--device", str(device), *arguments]
+    command = [sys.executable, "-m", "studies.beside_diffusers", "--only", name, "--device", str(device), *arguments]
     return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
@@ -260,8 +261,8 @@ def write_checkpoint(folder):
     to_json = configs.unet_to_json, configs.vae_to_json, configs.text_to_json
     for (part, network), values in zip(networks.items(), to_json, strict=True):
         write_json(folder / part / "config.json", values(network.config))
-    CLIPTokenizer.train([PROMPT], 20).save(folder / "tokenizer")
-    save_schedule(folder, Diffusion(), Sampling(1, 512))
+    save_tokenizer(folder / "tokenizer", CLIPTokenizer.train([PROMPT], 20))
+    save_schedule(folder, Diffusion(), Sampling(num_frames=1, image_size=512))
 
 
 def load(folder, side):
@@ -301,7 +302,7 @@ def compare_loading(device, repetitions):
         peaks = " and ".join(f"{statistics.median(side[3]):.2f}" for side in (ours, theirs))
         difference = abs(ours[2][0] - theirs[2][0]) / abs(theirs[2][0])
         seconds = {"ours": ours[i], "theirs": theirs[i]}
-        print_row(what, ratio(seconds, "ours", "theirs"), medians, peaks, f"{difference:.0e}")
+        print(row(what, ratio(seconds, "ours", "theirs"), medians, peaks, f"{difference:.0e}"))
 
 
 def main():
@@ -321,8 +322,7 @@ def main():
         with torch.set_grad_enabled(args.only == "training"):
             return print(f"{peak_memory(function, device):.2f}")
     if not args.only:
-        print_row("ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference")
-        print_row("---", "---", "---", "---", "---")
+        print(table(["ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference"]))
         for name in TURNS:
             turns = ["--repetitions", str(args.repetitions)] if args.repetitions else []
             print(in_new_process(name, device, *turns), flush=True)

@@ -1,16 +1,16 @@
-"""Which way for frames to talk is best? One image model, every sibling, trained equally.
+"""Which temporal variant is best? One image model, every variant, trained equally.
 
-    python compare.py runs/demo --quick                       15 minutes on two cores
-    python compare.py runs/demo                               all siblings, three seeds: for a GPU
-    python compare.py runs/demo --siblings none,shift,shift-causal --steps 600 --output three
+    python -m studies.compare runs/demo --quick               15 minutes on two cores
+    python -m studies.compare runs/demo                       all variants, three seeds: for a GPU
+    python -m studies.compare runs/demo --variants none,shift,shift-causal --steps 600 --output three
 
-RUN has finished its image stage on MovingShapes. Each sibling starts as that image model and learns
+RUN has finished its image stage on MovingShapes. Each variant starts as that image model and learns
 clips for the same number of steps on the same batches: the clips, noise, timesteps and captions of
 step k follow from the seed and k. Then all draw the same prompts from the same noise.
 
-report.py says what comes out: tables of costs and of agreement with the text, curves and a sheet of
-clips. What is finished is not done again, so a comparison that was stopped goes on when it is
-called again, and one with more seeds or siblings takes over what there is.
+report.py writes the tables of costs and of agreement with the text, the curves and a sheet of
+clips. A comparison that was stopped continues when it is called again, and one with more seeds or
+variants reuses the trainings that are finished.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,28 +26,21 @@ from tqdm import tqdm
 
 import train
 from cli import add_flags, choose_device, given_flags, option, run_main
-from studies.costs import build, measure_costs
-from evaluate import choose_prompts, draw, evaluate_agreement, mean_over_clips
+from evaluate import choose_prompts, draw, evaluate_agreement
 from files import read_json, write_json
-from losses import DenoisingLoss
 from metrics import (
-    NUM_FEATURES,
-    consistency,
-    features_of,
-    frechet_distance,
-    load_feature_net,
+    NUM_FEATURES, consistency, features_of, frechet_distance, load_feature_net, mean_over_clips,
     real_clips,
 )
-from pipeline import Pipeline
-from options import read_record
-from studies.report import write_report, write_sheet
+from run import Run, load_image_model, read_record
 from shapes import HELD_OUT, SEEN, caption_of
-from vae import encode_clip
-from weights import load_schedule, load_text, load_unet, load_vae, save_unet
+from studies.costs import measure_costs
+from studies.report import write_report, write_sheet
+from weights import load_unet
 
-# What each sibling is given: options of train.py. With three times the rate attention's loss falls
-# faster; those of the last two do not.
-SIBLINGS = {
+# The options of train.py for each variant. With three times the rate attention's loss falls faster;
+# those of directed and conv do not.
+VARIANTS = {
     "none": {"temporal": "none"},
     "shift": {"temporal": "shift"},
     "shift-quarter": {"temporal": "shift", "shift_fold": 4},
@@ -59,15 +51,14 @@ SIBLINGS = {
     "conv": {"temporal": "conv"},
     "conv-as-shift": {"temporal": "conv", "start_as_shift": True},
 }
-GROUND = None  # of a process that trains
-PROMPT_SEED = 5000  # of the noise that clips are drawn from, the same for every sibling and seed
+PROMPT_SEED = 5000  # of the noise that clips are drawn from, the same for every variant and seed
 
 
 @dataclass(frozen=True)
 class Choices:
     """What a comparison does."""
 
-    siblings: str = option(",".join(SIBLINGS), "which, with commas between")
+    variants: str = option(",".join(VARIANTS), "which, with commas between")
     steps: int = option(3000, "training steps of each")
     seeds: int = option(3, "trainings of each; an interval needs three")
     checkpoints: int = option(10, "points of a curve")
@@ -79,59 +70,52 @@ class Choices:
     device: str = option("auto", "cpu, cuda, cuda:1, ...")
 
     def __post_init__(self):
-        unknown = [name for name in self.names if name not in SIBLINGS]
+        unknown = [name for name in self.names if name not in VARIANTS]
         if unknown:
-            raise ValueError(f"--siblings needs some of {', '.join(SIBLINGS)}; got {unknown[0]!r}")
+            raise ValueError(f"--variants needs some of {', '.join(VARIANTS)}; got {unknown[0]!r}")
         for name in ("steps", "seeds", "checkpoints", "batch_size", "repetitions", "jobs"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} needs >= 1, got {getattr(self, name)}"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} needs >= 1, got {getattr(self, name)}")
         if self.num_prompts <= NUM_FEATURES or self.curve_prompts < 2:
             raise ValueError(f"--num-prompts needs >= {NUM_FEATURES + 1}, more than there are "
                              "features for FVD-shapes, and --curve-prompts >= 2")
 
     @property
     def names(self):
-        return list(dict.fromkeys(self.siblings.split(",")))
+        return list(dict.fromkeys(self.variants.split(",")))
 
 
 FULL = Choices()
 QUICK = Choices(
-    siblings="none,shift,attention,directed,conv", steps=600, checkpoints=4, curve_prompts=24,
+    variants="none,shift,attention,directed,conv", steps=600, checkpoints=4, curve_prompts=24,
     num_prompts=64, batch_size=16, repetitions=5, jobs=2,
 )
 
 
-class Ground:
-    """What all siblings stand on: the run's frozen parts, its clips as latents, and the judges."""
+class Comparison:
+    """What all trainings share: the run's image model, its clips as latents, and the judges."""
 
-    def __init__(self, run, choices):
-        self.path, self.choices, self.device = run, choices, choose_device(choices.device)
+    def __init__(self, run, output, choices):
+        self.path, self.output, self.choices = run, output, choices
         self.options, finished = read_record(run)
         if "image" not in finished or self.options.data != "shapes":
             raise ValueError(f"{run}: needs a finished image stage on --data shapes; train one "
                              "with `python train.py NEW_RUN`")
-        options, (encoder, tokenizer) = self.options, load_text(run)
-        parts = load_unet(run / "image_unet", "none"), load_vae(run / "vae"), encoder, tokenizer
-        sampling, (diffusion, _) = options.sampling(options.num_frames), load_schedule(run)
-        self.pipeline = Pipeline(*parts, diffusion, sampling).to(self.device)
+        self.device = choose_device(choices.device)
+        self.model = load_image_model(run, self.device).to(self.device)
+        sampling = self.options.sampling(self.options.num_frames)
+        self.model = dataclasses.replace(self.model, sampling=sampling)
         self.prompts = choose_prompts(choices.num_prompts)
 
-    def prepare(self, net_path):
-        """Make what only training and scoring need: latents, texts, the feature net."""
-        options, size = self.options, (self.options.num_frames, self.options.image_size)
-        clips, self.captions = train.open_data(options)
-        bar = tqdm(clips, "encode", unit="clip", leave=False)
-        self.latents = [encode_clip(self.pipeline.vae, c.to(self.device)).cpu() for c in bar]
-        unique = ["", *dict.fromkeys(self.captions)]
-        self.texts = dict(zip(unique, self.pipeline.encode_text(unique).cpu(), strict=True))
-        self.net = load_feature_net(
-            net_path, *size, self.device, lambda steps: tqdm(steps, "feature net", leave=False)
-        )
-        self.real, others = (
-            real_clips(len(self.prompts), *size, PROMPT_SEED + i, self.prompts) for i in range(2)
-        )
+    def prepare(self):
+        """Make what only training and scoring need: latents, the feature net, real clips."""
+        size = self.options.num_frames, self.options.image_size
+        clips, self.captions = train.open_data(self.options)
+        self.latents = train.encode_clips(self.model.vae, clips)
+        self.net = load_feature_net(self.output / "feature_net.safetensors", *size, self.device,
+                                    lambda steps: tqdm(steps, "feature net", leave=False))
+        self.real, others = (real_clips(len(self.prompts), *size, PROMPT_SEED + i, self.prompts)
+                             for i in range(2))
         self.others = features_of(self.net, others)
 
     def quality(self, clips):
@@ -143,60 +127,56 @@ class Ground:
 
     def draw(self, unet, prompts, num_frames):
         """The clips that a U-Net draws of combinations, from noise that is always the same."""
-        pipeline = dataclasses.replace(self.pipeline, unet=unet)
-        return draw(pipeline, prompts, num_frames, PROMPT_SEED, self.choices.batch_size)
+        model = dataclasses.replace(self.model, unet=unet)
+        return draw(model, prompts, num_frames, PROMPT_SEED, self.choices.batch_size)
 
     def score(self, unet):
-        """All that is told of a U-Net's clips and pictures of the prompts."""
+        """Agreement and quality of a U-Net's clips and images of the prompts."""
         clips = self.draw(unet, self.prompts, self.options.num_frames)
-        drawn = {"clips": clips, "pictures": self.draw(unet, self.prompts, 1)}
+        drawn = {"clips": clips, "images": self.draw(unet, self.prompts, 1)}
         return evaluate_agreement(drawn, {}, self.prompts) | self.quality(clips)
 
     def references(self):
-        """{name: (pictures right, consistency, distance)}: what to hold the numbers to."""
-        pictures = self.draw(self.pipeline.unet, self.prompts, 1)
-        rates = evaluate_agreement({"pictures": pictures}, {}, self.prompts)
+        """{name: (images right, consistency, distance)}: the values to compare with."""
+        rates = evaluate_agreement({"images": self.draw(self.model.unet, self.prompts, 1)}, {},
+                                   self.prompts)
         return {
-            "the image model": (rates["pictures, all"]["all"], None, None),
+            "the image model": (rates["images, all"]["all"], None, None),
             "real clips": (None, *self.quality(self.real).values()),
         }
 
+    def options_of(self, name, seed=0):
+        """TrainOptions of a variant's training on clips, from those of the run."""
+        every = max(1, self.choices.steps // self.choices.checkpoints)
+        return dataclasses.replace(
+            self.options, **VARIANTS[name], seed=self.options.seed + seed, preview_every=every,
+            video_steps=self.choices.steps, save_every=every, device=self.choices.device,
+        )
 
-def options_of(base, name, choices, seed=0):
-    """TrainOptions of a sibling's training on clips, from those of the run."""
-    every = max(1, choices.steps // choices.checkpoints)
-    return dataclasses.replace(
-        base, **SIBLINGS[name], seed=base.seed + seed, video_steps=choices.steps,
-        preview_every=every, save_every=every, device=choices.device,
-    )
+    def train(self, name, seed):
+        """Train a variant on clips, from where an earlier call was stopped, and score it."""
+        folder, options = self.output / f"{name}-{seed}", self.options_of(name, seed)
+        prompts, curve = choose_prompts(self.choices.curve_prompts), folder / "curve.json"
 
+        def look(step, unet):
+            clips = self.draw(unet, prompts, options.num_frames)
+            point = evaluate_agreement({"clips": clips}, {}, prompts)["clips, all"]
+            write_json(curve, (read_json(curve) if curve.exists() else {}) | {str(step): point})
 
-def fine_tune(ground, name, seed, folder):
-    """Train a sibling on clips, from where an earlier call was stopped, and score it."""
-    choices = ground.choices
-    options = options_of(ground.options, name, choices, seed)
-    run = train.Run(folder, options, ["vae", "image"], resume=True)
-    torch.manual_seed(options.seed)
-    unet = build(ground.path, options, ground.device)
-    diffusion, data = ground.pipeline.diffusion, (ground.latents, ground.captions, ground.texts)
-    batches = train.denoising_batches(run, "video", *data, diffusion.num_train_timesteps)
-    loss = DenoisingLoss(unet, diffusion, new_layers_rate=options.new_layers_rate)
-    prompts, path = choose_prompts(choices.curve_prompts), folder / "curve.json"
-
-    def look(step):
-        clips = ground.draw(unet, prompts, options.num_frames)
-        point = {str(step): evaluate_agreement({"clips": clips}, {}, prompts)["clips, all"]}
-        write_json(path, (read_json(path) if path.exists() else {}) | point)
-
-    run.fit("video", loss, batches, look)
-    look(choices.steps)
-    save_unet(folder / "unet", unet)
-    write_json(folder / "result.json", {"scores": ground.score(unet), "curve": read_json(path)})
-    run.finish("video")
+        torch.manual_seed(options.seed)
+        if (folder / "train.json").exists() and "video" in read_record(folder)[1]:
+            unet = load_unet(folder / "unet").to(self.device)  # stopped before it was scored
+        else:
+            run = Run(folder, options, ["vae", "image"], resume=True)
+            unet = train.train_video(run, self.model, self.latents, self.captions, look)
+        look(self.choices.steps, unet)
+        result = {"scores": self.score(unet), "curve": read_json(curve)}
+        write_json(folder / "result.json", result)
+        print(f"trained: {name}, seed {seed}", flush=True)
 
 
-def remember(path, now):
-    """Keep what makes results comparable. Raises ValueError if those of a folder are others."""
+def check_settings(path, now):
+    """Keep what makes results comparable. Raises ValueError if a folder has other settings."""
     before = read_json(path) if path.exists() else now
     different = [f"{key} {before.get(key)}, not {now[key]}" for key in now
                  if before.get(key) != now[key]]
@@ -206,91 +186,78 @@ def remember(path, now):
     write_json(path, now)
 
 
-def work_on(ground, places):
-    """Train (sibling, seed, folder)s, in processes side by side if so chosen; yields what is done.
+def train_some(run, output, choices, jobs, threads):
+    """What a process does that trains a share of the jobs, (name, seed) each."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+    def work():
+        comparison = Comparison(run, output, choices)
+        comparison.prepare()
+        for job in jobs:
+            comparison.train(*job)
+
+    run_main(work)
+
+
+def train_all(comparison, jobs):
+    """Train (name, seed) jobs, in several processes if so chosen.
 
     Small networks leave cores idle: two trainings with a core each are faster than one with two.
     """
-    jobs = min(ground.choices.jobs, len(places))
-    if jobs < 2:
-        for place in places:
-            fine_tune(ground, *place)
-            yield place[:2]
+    count = min(comparison.choices.jobs, len(jobs))
+    if count < 2:
+        for job in jobs:
+            comparison.train(*job)
         return
     os.environ["TQDM_DISABLE"] = "1"  # bars of processes would write over each other
-    threads = max(1, torch.get_num_threads() // jobs)
-    start = prepare_worker, (ground.path, places[0][2].parent, ground.choices, threads)
+    common = comparison.path, comparison.output, comparison.choices
+    threads = max(1, torch.get_num_threads() // count)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, *start) as pool:
-        futures = [pool.submit(fine_tune_here, *place) for place in places]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:  # after Ctrl-C or an error, start no more of them
-            pool.shutdown(cancel_futures=True)
-
-
-def prepare_worker(run, output, choices, threads):
-    """The start of a process that trains."""
-    global GROUND
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    GROUND = Ground(run, choices)
-    GROUND.prepare(output / "feature_net.safetensors")
-
-
-def fine_tune_here(name, seed, folder):
-    fine_tune(GROUND, name, seed, folder)
-    return name, seed
-
-
-def train_all(ground, output):
-    """Train and score what is not done yet. Returns ({sibling: [result, ...]}, references)."""
-    choices = ground.choices
-    places = [(n, seed, output / f"{n}-{seed}") for seed in range(choices.seeds)
-              for n in choices.names]
-    todo = [place for place in places if not (place[2] / "result.json").exists()]
-    references_path = output / "references.json"
-    if todo or not references_path.exists():
-        ground.prepare(output / "feature_net.safetensors")
-    if not references_path.exists():
-        write_json(references_path, ground.references())
-    for i, (name, seed) in enumerate(work_on(ground, todo), start=1):
-        print(f"{i} of {len(todo)} is trained: {name}, seed {seed}", flush=True)
-    results = {name: [] for name in choices.names}
-    for name, _, folder in places:
-        results[name].append(read_json(folder / "result.json"))
-    return results, read_json(references_path)
+    processes = [spawn.Process(target=train_some, args=(*common, jobs[i::count], threads))
+                 for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:  # Ctrl-C reaches them, too: each saves its state and ends
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise ValueError(f"{comparison.output}: a training has failed, see above; call again to "
+                         "continue")
 
 
 def compare(run, output, choices):
     """Do what is not done yet, write the report and return its text."""
-    ground = Ground(run, choices)
-    remember(output / "settings.json", {
+    comparison = Comparison(run, output, choices)
+    check_settings(output / "settings.json", {
         "run": str(run.resolve()), "steps": choices.steps, "checkpoints": choices.checkpoints,
-        "curve_prompts": choices.curve_prompts, "num_prompts": choices.num_prompts,
-        **SIBLINGS,
+        "curve_prompts": choices.curve_prompts, "num_prompts": choices.num_prompts, **VARIANTS,
     })
-    costs_path = output / "costs.json"
+    costs_path, references_path = output / "costs.json", output / "references.json"
     costs = read_json(costs_path) if costs_path.exists() else {}
     if not all(name in costs for name in choices.names):  # first, while this process is small
-        settings = {name: options_of(ground.options, name, choices) for name in choices.names}
-        texts = [caption_of(*prompt) for prompt in ground.prompts[: choices.batch_size]]
-        costs = measure_costs(run, settings, ground.pipeline, texts, choices.repetitions)
+        settings = {name: comparison.options_of(name) for name in choices.names}
+        texts = [caption_of(*prompt) for prompt in comparison.prompts[: choices.batch_size]]
+        costs = measure_costs(comparison.model, settings, texts, choices.repetitions)
         write_json(costs_path, costs)
-    results, references = train_all(ground, output)
-    shown = [HELD_OUT[0], SEEN[20], HELD_OUT[9]]
-    drawn = {}
+    results = {(name, seed): output / f"{name}-{seed}" / "result.json"
+               for seed in range(choices.seeds) for name in choices.names}
+    jobs = [job for job, path in results.items() if not path.exists()]
+    if jobs or not references_path.exists():
+        comparison.prepare()
+    if not references_path.exists():
+        write_json(references_path, comparison.references())
+    train_all(comparison, jobs)
+    shown, drawn = [HELD_OUT[0], SEEN[20], HELD_OUT[9]], {}
     for name in choices.names:
-        unet = load_unet(output / f"{name}-0" / "unet").to(ground.device)
-        drawn[name] = ground.draw(unet, shown, ground.options.num_frames)
+        unet = load_unet(output / f"{name}-0" / "unet").to(comparison.device)
+        drawn[name] = comparison.draw(unet, shown, comparison.options.num_frames)
     write_sheet(output / "sheet.png", [caption_of(*prompt) for prompt in shown], drawn)
-    title = (
-        f"{choices.steps} steps on clips for each, from the image model of {run}; "
-        f"{choices.num_prompts} prompts; seeds: {choices.seeds}. "
-        f"PyTorch {torch.__version__}, {device_name(ground.device)}."
-    )
-    return write_report(output, title, costs, results, references)
+    title = (f"{choices.steps} steps on clips for each, from the image model of {run}; "
+             f"{choices.num_prompts} prompts; seeds: {choices.seeds}. "
+             f"PyTorch {torch.__version__}, {device_name(comparison.device)}.")
+    scores = {name: [read_json(results[name, seed]) for seed in range(choices.seeds)]
+              for name in choices.names}
+    return write_report(output, title, costs, scores, read_json(references_path))
 
 
 def device_name(device):
@@ -302,7 +269,7 @@ def device_name(device):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Train every way for frames to talk equally, and compare.", allow_abbrev=False,
+        description="Train all temporal variants equally, and compare.", allow_abbrev=False,
         epilog="Defaults are those of the full form.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run with a finished image stage")

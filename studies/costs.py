@@ -1,12 +1,11 @@
-"""What a way for frames to talk costs: parameters, operations, seconds and memory.
+"""What a temporal variant costs: parameters, operations, seconds and memory.
 
-Times are taken in turns, A B C A B C ..., so a machine that slows down slows all; a ratio is that
-of one turn, and the median of those is told. Memory is the peak of a process that does nothing but
-train one of them.
+Times are taken in turns, A B C A B C ..., so a machine that slows down slows all of them; a ratio
+is that of one turn, and the table has the median. Memory is the peak of a process that does nothing
+but train one variant.
 """
 
 import multiprocessing
-import resource
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -15,20 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from studies.bench import measure
-from losses import DenoisingLoss
 from model import UNet
-from temporal import new_names, start_as_shift
-from weights import load_sibling
+from studies.bench import measure, peak_gib
+from temporal import temporal_state
+from train import denoising_loss
 
 KINDS = ("forward", "training step", "sampling")
 
 
-def build(run, options, device):
-    """A sibling on its device as it is before it has seen a clip: `run`'s image model."""
-    unet = load_sibling(run / "image_unet", options.way_through_time())
-    if options.start_as_shift:
-        start_as_shift(unet)
+def build(options, device):
+    """The U-Net of a training's options, untrained: times do not depend on the weights."""
+    torch.manual_seed(0)
+    unet = UNet(options.unet())
     unet.gradient_checkpointing = options.gradient_checkpointing
     return unet.to(device, memory_format=torch.channels_last)
 
@@ -45,13 +42,12 @@ def batch_of(options, device):
 
 def training_step(unet, options, device):
     """A function that does a training step, of learning rate 0, on a batch that stays."""
-    batch = batch_of(options, device)
-    objective = DenoisingLoss(unet, options.diffusion())
+    batch, diffusion = batch_of(options, device), options.diffusion()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16, enabled=options.uses_bf16(device)):
-            loss = objective(*batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.uses_bf16(device)):
+            loss = denoising_loss(unet, diffusion, *batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,14 +55,12 @@ def training_step(unet, options, device):
     return step
 
 
-def peak_memory(run, options, device):
+def peak_memory(options, device):
     """GiB that three training steps take at most, everything of this process included."""
-    step = training_step(build(run, options, device), options, device)
+    step = training_step(build(options, device), options, device)
     for _ in range(3):
         step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    return peak_gib(device)
 
 
 def in_a_process(function, *arguments):
@@ -88,28 +82,28 @@ def gflops(options):
     return counter.get_total_flops() / 1e9
 
 
-def measure_costs(run, settings, pipeline, prompts, repetitions):
-    """{sibling: costs} for settings {sibling: TrainOptions}; of the KINDS seconds, turn by turn."""
-    device = next(pipeline.unet.parameters()).device
+def measure_costs(model, settings, prompts, repetitions):
+    """{variant: costs} for settings {variant: TrainOptions}; of the KINDS seconds, turn by turn."""
+    device = next(model.unet.parameters()).device
     bar = tqdm(settings.items(), "memory", leave=False)
-    costs = {name: {"gib": in_a_process(peak_memory, run, o, device)} for name, o in bar}
-    unets = {name: build(run, options, device) for name, options in settings.items()}
+    costs = {name: {"gib": in_a_process(peak_memory, o, device)} for name, o in bar}
+    unets = {name: build(options, device) for name, options in settings.items()}
     for name, unet in unets.items():
         costs[name]["gflops"] = gflops(settings[name])
         costs[name]["parameters"] = sum(p.numel() for p in unet.parameters())
-        costs[name]["new"] = sum(unet.get_parameter(n).numel() for n in new_names(unet))
+        costs[name]["new"] = sum(value.numel() for value in temporal_state(unet).values())
     options = next(iter(settings.values()))
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=options.uses_bf16(device))
     x0, _, timesteps, context = batch_of(options, device)
 
     def forward(unet):
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), bf16:
             unet(x0, timesteps, context)
 
     def sample(unet):
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            list(replace(pipeline, unet=unet).sample(prompts, range(len(prompts))))
+        with bf16:
+            list(replace(model, unet=unet).sample(prompts, range(len(prompts))))
 
-    bf16 = options.uses_bf16(device)
     calls = {
         "forward": {n: lambda u=u: forward(u) for n, u in unets.items()},
         "training step": {n: training_step(u, settings[n], device) for n, u in unets.items()},

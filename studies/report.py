@@ -1,14 +1,14 @@
-"""What a comparison has found, for people: tables, curves and a sheet of clips (compare.py)."""
+"""The report of a comparison (compare.py): tables, curves and a sheet of clips."""
 
 import statistics
 
 from PIL import Image, ImageDraw
 
-from studies.bench import ratio
-from studies.costs import KINDS
 from files import atomic, write_json, write_text
 from metrics import interval
 from media.write import contact_sheet, to_uint8
+from studies.bench import ratio, table
+from studies.costs import KINDS
 from studies.curves import plot
 
 LABEL, HEADING = 90, 22  # pixels of the sheet that names at the left, prompts above a block take
@@ -23,16 +23,10 @@ def cell(values, digits=1):
     return f"{mean:.{digits}f} ± {mean - low:.{digits}f}"
 
 
-def table(columns, rows):
-    """A table in markdown, of rows of strings."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def cost_table(costs, names):
-    """Parameters, operations, time relative to the first sibling, and memory."""
+    """Parameters, operations, time relative to the first variant, and memory."""
     first = names[0]
-    columns = ["sibling", "parameters", "new", "GFLOPs a clip"]
+    columns = ["variant", "parameters", "new", "GFLOPs a clip"]
     columns += [f"{kind} over {first}" for kind in KINDS] + ["training step, s", "peak GiB"]
     rows = []
     for name in names:
@@ -43,7 +37,7 @@ def cost_table(costs, names):
             *(ratio(seconds[kind], name, first) for kind in KINDS),
             f"{statistics.median(cost['training step']):.3f}", f"{cost['gib']:.2f}",
         ])
-    return table(columns, rows)
+    return table(columns, *rows)
 
 
 def agreement_table(results):
@@ -53,23 +47,23 @@ def agreement_table(results):
         [name, kind, *(cell([r["scores"][f"clips, {kind}"][part] for r in runs]) for part in parts)]
         for name, runs in results.items() for kind in kinds
     ]
-    return table(["sibling", "combinations", *parts], rows)
+    return table(["variant", "combinations", *parts], *rows)
 
 
 def quality_table(results, references):
-    """What became of pictures, how steady clips are, and how far from real ones."""
+    """Images right, how steady clips are, and how far from real ones."""
     rows = [
-        [name, cell([r["scores"]["pictures, all"]["all"] for r in runs]),
+        [name, cell([r["scores"]["images, all"]["all"] for r in runs]),
          *(cell([r["scores"][key] for r in runs], 3) for key in ("consistency", "FVD-shapes"))]
         for name, runs in results.items()
     ]
     rows += [[name, *(f"{x:.3g}" if x is not None else "-" for x in row)]
              for name, row in references.items()]
-    return table(["sibling", "pictures right, %", "consistency", "FVD-shapes"], rows)
+    return table(["variant", "images right, %", "consistency", "FVD-shapes"], *rows)
 
 
 def curves(results, seconds=None):
-    """{sibling: points} of agreement after so many steps, or seconds if {sibling: of a step}."""
+    """{variant: points} of agreement after so many steps, or seconds if {variant: of a step}."""
     series = {}
     for name, runs in results.items():
         unit = 1 if seconds is None else seconds[name]
@@ -83,21 +77,21 @@ def curves(results, seconds=None):
 
 
 def write_sheet(path, prompts, clips):
-    """A picture of clips {sibling: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
+    """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
     sheets = [contact_sheet([drawn[i] for drawn in clips.values()])[0] for i in range(len(prompts))]
     sheets = [x.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2) for x in sheets]
     blocks = [Image.fromarray(to_uint8(sheet)) for sheet in sheets]
     width, height = blocks[0].size
-    picture = Image.new("RGB", (LABEL + width, len(blocks) * (height + HEADING)), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (LABEL + width, len(blocks) * (height + HEADING)), "white")
+    draw = ImageDraw.Draw(image)
     for i, (prompt, block) in enumerate(zip(prompts, blocks, strict=True)):
         top = i * (height + HEADING) + HEADING
-        picture.paste(block, (LABEL, top))
+        image.paste(block, (LABEL, top))
         draw.text((LABEL, top - HEADING / 2), prompt, "black", anchor="lm")
         for row, name in enumerate(clips):
             draw.text((6, top + (row + 0.5) * height / len(clips)), name, "black", anchor="lm")
     with atomic(path) as file:
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
 
 
 def write_report(output, title, costs, results, references):

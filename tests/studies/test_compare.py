@@ -1,4 +1,4 @@
-"""A whole comparison of two siblings, of two steps each; what its tables say; going on with one."""
+"""A whole comparison of two variants, of two steps each; what its tables say; going on with one."""
 
 import json
 import os
@@ -8,13 +8,11 @@ import pytest
 import torch
 from helpers import call
 
-from studies import compare
-from studies import costs
 import metrics
-from studies import report
 import train
 from options import TrainOptions
-from temporal import WAYS
+from studies import compare, costs, report
+from temporal import VARIANTS
 from weights import load_unet
 
 TINY = ("--steps", 2, "--checkpoints", 1, "--curve-prompts", 2, "--num-prompts", 33,
@@ -37,15 +35,15 @@ def call_compare(*arguments):
 def compared(trained, tmp_path_factory):
     """The folder of a comparison of shift and conv, not to be written into."""
     output = tmp_path_factory.mktemp("compared") / "compare"
-    make, batches = train.denoising_batches, []
+    loss, batches = train.denoising_loss, []
 
-    def make_and_keep(*arguments):
-        batches.append(make(*arguments)(1, 0))
-        return make(*arguments)
+    def loss_and_keep(unet, diffusion, *batch):
+        batches.append([x.clone() for x in batch])
+        return loss(unet, diffusion, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "denoising_batches", make_and_keep)
-        call_compare(trained, "--siblings", "shift,conv", "--seeds", 1, "--output", output)
+        patch.setattr(train, "denoising_loss", loss_and_keep)
+        call_compare(trained, "--variants", "shift,conv", "--seeds", 1, "--output", output)
     torch.save(batches, output / "batches.pt")
     return output
 
@@ -65,7 +63,7 @@ def tables_of(text):
 # What it leaves
 
 
-def test_the_tables_have_a_row_for_each_sibling(compared):
+def test_the_tables_have_a_row_for_each_variant(compared):
     cost, agreement, quality = tables_of((compared / "report.md").read_text())
     assert [row[0] for row in cost[2:]] == ["shift", "conv"]
     assert [row[:2] for row in agreement[2:]] == [
@@ -77,11 +75,11 @@ def test_the_tables_have_a_row_for_each_sibling(compared):
 def test_the_tables_have_these_columns(compared):
     cost, agreement, quality = tables_of((compared / "report.md").read_text())
     assert cost[0] == [
-        "sibling", "parameters", "new", "GFLOPs a clip", "forward over shift",
+        "variant", "parameters", "new", "GFLOPs a clip", "forward over shift",
         "training step over shift", "sampling over shift", "training step, s", "peak GiB",
     ]
-    assert agreement[0] == ["sibling", "combinations", "colour", "shape", "direction", "all"]
-    assert quality[0] == ["sibling", "pictures right, %", "consistency", "FVD-shapes"]
+    assert agreement[0] == ["variant", "combinations", "colour", "shape", "direction", "all"]
+    assert quality[0] == ["variant", "images right, %", "consistency", "FVD-shapes"]
     assert {len(row) for row in cost} == {9} and {len(row) for row in quality} == {4}
 
 
@@ -113,40 +111,40 @@ def test_each_is_trained_its_own_way(compared):
         assert load_unet(compared / f"{name}-0" / "unet").config.temporal == name
 
 
-def test_all_siblings_see_the_same_batches(compared):
-    first, second = torch.load(compared / "batches.pt")
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_all_variants_see_the_same_batches(compared):
+    batches = torch.load(compared / "batches.pt")  # two steps of each
+    for first, second in zip(batches[:2], batches[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # Going on
 
 
 def test_what_is_finished_is_not_trained_again(trained, begun, monkeypatch):
-    monkeypatch.setattr(compare, "fine_tune", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(compare.Comparison, "train", lambda *job: pytest.fail("trained again"))
     before = (begun / "report.md").read_text()
-    call_compare(trained, "--siblings", "shift,conv", "--seeds", 1, "--output", begun)
+    call_compare(trained, "--variants", "shift,conv", "--seeds", 1, "--output", begun)
     assert (begun / "report.md").read_text() == before
 
 
 def test_only_what_is_missing_is_trained(trained, begun, monkeypatch):
-    trained_now = []
-    fine_tune = compare.fine_tune
+    trained_now, train_one = [], compare.Comparison.train
 
-    def spy(ground, name, seed, folder):
+    def spy(self, name, seed):
         trained_now.append((name, seed))
-        fine_tune(ground, name, seed, folder)
+        train_one(self, name, seed)
 
-    monkeypatch.setattr(compare, "fine_tune", spy)
+    monkeypatch.setattr(compare.Comparison, "train", spy)
     (begun / "conv-0" / "result.json").unlink()
-    call_compare(trained, "--siblings", "shift,conv", "--seeds", 2, "--output", begun)
+    call_compare(trained, "--variants", "shift,conv", "--seeds", 2, "--output", begun)
     assert trained_now == [("conv", 0), ("shift", 1), ("conv", 1)]
 
 
 def test_two_trainings_at_a_time_learn_the_same(trained, compared, begun, capfd):
     for name in ("shift-0", "conv-0"):
         shutil.rmtree(begun / name)
-    call_compare(trained, "--siblings", "shift,conv", "--seeds", 1, "--jobs", 2, "--output", begun)
-    assert "2 of 2 is trained" in capfd.readouterr().out
+    call_compare(trained, "--variants", "shift,conv", "--seeds", 1, "--jobs", 2, "--output", begun)
+    assert capfd.readouterr().out.count("trained: ") == 2
     for name in ("shift-0", "conv-0"):
         a, b = (load_unet(path / name / "unet").state_dict() for path in (compared, begun))
         assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
@@ -155,35 +153,31 @@ def test_two_trainings_at_a_time_learn_the_same(trained, compared, begun, capfd)
 def test_a_training_that_was_stopped_goes_on_where_it_was(trained, begun, monkeypatch):
     (begun / "settings.json").unlink()
     shutil.rmtree(begun / "conv-0")
-    make, steps = train.denoising_batches, []
-
-    def keep_steps(*arguments):
-        make_batch = make(*arguments)
-        return lambda step, micro: steps.append(step) or make_batch(step, micro)
+    loss, calls = train.denoising_loss, []
 
     def stop(*arguments):
         raise ValueError("stopped")
 
-    monkeypatch.setattr(train, "denoising_batches", keep_steps)
-    again = trained, "--siblings", "conv", "--seeds", 1, "--output", begun, "--checkpoints", 2
+    monkeypatch.setattr(train, "denoising_loss", lambda *batch: calls.append(1) or loss(*batch))
+    again = trained, "--variants", "conv", "--seeds", 1, "--output", begun, "--checkpoints", 2
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="stopped"):
         patch.setattr(compare, "evaluate_agreement", stop)
         call_compare(*again)
-    assert steps == [0]
+    assert len(calls) == 1
     call_compare(*again)
-    assert steps == [0, 1]
+    assert len(calls) == 2
 
 
 def test_other_steps_in_the_same_folder_are_refused(trained, begun, capsys):
     with pytest.raises(ValueError, match="was made with steps 2, not 3; choose another --output"):
-        call(compare.main, trained, "--siblings", "shift", "--output", begun, *TINY, "--steps", 3)
+        call(compare.main, trained, "--variants", "shift", "--output", begun, *TINY, "--steps", 3)
 
 
 # Mistakes
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--siblings", "shift,telepathy"], "--siblings needs some of none, shift, .*'telepathy'"),
+    (["--variants", "shift,telepathy"], "--variants needs some of none, shift, .*'telepathy'"),
     (["--num-prompts", "32"], "--num-prompts needs >= 33"),
     (["--seeds", "0"], "--seeds needs >= 1, got 0"),
 ])
@@ -214,7 +208,7 @@ def test_a_curve_against_seconds_is_steps_times_the_seconds_of_one():
 
 
 def test_the_operations_of_convolutions_over_time_by_hand():
-    plain, conv = (costs.gflops(TrainOptions(temporal=way)) for way in ("none", "conv"))
+    plain, conv = (costs.gflops(TrainOptions(temporal=kind)) for kind in ("none", "conv"))
     # 2 operations x 3 taps x channels squared, two convolutions a block, 8 frames: one block of 32
     # channels going down and two going up at 8 x 8, one, two and two of 64 at 4 x 4.
     added = 2 * 3 * 2 * 8 * (3 * 32**2 * 64 + 5 * 64**2 * 16)
@@ -222,7 +216,7 @@ def test_the_operations_of_convolutions_over_time_by_hand():
 
 
 def test_the_shift_adds_no_operation():
-    shift, none = (costs.gflops(TrainOptions(temporal=way)) for way in ("shift", "none"))
+    shift, none = (costs.gflops(TrainOptions(temporal=kind)) for kind in ("shift", "none"))
     assert shift == none
 
 
@@ -231,4 +225,4 @@ def test_memory_is_that_of_another_process():
 
 
 def test_every_way_is_compared():
-    assert {options["temporal"] for options in compare.SIBLINGS.values()} == set(WAYS)
+    assert {options["temporal"] for options in compare.VARIANTS.values()} == set(VARIANTS)
