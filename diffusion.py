@@ -80,7 +80,8 @@ class Diffusion:
         steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
             if len(self.trained_betas) != steps:
-                raise ValueError(f"trained_betas needs {steps} values, got {len(self.trained_betas)}")
+                raise ValueError(f"trained_betas needs {steps} values, got "
+                                 f"{len(self.trained_betas)}")
             return torch.tensor(self.trained_betas, dtype=torch.float64)
         if self.beta_schedule == "linear":
             return torch.linspace(start, end, steps, dtype=torch.float64)

@@ -48,6 +48,7 @@ def recognise(frames):
     background = np.median(frames, axis=(0, 2, 3))
     difference = frames - background[:, None, None]
     strength = np.linalg.norm(difference, axis=1)  # t h w
+    # The 99th percentile is inside the shape, which covers 3 % of a frame or more.
     inside = strength > 0.7 * np.percentile(strength, 99)  # of the shape, without its soft edge
     if not inside.any():  # a blank clip
         return None, None, None
@@ -58,7 +59,7 @@ def recognise(frames):
     towards = paint - background
     covered = (difference * towards[:, None, None]).sum(1) / (towards @ towards)  # t h w
     covered = np.where(covered < 0.15, 0, covered.clip(0, 1))  # less is blur and noise
-    area = covered.sum((1, 2))
+    area = covered.sum((1, 2))  # t
     if area.min() < AREAS[0] * size**2 or area.max() > AREAS[1] * size**2:
         return colour, None, None
     axis = np.arange(size) + 0.5  # a pixel's centre
@@ -78,7 +79,7 @@ def recognise_shape(covered, x, y, area):
         lift = 0.389 * radius if shape == "triangle" else 0.0
         ideal = coverage(shape, across, below + lift, radius)
         together = np.minimum(covered, ideal).sum((1, 2)), np.maximum(covered, ideal).sum((1, 2))
-        overlaps[shape] = (together[0] / together[1]).mean()
+        overlaps[shape] = (together[0] / together[1]).mean()  # intersection over union
     shape = max(overlaps, key=overlaps.get)
     return shape if overlaps[shape] > MIN_OVERLAP else None
 
@@ -90,7 +91,7 @@ def recognise_direction(x, y, size):
     for name, towards in DIRECTIONS.items():
         # Swapping x and y of a direction gives the one across it.
         along, across = moved @ np.array(towards), abs(moved @ np.array(towards[::-1]))
-        forward = np.diff(centres @ np.array(towards)) > 0
+        forward = np.diff(centres @ np.array(towards)) > 0  # t - 1 steps
         if along > MIN_TRAVEL * size and across < along / 2 and forward.mean() > 0.7:
             return name
     return None
@@ -117,7 +118,7 @@ def rates(right, image=False):
 
 def choose_prompts(num_prompts):
     """Combinations to draw: held-out ones, then as many of those seen in training."""
-    held_out = num_prompts // 2
+    held_out = num_prompts // 2  # the first half
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(held_out)]
     # In strides of 7 through SEEN, so that few prompts, too, have all colours, shapes, directions.
     return prompts + [SEEN[7 * i % len(SEEN)] for i in range(num_prompts - held_out)]
@@ -138,6 +139,7 @@ def references(vae, sampling, prompts, seed):
         decode_clips(vae, encode_clip(vae, ((clip + 1) * 127.5).to(device))[None])[0].float().cpu()
         for clip in real
     ]
+    # Noise has neither colour nor shape: a reader that finds some in it is too generous.
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
     return {"real clips": real, "real, autoencoded": torch.stack(coded), "noise": noise}
 
@@ -159,7 +161,7 @@ def evaluate_agreement(drawn, others, prompts):
 def evaluate(pipeline, num_prompts, seed, batch_size, net=None):
     """All that the tables show, {"agreement": rows, "quality": rows}, rows dicts of dicts."""
     prompts, num_frames = choose_prompts(num_prompts), pipeline.sampling.num_frames
-    kinds = {"clips": num_frames} if num_frames > 1 else {}  # a run may not have its video stage yet
+    kinds = {"clips": num_frames} if num_frames > 1 else {}  # no video stage yet: images only
     kinds["images"] = 1
     drawn = {name: draw(pipeline, prompts, t, seed, batch_size) for name, t in kinds.items()}
     others = references(pipeline.vae, pipeline.sampling, prompts, seed)

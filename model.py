@@ -162,9 +162,9 @@ class Level(nn.Module):
     def __init__(self, widths, channels, num_heads, config, attention, step=None):
         super().__init__()
         self.resnets = nn.ModuleList(make_resnet(width, channels, config) for width in widths)
-        self.attentions = nn.ModuleList(
-            make_transformer(channels, num_heads, config) for _ in widths if attention
-        )
+        count = len(widths) if attention else 0
+        self.attentions = nn.ModuleList(make_transformer(channels, num_heads, config)
+                                        for _ in range(count))
         self.temporal = nn.ModuleList()  # behind each layer, in one variant of temporal.py
         self.downsamplers = nn.ModuleList([Downsample(channels)] if step == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if step == "up" else [])
@@ -208,7 +208,7 @@ class UNet(nn.Module):
         self.class_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
-        skips = [widths[0]]  # channels of what the way down sets aside, in order
+        skips = [widths[0]]  # channels of what the way down sets aside; a stack, as in forward()
         self.down_blocks = nn.ModuleList()
         for i in levels:
             enters = [widths[max(i - 1, 0)]] + [widths[i]] * (config.layers_per_block - 1)
@@ -219,7 +219,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i in reversed(levels):
             enters = [widths[min(i + 1, last)]] + [widths[i]] * config.layers_per_block
-            enters = [width + skips.pop() for width in enters]
+            enters = [width + skips.pop() for width in enters]  # concatenated channels
             attention, step = config.attention_levels[i], "up" if i > 0 else None
             self.up_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
@@ -236,10 +236,10 @@ class UNet(nn.Module):
         time = sinusoids(timesteps, self.config.block_out_channels[0])  # b -> b c
         time = self.time_embedding(time.to(latents.dtype))
         if self.class_embedding is not None:
-            # The last token has seen all others. Beside the cross-attention, this path tells every
-            # ResnetBlock what the text says; a tiny model learns directions only with it.
+            # The last token has seen all others. Beside the cross-attention, this path brings the
+            # text into every ResnetBlock; the tiny model hardly learns directions without it.
             time = time + self.class_embedding(context[:, -1])
-        # Only a change of width: what 4 latent channels mean at a place needs neither text nor time.
+        # Only a change of width. Text and time come later, in the transformers and ResnetBlocks.
         x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
         skips = [x]
         for level in self.down_blocks:
@@ -256,7 +256,7 @@ class UNet(nn.Module):
                 x = self._run(level.layer, i, x, time, context)
             for upsample in level.upsamplers:
                 x = upsample(x)  # b t c h w -> b t c 2h 2w
-        return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))
+        return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))  # b t 4 h w
 
     def _run(self, layer, *inputs):
         """Call a layer; with gradient checkpointing, forget what it computes until it is needed."""
@@ -270,8 +270,8 @@ class UNet(nn.Module):
         if latents.ndim != 5 or latents.shape[2] != config.in_channels or any(
             size % config.downscale for size in latents.shape[3:]
         ):
-            raise ValueError(f"latents need the shape (b, t, {config.in_channels}, h, w) with h and "
-                             f"w multiples of {config.downscale}, got {tuple(latents.shape)}")
+            raise ValueError(f"latents need the shape (b, t, {config.in_channels}, h, w) with h "
+                             f"and w multiples of {config.downscale}, got {tuple(latents.shape)}")
         if tuple(timesteps.shape) != (b,):
             raise ValueError(f"timesteps need the shape ({b},), got {tuple(timesteps.shape)}")
         if context.ndim != 3 or len(context) != b or context.shape[2] != config.cross_attention_dim:

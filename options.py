@@ -63,7 +63,7 @@ class TrainOptions:
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
                                   choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
-    snr_divisor: float = option(4.0, "divide all signal-to-noise ratios: few latents need more noise")
+    snr_divisor: float = option(4.0, "divide signal-to-noise ratios: few latents need more noise")
     shared_noise: float = option(0.0, "part of the noise's variance that a clip's frames share")
     early_noise: float = option(3.0, "how much the first half of the video steps prefers noise")
     caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
@@ -146,8 +146,8 @@ class TrainOptions:
             return plain
         zero = self.zero_terminal_snr
         base = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=zero).alphas_cumprod
-        # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). The betas are rebuilt from it,
-        # because betas are what a scheduler_config.json can say and diffusers can read.
+        # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). The betas are rebuilt from
+        # it, because a scheduler_config.json holds betas, which diffusers can read.
         alpha_bar = base / (base + self.snr_divisor * (1 - base))
         betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
         return Diffusion(

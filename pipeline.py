@@ -74,10 +74,10 @@ class Pipeline:
             ValueError: if there is no tokenizer: the single files of Stable Diffusion hold none.
         """
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), which "
-                             "any diffusers folder has in tokenizer/")
+            raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), "
+                             "which any diffusers folder has in tokenizer/")
         ids = self.tokenizer(list(texts))  # b n
-        return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))
+        return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))  # b n d
 
     @torch.no_grad()
     def sample(self, prompts, seeds, sampling=None):
@@ -102,12 +102,12 @@ class Pipeline:
             output = self.unet(torch.cat([x_t, x_t]), timesteps.repeat(2), context)
             return classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
 
-        size = sampling.image_size // f
+        size = sampling.image_size // f  # of the latents
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
         # A generator for each clip, so that it does not depend on the clips beside it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shared = sampling.shared_noise if sampling.num_frames > 1 else 0.0
-        x_t = randn(shape, generators, shared).to(context)
+        x_t = randn(shape, generators, shared).to(context)  # b t c h w, on the context's device
         yield from sample_loop(self.diffusion, model, x_t, sampling.num_steps, sampling.sampler,
                                sampling.eta, generators)
 

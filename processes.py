@@ -60,7 +60,7 @@ def wrap(network):
 
 
 def average_gradients(networks, now):
-    """Whether the next backward passes of wrapped networks exchange gradients: the last of a step."""
+    """Whether the next backward passes exchange gradients: those of a step's last batch do."""
     for network in networks:
         if isinstance(network, DistributedDataParallel):
             network.require_backward_grad_sync = now

@@ -19,10 +19,14 @@ from tqdm import tqdm
 import processes
 import weights
 from cli import choose_device
+from data import ClipFolder
 from files import read_json, write_json
+from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from pipeline import Pipeline
+from shapes import MovingShapes
 
+PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
 REMOVED = ("weight_decay", "gradient_clip")  # options of older runs, constants of trainer.py now
 
 
@@ -38,8 +42,8 @@ class Run:
             if self.state["stage"] in finished:  # a kill came just before its removal
                 self.state = None
             elif not resume:
-                raise ValueError(f"{state_path}: is of an unfinished stage; add --resume to continue "
-                                 "it, or remove that file to start the stage anew")
+                raise ValueError(f"{state_path}: is of an unfinished stage; add --resume to "
+                                 "continue it, or remove that file to start the stage anew")
         self._save_record()
 
     def _save_record(self):
@@ -53,8 +57,8 @@ class Run:
         """The training state of the stage, once. Raises ValueError if it is another stage's."""
         state, self.state = self.state, None
         if state["stage"] != stage:
-            raise ValueError(f"{self.path / 'training_state.pt'}: is of the {state['stage']} stage; "
-                             "finish that one first")
+            raise ValueError(f"{self.path / 'training_state.pt'}: is of the {state['stage']} "
+                             "stage; finish that one first")
         return state
 
     def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
@@ -83,8 +87,8 @@ class Run:
         """Take the model that --init names as stages one and two."""
         options = self.options
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
-        if processes.is_main():
-            print(*model.report.notes, sep="\n", end="\n" * bool(model.report.notes), file=sys.stderr)
+        for note in model.report.notes if processes.is_main() else ():
+            print(note, file=sys.stderr)
         model.encode_text([""])  # a model without a tokenizer is refused now
         factor = model.vae.config.downscale * model.unet.config.downscale
         if options.image_size % factor:
@@ -111,7 +115,39 @@ def load_image_model(path, device):
     unet = weights.load_unet(Path(path) / "image_unet", "none").to(device)
     encoder, tokenizer = weights.load_text(path)
     diffusion, sampling = weights.load_schedule(path)
-    return Pipeline(unet, load_vae(path, device), encoder.to(device), tokenizer, diffusion, sampling)
+    vae = load_vae(path, device)
+    return Pipeline(unet, vae, encoder.to(device), tokenizer, diffusion, sampling)
+
+
+def open_data(options):
+    """The clips that --data names: ([uint8 (t, 3, h, w), ...], [caption, ...])."""
+    size = options.num_frames, options.image_size
+    if options.data == "shapes":
+        clips = MovingShapes(options.num_clips, *size, options.seed)
+    else:
+        clips = ClipFolder(options.data, *size, options.stride, options.frame_rate,
+                           options.max_frames)
+    return [clips[i][0] for i in progress(range(len(clips)), "read ")], clips.captions
+
+
+def draw_previews(run, stage, pipeline, captions):
+    """A function of the step that draws nine captions with the average's weights."""
+    prompts = list(dict.fromkeys(captions))
+    prompts = prompts[:: max(1, len(prompts) // 9)][:9]
+    sampling = pipeline.sampling
+    at_once = max(1, PREVIEW_PIXELS // (sampling.num_frames * sampling.image_size**2))
+
+    def preview(step):
+        clips = []
+        for start in range(0, len(prompts), at_once):
+            batch = prompts[start : start + at_once]
+            *_, latents = pipeline.sample(batch, range(start, start + len(batch)))
+            clips.append(pipeline.decode(latents))
+        suffix = ".png" if stage == "image" else ".gif"
+        path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
+        write_clip(path, side_by_side(torch.cat(clips)), sampling.frames_per_second)
+
+    return preview
 
 
 def progress(items, title):

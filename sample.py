@@ -13,7 +13,6 @@ them in a grid: .gif, .webp, .mp4 (with ffmpeg), or .png, one row per clip.
 
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cli import add_flags, choose_device, given_flags, run_main
-from media.write import WRITERS, contact_sheet, require_writer, side_by_side, write_clip
+from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from weights import add_checkpoint_flags, load_pipeline
 
@@ -38,55 +37,17 @@ def read_prompts(path):
     return prompts
 
 
-def file_names(prompts, suffix):
-    """A file name for each prompt: its words joined by "-", numbered where two are the same."""
-    names = []
-    for prompt in prompts:
-        stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-        # At most 200 bytes: a file name may have 255, and there are letters of four bytes.
-        stem = stem.encode()[:200].decode(errors="ignore") or "no-text"
-        count, name = 1, stem + suffix
-        while name in names:
-            count += 1
-            name = f"{stem}-{count}{suffix}"
-        names.append(name)
-    return names
-
-
 def generate(pipeline, prompts, sampling, seed, batch_size):
     """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
-    bf16 = next(pipeline.unet.parameters()).is_cuda
+    bf16 = next(pipeline.unet.parameters()).is_cuda  # halves the time of matrix products there
     bar = tqdm(total=len(prompts) * sampling.num_steps, desc="sample", unit="step", leave=False)
     with bar, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(batch))
-            for step in pipeline.sample(batch, seeds, sampling):
+            for latents in pipeline.sample(batch, seeds, sampling):  # b t c h/f w/f
                 bar.update(len(batch))
-                latents = step
-            yield from pipeline.decode(latents)
-
-
-def enlarge(clip, zoom):
-    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom pixels."""
-    return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
-
-
-def write_samples(clips, prompts, output, suffix, sampling):
-    """Write clips into a folder, one file each, or into one file together. Returns the paths."""
-    rate = sampling.frames_per_second
-    if output.suffix.lower() in WRITERS:
-        clips = torch.stack(list(clips))
-        if output.suffix.lower() == ".png" and clips.shape[:2] != (1, 1):
-            together = contact_sheet(clips if sampling.num_frames > 1 else clips[:, 0].split(8))
-        else:
-            together = side_by_side(clips) if len(clips) > 1 else clips[0]
-        write_clip(output, together, rate)
-        return [output]
-    paths = [output / name for name in file_names(prompts, suffix)]
-    for path, clip in zip(paths, clips, strict=True):
-        write_clip(path, clip, rate)
-    return paths
+            yield from pipeline.decode(latents)  # b t 3 h w, one by one
 
 
 def main():
@@ -128,11 +89,13 @@ def main():
     one_file = output.suffix and not output.is_dir()
     if one_file and args.format not in (None, output.suffix[1:].lower()):
         raise ValueError(f"--format {args.format} contradicts --output {output}")
-    require_writer(output if one_file else f"x{suffix}")  # before the work, not after it
-    torch.set_flush_denormal(True)
+    require_writer(output if one_file else f"x{suffix}")  # an unknown suffix fails before the work
+    torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+    # Generators: each clip is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
     clips = (enlarge(clip, args.zoom) for clip in clips)
-    for path in write_samples(clips, prompts, output, suffix, sampling):
+    rate = sampling.frames_per_second
+    for path in write_samples(clips, prompts, output, suffix, rate):
         print(path)
 
 

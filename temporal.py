@@ -37,7 +37,8 @@ def add_temporal_layers(unet):
             block.temporal_after2 = FrameAdaptor(channels, config.max_frames)
     if config.temporal == "directed":
         for block in [module for module in modules if isinstance(module, TransformerBlock)]:
-            block.temporal = DirectedAttention(block.norm1.normalized_shape[0], block.attn1.num_heads)
+            channels, num_heads = block.norm1.normalized_shape[0], block.attn1.num_heads
+            block.temporal = DirectedAttention(channels, num_heads)
     if config.temporal == "attention":
         # The papers have one behind each spatial transformer. Here layers without a transformer get
         # one, too: the tiny U-Net has none at its finest level, where motion shows best.
@@ -78,7 +79,7 @@ class TemporalConvolution(nn.Conv2d):
 
     def __init__(self, channels):
         super().__init__(channels, channels, (3, 1), padding=(1, 0))
-        nn.init.dirac_(self.weight)
+        nn.init.dirac_(self.weight)  # 1 at the middle tap of each channel's own kernel
         nn.init.zeros_(self.bias)
 
     @torch.no_grad()
@@ -106,7 +107,7 @@ class FrameAdaptor(nn.Module):
         self.offset = nn.Parameter(torch.zeros(max_frames, channels))
 
     def forward(self, x):
-        if x.shape[1] == 1:
+        if x.shape[1] == 1:  # an image: see the top of this file
             return x
         scale, offset = (first_frames(y, x.shape[1]) for y in (self.scale, self.offset))
         return x * scale[..., None, None] + offset[..., None, None]  # t c -> t c 1 1
@@ -125,6 +126,7 @@ class AttentionOverTime(Attention):
 
     def forward(self, x, mask=None):
         b, t, n, _ = x.shape
+        # Attention mixes the second axis: with places in the batch, frames stand there.
         x = super().forward(x.transpose(1, 2).flatten(0, 1), mask=mask)  # b t n c -> (b n) t c
         return x.unflatten(0, (b, n)).transpose(1, 2)  # (b n) t c -> b t n c
 
@@ -146,7 +148,7 @@ class TemporalAttention(nn.Module):
         if x.shape[1] == 1:
             return x
         tokens = self.norm(x.flatten(3).transpose(2, 3))  # b t c h w -> b t (h w) c
-        tokens = tokens + first_frames(self.positions, x.shape[1])[:, None]
+        tokens = tokens + first_frames(self.positions, x.shape[1])[:, None]  # t c -> t 1 c
         y = self.attention(tokens)
         return x + y.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
 
@@ -154,7 +156,7 @@ class TemporalAttention(nn.Module):
 class DirectedAttention(AttentionOverTime):
     """Attention over time in which a frame sees itself and earlier ones. MagicVideo.
 
-    Takes the tokens (b, t, n, c) that the spatial attention gets; its result is added to that one's.
+    Takes the tokens (b, t, n, c) of the spatial attention, whose result gets this one added.
     """
 
     def forward(self, x):

@@ -2,10 +2,10 @@
 
     ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
 
-The hidden states of all tokens after the final layer norm are the context, padding included:
-nothing masks it, Stable Diffusion was trained so. CLIP, Radford et al. 2021, sections 2.4 and 2.5.
-Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable Diffusion use the
-same class.
+The hidden states of all tokens after the final layer norm are the context, padding included. There
+is no mask, because Stable Diffusion was trained without one (CLIP, Radford et al. 2021, sections 2.4
+and 2.5). Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable Diffusion
+use the same class.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,11 @@ class TextConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name != "hidden_act" and not value > 0:
+            if name != "hidden_act" and not value > 0:  # written as not >, so that NaN fails
                 raise ValueError(f"{name} needs to be positive, got {value}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads needs to divide hidden_size, "
-                f"got {self.num_attention_heads} and {self.hidden_size}"
-            )
+            raise ValueError("num_attention_heads needs to divide hidden_size, got "
+                             f"{self.num_attention_heads} and {self.hidden_size}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act needs one of {[*ACTIVATIONS]}, got {self.hidden_act!r}")
 
@@ -76,7 +74,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        # Small beside what attention adds to them, so that a last token hears of all others.
+        # Small beside what attention adds to them, so that the last token depends on all others.
         nn.init.normal_(self.token_embedding.weight, std=0.1)
         nn.init.normal_(self.position_embedding.weight, std=0.03)
 
@@ -98,14 +96,17 @@ class TextAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b heads n d/heads
             for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # b n d -> b heads n d/heads
+        )
+        # CLIP was trained with a causal mask, so only the last token has seen the whole text.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # b heads n d/heads -> b n d
 
 
 class TextMLP(nn.Module):
+    """Two layers at each token."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -127,8 +128,8 @@ class TextLayer(nn.Module):
         self.mlp = TextMLP(config)
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.self_attn(self.layer_norm1(x))  # between tokens
+        return x + self.mlp(self.layer_norm2(x))  # each token by itself
 
 
 class TextEncoder(nn.Module):
@@ -150,7 +151,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids):
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))  # b n -> b n d
 
 
 class CLIPTextModel(nn.Module):
@@ -178,9 +179,10 @@ def standardise(encoder, ids):
 
     For a text encoder before its training: data-dependent initial weights of the final layer norm,
     as in Salimans & Kingma 2016, section 3. Without it the last tokens of any two captions are
-    nearly equal, and a U-Net that is told a text by its last token learns the colours only.
+    nearly equal, and a U-Net that gets the last token as its embedding learns only the colours.
     """
-    last, norm = encoder(ids)[:, -1], encoder.text_model.final_layer_norm
+    last, norm = encoder(ids)[:, -1], encoder.text_model.final_layer_norm  # b d
     scale = 1 / last.std(dim=0).clamp(min=1e-3)
+    # (y - mean) scale of y = weight x + bias is again a layer norm with other parameters.
     norm.weight *= scale
     norm.bias.copy_((norm.bias - last.mean(dim=0)) * scale)

@@ -2,14 +2,19 @@
 
     caption -> clean -> words -> byte-pair symbols -> ids (b, n)
 
-A word is written in an alphabet of 256 bytes, its last symbol marked with "</w>"; then neighbours
-are merged, always the pair that was learned first, until no learned pair is left. No text is ever
-unknown. Byte-pair encoding: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with
-Subword Units". CLIP's merges and a vocabulary learned from a handful of captions are files of the
-same form, the one that transformers' CLIPTokenizer opens.
+A word is written in an alphabet of 256 bytes, so every text can be encoded. Its last symbol is
+marked with "</w>", which keeps "art" in "art</w>" apart from "art" in "artist". Then neighbours are
+merged, always the pair that was learned first, until no learned pair is left. With the merges
+(l, o), (lo, w</w>) and (lo, w) in this order:
 
-One difference from openai/CLIP: it first repairs wrongly decoded text with ftfy; we do not, it
-would be one more package. All else is equal, on all characters that this Python's Unicode knows.
+    low       l o w</w>     ->  lo w</w>     ->  low</w>
+    lowest    l o w e s t</w>  ->  lo w e s t</w>  ->  low e s t</w>
+
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units". CLIP's merges
+and those learned from a handful of captions have the same form (checkpoints/tokenizers.py).
+
+One difference from openai/CLIP: it first repairs wrongly decoded text with ftfy, which would be one
+more package. All else is equal, on all characters that this Python's Unicode knows.
 """
 
 import html
@@ -43,6 +48,7 @@ def byte_alphabet():
     the soft hyphen) borrow the characters from U+0100 on, so that a merges file can be read as
     lines of two words.
     """
+    # Printing bytes keep their character; the others get one that no byte has.
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     visible += range(ord("®"), ord("ÿ") + 1)
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -61,7 +67,7 @@ def split_words(text):
     A word is a contraction's tail ('s), a run of letters, one digit, or a run of other signs.
     """
     # Twice, because captions from the web hold "&amp;lt;". CLIP also collapses white space here,
-    # which changes nothing: of white space nothing is left after the split.
+    # which changes nothing: the split removes all of it.
     text = html.unescape(html.unescape(text)).strip().lower()
     words, start = [], 0
     while start < len(text):
@@ -119,10 +125,8 @@ class CLIPTokenizer:
         self.ranks = {}
         for left, right in merges:
             if left not in self.ids or right not in self.ids or left + right in self.ids:
-                raise ValueError(
-                    f"merges need two known symbols that make a new one, "
-                    f"got {left!r} {right!r} as number {len(self.ranks) + 1}"
-                )
+                raise ValueError(f"merges need two known symbols that make a new one, got {left!r} "
+                                 f"{right!r} as number {len(self.ranks) + 1}")
             self.ranks[left, right] = len(self.ranks)
             self.ids[left + right] = len(self.ids)
         self.start_id = self.ids[START] = len(self.ids)
@@ -158,14 +162,14 @@ class CLIPTokenizer:
                     pairs[pair] += count
             if not pairs:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # the most frequent
             merges.append(best)
             words = [(merge_pair(symbols, best), count) for symbols, count in words]
         return cls(merges, max_length, pad_with_end)
 
     def encode(self, text):
         """The ids of one text, without start, end and padding."""
-        ids = []
+        ids = []  # words repeat, so each is merged once and kept
         for word in split_words(text):
             if word not in self.cache:
                 self.cache[word] = self._encode_word(word)
@@ -173,7 +177,7 @@ class CLIPTokenizer:
         return ids
 
     def _encode_word(self, word):
-        symbols, last = to_symbols(word), len(self.ranks)
+        symbols, last = to_symbols(word), len(self.ranks)  # unknown pairs rank last
         while pairs := list(zip(symbols, symbols[1:], strict=False)):
             best = min(pairs, key=lambda pair: self.ranks.get(pair, last))
             if best not in self.ranks:
@@ -190,6 +194,7 @@ class CLIPTokenizer:
         ids = torch.full((len(texts), self.max_length), self.pad_id)
         for row, text in zip(ids, texts, strict=True):
             kept = self.encode(text)[: self.max_length - 2]
+            # Padding follows the end token, which therefore is the last one that has meaning.
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids
 

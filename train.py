@@ -24,32 +24,22 @@ import torch
 import text
 import vae
 from cli import add_flags, given_flags, run_main
-from data import ClipFolder, random_window
+from data import random_window
 from diffusion import randn
-from media.write import contact_sheet, side_by_side, write_clip
+from media.write import contact_sheet, write_clip
 from model import UNet
 from options import RECIPES, STAGES
 from pipeline import Pipeline
-from run import Run, load_image_model, load_vae, merge_options, progress, stages_to_run
-from shapes import MovingShapes
+from run import (
+    Run, draw_previews, load_image_model, load_vae, merge_options, open_data, progress,
+    stages_to_run,
+)
 from temporal import start_as_shift, temporal_state
 from tokenizer import CLIPTokenizer
 from trainer import Trainer
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
-PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
 TEXTS = 64  # captions that are encoded at once
-
-
-def open_data(options):
-    """The clips that --data names: ([uint8 (t, 3, h, w), ...], [caption, ...])."""
-    size = options.num_frames, options.image_size
-    if options.data == "shapes":
-        clips = MovingShapes(options.num_clips, *size, options.seed)
-    else:
-        clips = ClipFolder(options.data, *size, options.stride, options.frame_rate,
-                           options.max_frames)
-    return [clips[i][0] for i in progress(range(len(clips)), "read ")], clips.captions
 
 
 # Stage one: the autoencoder
@@ -235,26 +225,6 @@ def encode_captions(model, captions):
     parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
     encoded = torch.cat([model.encode_text(part).cpu() for part in parts])
     return dict(zip(unique, encoded, strict=True))
-
-
-def draw_previews(run, stage, pipeline, captions):
-    """A function of the step that draws nine captions with the average's weights."""
-    prompts = list(dict.fromkeys(captions))
-    prompts = prompts[:: max(1, len(prompts) // 9)][:9]
-    sampling = pipeline.sampling
-    at_once = max(1, PREVIEW_PIXELS // (sampling.num_frames * sampling.image_size**2))
-
-    def preview(step):
-        clips = []
-        for start in range(0, len(prompts), at_once):
-            batch = prompts[start : start + at_once]
-            *_, latents = pipeline.sample(batch, range(start, start + len(batch)))
-            clips.append(pipeline.decode(latents))
-        suffix = ".png" if stage == "image" else ".gif"
-        path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
-        write_clip(path, side_by_side(torch.cat(clips)), sampling.frames_per_second)
-
-    return preview
 
 
 def main():

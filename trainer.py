@@ -54,7 +54,7 @@ class Average:
     """The exponential moving average of parameters: less noisy than any of the weights in it.
 
     Its decay warms up from 0.1, min(decay, (1 + step) / (10 + step)), because a constant one keeps
-    the random initialisation for long. Karras et al. 2022, appendix F, discuss its use in diffusion.
+    the random initialisation for long. Karras et al. 2022, appendix F, discuss it for diffusion.
     """
 
     def __init__(self, parameters, decay):

@@ -82,6 +82,7 @@ class DiagonalGaussian:
 
     def kl(self):
         """Divergence from N(0, 1) in nats, summed over each image: (n,)."""
+        # KL(N(m, s^2) | N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 for each latent number.
         per_latent = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * per_latent.flatten(1).sum(1)
 
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)  # n c h w -> n c' h/2 w/2
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # n 2c h/f w/f
 
 
 class Decoder(nn.Module):
@@ -194,7 +195,7 @@ class AutoencoderKL(nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        # 1x1 convolutions around the latents; the names are from an autoencoder that quantised them.
+        # 1x1 convolutions around the latents, named for an autoencoder that quantised them.
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
@@ -214,6 +215,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
         chunk = max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
+        # In parts of a few frames: the largest activations have 128 channels at full size.
         moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))
 

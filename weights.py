@@ -216,8 +216,8 @@ def tokenizer_for(path, config):
 def _load_folder(path, temporal, prediction_type, ema, dtype):
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
-            raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or a "
-                             "diffusers folder")
+            raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or "
+                             "a diffusers folder")
     if ema:
         raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
                          "weights beside them")

@@ -7,6 +7,7 @@ since the encoders behind Pillow merge frames that are equal.
 
 import io
 import math
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -142,3 +143,39 @@ def write_clip(path, clip, frames_per_second=8):
         raise ValueError(f"frames_per_second needs to be > 0, got {frames_per_second}")
     with atomic(path) as file:
         writer(file, clip, frames_per_second)
+
+
+def file_names(prompts, suffix):
+    """A file name for each prompt: its words joined by "-", numbered where two are the same."""
+    names = []
+    for prompt in prompts:
+        stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
+        # At most 200 bytes: a file name may have 255, and there are letters of four bytes.
+        stem = stem.encode()[:200].decode(errors="ignore") or "no-text"
+        count, name = 1, stem + suffix
+        while name in names:
+            count += 1
+            name = f"{stem}-{count}{suffix}"
+        names.append(name)
+    return names
+
+
+def enlarge(clip, zoom):
+    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom pixels."""
+    return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+
+
+def write_samples(clips, prompts, output, suffix, rate):
+    """Write clips into a folder, one file each, or into one file together. Returns the paths."""
+    if output.suffix.lower() in WRITERS:
+        clips = torch.stack(list(clips))
+        if output.suffix.lower() == ".png" and clips.shape[:2] != (1, 1):
+            together = contact_sheet(clips if clips.shape[1] > 1 else clips[:, 0].split(8))
+        else:
+            together = side_by_side(clips) if len(clips) > 1 else clips[0]
+        write_clip(output, together, rate)
+        return [output]
+    paths = [output / name for name in file_names(prompts, suffix)]
+    for path, clip in zip(paths, clips, strict=True):
+        write_clip(path, clip, rate)
+    return paths

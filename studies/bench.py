@@ -63,7 +63,8 @@ def row(*cells):
 
 def table(columns, *rows):
     """A markdown table; without rows its head."""
-    return "\n".join([row(*columns), row(*["---"] * len(columns)), *(row(*cells) for cells in rows)])
+    lines = columns, ["---"] * len(columns), *rows
+    return "\n".join(row(*cells) for cells in lines)
 
 
 def peak_gib(device):
@@ -137,7 +138,7 @@ def bench_unet(preset, device, repetitions):
 
 
 def bench_diffusers(arguments):
-    """Everything of beside_diffusers.py, each job in a process of its own; returns its exit status."""
+    """Everything of beside_diffusers.py, in processes of their own; returns the exit status."""
     if importlib.util.find_spec("diffusers") is None:
         print("beside diffusers: not measured, diffusers and transformers are not installed")
         return 0
@@ -167,7 +168,8 @@ def main():
         print(f"PyTorch {torch.__version__} on {name or device}, {torch.get_num_threads()} threads")
         for part in PARTS:
             print(flush=True)
-            status = subprocess.call([sys.executable, "-m", "studies.bench", *sys.argv[1:], "--only", part])
+            command = [sys.executable, "-m", "studies.bench", *sys.argv[1:], "--only", part]
+            status = subprocess.call(command)
             if status:
                 sys.exit(status)
 

@@ -4,8 +4,8 @@
     python -m studies.beside_diffusers --only clip    one of: frame, clip, training, decode, image,
                                                       loading
 
-Needs diffusers and transformers (studies/requirements.txt), as nothing else here does. Weights are random, of
-Stable Diffusion 1.5's full size; the numbers of both sides are compared before any time is taken,
+Needs diffusers and transformers (studies/requirements.txt). Weights are random, of Stable Diffusion
+1.5's full size; the numbers of both sides are compared before any time is taken,
 then the sides take turns. float32 on a CPU, bfloat16 on a GPU, PyTorch's own attention on both.
 """
 
@@ -42,8 +42,8 @@ try:
     import diffusers
     import transformers
 except ImportError as error:
-    sys.exit(f"studies.beside_diffusers needs diffusers and transformers ({error}); install them with "
-             "`pip install -r studies/requirements.txt`")
+    sys.exit(f"studies.beside_diffusers needs diffusers and transformers ({error}); install them "
+             "with `pip install -r studies/requirements.txt`")
 
 TURNS = {"frame": 9, "clip": 5, "training": 3, "decode": 3, "image": 5, "loading": 3}
 SIDES = ("ours", "theirs")
@@ -241,7 +241,8 @@ def compare(name, device, repetitions):
 
 def in_new_process(name, device, *arguments):
     """What a process prints that runs one job for one side."""
-    command = [sys.executable, "-m", "studies.beside_diffusers", "--only", name, "--device", str(device), *arguments]
+    command = [sys.executable, "-m", "studies.beside_diffusers", "--only", name,
+               "--device", str(device), *arguments]
     return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 

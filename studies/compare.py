@@ -2,7 +2,7 @@
 
     python -m studies.compare runs/demo --quick               15 minutes on two cores
     python -m studies.compare runs/demo                       all variants, three seeds: for a GPU
-    python -m studies.compare runs/demo --variants none,shift,shift-causal --steps 600 --output three
+    python -m studies.compare runs/demo --variants none,shift-causal --steps 600 --output two
 
 RUN has finished its image stage on MovingShapes. Each variant starts as that image model and learns
 clips for the same number of steps on the same batches: the clips, noise, timesteps and captions of
@@ -32,7 +32,7 @@ from metrics import (
     NUM_FEATURES, consistency, features_of, frechet_distance, load_feature_net, mean_over_clips,
     real_clips,
 )
-from run import Run, load_image_model, read_record
+from run import Run, load_image_model, open_data, read_record
 from shapes import HELD_OUT, SEEN, caption_of
 from studies.costs import measure_costs
 from studies.report import write_report, write_sheet
@@ -75,7 +75,8 @@ class Choices:
             raise ValueError(f"--variants needs some of {', '.join(VARIANTS)}; got {unknown[0]!r}")
         for name in ("steps", "seeds", "checkpoints", "batch_size", "repetitions", "jobs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} needs >= 1, got {getattr(self, name)}")
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} needs >= 1, got {getattr(self, name)}")
         if self.num_prompts <= NUM_FEATURES or self.curve_prompts < 2:
             raise ValueError(f"--num-prompts needs >= {NUM_FEATURES + 1}, more than there are "
                              "features for FVD-shapes, and --curve-prompts >= 2")
@@ -110,7 +111,7 @@ class Comparison:
     def prepare(self):
         """Make what only training and scoring need: latents, the feature net, real clips."""
         size = self.options.num_frames, self.options.image_size
-        clips, self.captions = train.open_data(self.options)
+        clips, self.captions = open_data(self.options)
         self.latents = train.encode_clips(self.model.vae, clips)
         self.net = load_feature_net(self.output / "feature_net.safetensors", *size, self.device,
                                     lambda steps: tqdm(steps, "feature net", leave=False))

@@ -2,7 +2,7 @@
 
     plot("steps.png", {"shift": [(100, 20, 10, 30), (200, 60, 45, 75)]}, "Motion", "steps", "%")
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; each series has a marker, too.
+Colours are those of Okabe and Ito, which the colour-blind tell apart; markers differ as well.
 """
 
 import math

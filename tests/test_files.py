@@ -220,3 +220,13 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_json(file)
     assert str(file) in str(caught.value)
+
+
+def test_tensors_begin_at_multiples_of_64_bytes_whatever_stands_between_them(tmp_path):
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(32.0), "c": torch.zeros(0),
+               "d": torch.arange(5, dtype=torch.uint8), "e": torch.arange(16.0)}
+    save_safetensors(tmp_path / "x", tensors)
+    loaded = load_safetensors(tmp_path / "x")
+    assert list(loaded) == list(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert [loaded[name].data_ptr() % 64 for name in "be"] == [0, 0]

@@ -128,7 +128,8 @@ def test_clips_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("changed", ["latents", "timesteps", "context"])
 @torch.no_grad()
 def test_every_input_matters(changed):
-    unet, arguments = build_unet(), dict(zip(("latents", "timesteps", "context"), unet_inputs(), strict=True))
+    names = ("latents", "timesteps", "context")
+    unet, arguments = build_unet(), dict(zip(names, unet_inputs(), strict=True))
     before = unet(**arguments)
     arguments[changed] = arguments[changed].flip(0)  # the other clip's
     assert (unet(**arguments) - before).abs().max() > 1e-4

@@ -325,7 +325,7 @@ def test_a_state_of_another_network_is_refused(killed, trained):
 def test_a_state_of_another_number_of_processes_is_refused(killed):
     state = torch.load(killed / "training_state.pt") | {"processes": 2}
     torch.save(state, killed / "training_state.pt")
-    with pytest.raises(ValueError, match="with 2 processes, this one has 1; resume it with as many"):
+    with pytest.raises(ValueError, match="with 2 processes, this one has 1; resume it"):
         call(train.main, killed, "--resume")
 
 

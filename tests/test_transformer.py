@@ -29,7 +29,8 @@ def test_a_text_becomes_keys_once_for_each_clip_not_for_each_frame():
 
 @torch.no_grad()
 def test_attention_to_a_context_equals_a_loop_over_heads_and_queries():
-    attention, x, context = fill(layers.Attention(6, 2, 5)), normal(2, 4, 6), normal(2, 3, 5, seed=2)
+    attention = fill(layers.Attention(6, 2, 5))
+    x, context = normal(2, 4, 6), normal(2, 3, 5, seed=2)
     q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
     out = torch.zeros(2, 4, 6)
     for b, i, head in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(2)):

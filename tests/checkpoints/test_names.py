@@ -10,6 +10,7 @@ from torch import nn
 
 import layers
 import text
+from checkpoints.tokenizers import save_tokenizer
 from files import load_safetensors, save_safetensors
 from pipeline import Sampling
 from tokenizer import CLIPTokenizer
