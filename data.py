@@ -1,13 +1,13 @@
 """Captioned clips: a folder of your own, or the built-in MovingShapes.
 
-A folder tells the captions of its clips in one of two ways.
+A folder gives the captions of its clips in one of two ways.
 
 1.  metadata.jsonl in it, a line per clip: {"file_name": "dogs/1.mp4", "text": "a dog barks"}. It is
     then the only source: what it does not list is reported and not guessed.
 2.  Names. A clip's caption is the text of the .txt file beside it (1.mp4, 1.txt), else the name of
     the sub-folder it lies in (playing_chess/1.mp4: "playing chess"), as in UCF-101.
 
-A clip is a file that video.py reads or a folder of pictures, its frames. Since a folder of pictures
+A clip is a file that media/read.py reads or a folder of images, its frames. Since a folder of images
 may as well be a class of stills, it is one clip exactly if it has a caption of its own: a line in
 metadata.jsonl, or NAME.txt beside the folder NAME.
 
@@ -33,7 +33,7 @@ IGNORED_NAMES = ("readme", "license")  # with any suffix
 def _walk(folder, is_clip):
     """Yield what may be a clip below a folder, in natural order, hidden and ignored names skipped.
 
-    A link to a folder is yielded and not entered, for it may lead back up and round for ever.
+    A link to a folder is yielded and not entered, because it may lead back up, without an end.
     """
     for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
         name = path.name.lower()
@@ -206,12 +206,12 @@ def random_window(num_available, num_frames, generator):
 
 
 def _examine(clips, num_frames, image_size, stride, frame_rate):
-    """Yield (path, caption, frames read, picture size, rate, problem or None) of each clip."""
+    """Yield (path, caption, frames read, image size, rate, problem or None) of each clip."""
     for path, caption in clips:
         count, size, rate, problem = 0, (0, 0), None, None
         try:
-            for picture, _ in iter_clip(path, max_frames=1):
-                size = picture.size
+            for image, _ in iter_clip(path, max_frames=1):
+                size = image.size
             frames, rate = read_clip(path, stride, frame_rate, image_size=image_size)
             count = len(frames)
             _check_length(path, count, num_frames, stride, frame_rate)
@@ -250,8 +250,8 @@ def main():
     for path, caption, count, (width, height), rate, problem in _examine(clips, **vars(options)):
         total += count
         problems += [problem] if problem else []
-        picture, pace = f"{width}x{height}", "-" if rate is None else f"{rate:.4g}"
-        print(f"{count:6} {picture:>10} {pace:>6}  {path.relative_to(args.folder)}: {caption:.50}")
+        image, pace = f"{width}x{height}", "-" if rate is None else f"{rate:.4g}"
+        print(f"{count:6} {image:>10} {pace:>6}  {path.relative_to(args.folder)}: {caption:.50}")
     print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0
 

@@ -1,11 +1,11 @@
-"""How good are clips? Distances between features, fidelity of pictures, steadiness over time.
+"""How good are clips? Distances between features, fidelity of images, steadiness over time.
 
     Frechet distance   of two sets of clips: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)), the
                        distance of two Gaussians fitted to their features (FID, Heusel et al. 2017,
                        eq. 6; on clips FVD, Unterthiner et al. 2018)
     text similarity    of clips and their texts: the cosine of their features (CLIPSIM, Wu et al.
                        2021, there with OpenAI's CLIP)
-    PSNR, SSIM         of a picture and its reconstruction (SSIM: Wang et al. 2004)
+    PSNR, SSIM         of an image and its reconstruction (SSIM: Wang et al. 2004)
     consistency        of a clip: how much successive frames have in common
 
 The first two are as good as the net that makes the features, and numbers of different nets do not
@@ -56,26 +56,26 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-# Pictures and clips
+# Images and clips
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of pictures (n, c, h, w) in [-1, 1]: (n,), float64."""
+    """Peak signal-to-noise ratio in dB of images (n, c, h, w) in [-1, 1]: (n,), float64."""
     error = (a.double() - b.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(2**2 / error)  # 2: the largest difference there is
 
 
 def ssim(a, b):
-    """Structural similarity of pictures (n, c, h, w) in [-1, 1], at most 1: (n,), float64.
+    """Structural similarity of images (n, c, h, w) in [-1, 1], at most 1: (n,), float64.
 
     Means, variances and covariance under a Gaussian window of 11 x 11 pixels, deviation 1.5, where
     it fits in whole; averaged over places and channels. Wang et al. 2004, eq. 13 and section III.C.
 
     Raises:
-        ValueError: if pictures are smaller than the window.
+        ValueError: if images are smaller than the window.
     """
     if min(a.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs pictures of at least 11 x 11 pixels, got {tuple(a.shape)}")
+        raise ValueError(f"ssim needs images of at least 11 x 11 pixels, got {tuple(a.shape)}")
     bell = torch.exp(-((torch.arange(11, device=a.device, dtype=torch.float64) - 5) ** 2) / 4.5)
     window = (torch.outer(bell, bell) / bell.sum() ** 2)[None, None]
 

@@ -113,7 +113,7 @@ class CLIPTokenizer:
     merges: pairs of symbols in the order in which they were learned.
     max_length: tokens per text, with start and end.
     pad_with_end: fill up with the end token (SD 1) or with id 0 (SD 2), which is also the id of
-        "!" inside a word; so padding is told by its place and never by its text.
+        "!" inside a word; so padding is known by its place and never by its text.
     """
 
     def __init__(self, merges, max_length=77, pad_with_end=True):

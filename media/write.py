@@ -19,7 +19,7 @@ from PIL import GifImagePlugin, Image
 from files import atomic
 from media.read import require_ffmpeg
 
-SEPARATOR = 2  # pixels between the pictures of a contact sheet
+SEPARATOR = 2  # pixels between the images of a contact sheet
 
 
 def to_uint8(clip):
@@ -29,7 +29,7 @@ def to_uint8(clip):
 
 
 def contact_sheet(clips):
-    """One picture of clips: a row for each, a column for each frame, white lines between them.
+    """One image of clips: a row for each, a column for each frame, white lines between them.
 
     Takes a tensor (n, t, 3, h, w) or a list of (t, 3, h, w), in [-1, 1]; the lengths may differ.
     Returns (1, 3, H, W), a clip of one frame.
@@ -64,10 +64,10 @@ def _write_gif(file, clip, frames_per_second):
     # One palette chosen over all frames, or colours flicker. Flat colours stay exact without
     # dither, whose grain would also crawl from frame to frame; k-means buys back the gradients.
     tower = Image.fromarray(frames.reshape(t * h, w, 3)).quantize(256, kmeans=1)
-    pictures = [tower.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
-    file.writelines(GifImagePlugin.getheader(pictures[0], info={"loop": 0})[0])
-    for picture, delay in zip(pictures, _delays(t, frames_per_second, 100), strict=True):
-        file.writelines(GifImagePlugin.getdata(picture, duration=10 * int(delay)))
+    images = [tower.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
+    file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])
+    for image, delay in zip(images, _delays(t, frames_per_second, 100), strict=True):
+        file.writelines(GifImagePlugin.getdata(image, duration=10 * int(delay)))
     file.write(b";")
 
 
@@ -93,7 +93,7 @@ def _write_webp(file, clip, frames_per_second):
 
 
 def _write_png(file, clip, frames_per_second):
-    """One frame as a picture; up to eight in a row; more in a near-square grid."""
+    """One frame as an image; up to eight in a row; more in a near-square grid."""
     if len(clip) > 1:
         columns = len(clip) if len(clip) <= 8 else math.ceil(math.sqrt(len(clip)))
         clip = contact_sheet(clip.split(columns))

@@ -19,8 +19,8 @@ ROOT = Path(data.__file__).parent
 def make_clip(path, num_frames=5, gray=10, duration=100):
     """A GIF of 12 x 8 pixels whose frame i has the gray value gray + 20 i."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.new("RGB", (12, 8), (gray + 20 * i,) * 3) for i in range(num_frames)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration)
+    images = [Image.new("RGB", (12, 8), (gray + 20 * i,) * 3) for i in range(num_frames)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration)
 
 
 def write_metadata(folder, *entries):
@@ -58,27 +58,27 @@ def test_the_sub_folders_name_is_the_caption_of_last_resort(tmp_path):
     ]
 
 
-def save_pictures(folder, grays):
+def save_images(folder, grays):
     folder.mkdir(parents=True)
     for i, gray in enumerate(grays):
         Image.new("RGB", (9, 9), (gray,) * 3).save(folder / f"{i}.png")
 
 
-def test_a_folder_of_pictures_with_a_caption_of_its_own_is_one_clip(tmp_path):
-    save_pictures(tmp_path / "walk.v2", range(0, 240, 20))
+def test_a_folder_of_images_with_a_caption_of_its_own_is_one_clip(tmp_path):
+    save_images(tmp_path / "walk.v2", range(0, 240, 20))
     (tmp_path / "walk.v2.txt").write_text("a walk")
     assert found(tmp_path) == ([("walk.v2", "a walk")], [])
     frames, _ = ClipFolder(tmp_path, image_size=4, num_frames=12)[0]
     assert frames[:, 0, 0, 0].tolist() == list(range(0, 240, 20))  # 10.png after 9.png
 
 
-def test_a_folder_of_pictures_without_one_is_a_class_of_stills(tmp_path):
-    save_pictures(tmp_path / "red_cats", [5, 6])
+def test_a_folder_of_images_without_one_is_a_class_of_stills(tmp_path):
+    save_images(tmp_path / "red_cats", [5, 6])
     assert found(tmp_path)[0] == [("red_cats/0.png", "red cats"), ("red_cats/1.png", "red cats")]
 
 
 def test_a_folder_of_frames_can_be_listed_in_metadata(tmp_path):
-    save_pictures(tmp_path / "walk", [5, 6])
+    save_images(tmp_path / "walk", [5, 6])
     write_metadata(tmp_path, {"file_name": "walk", "text": "a walk"})
     assert found(tmp_path) == ([("walk", "a walk")], [])
 
@@ -168,10 +168,10 @@ def test_an_item_can_be_resampled_and_bounded(tmp_path):
 
 
 def test_channels_are_moved_and_not_reshaped(tmp_path):
-    picture = np.zeros((5, 5, 3), np.uint8)
-    picture[1, 3] = (1, 2, 3)
+    image = np.zeros((5, 5, 3), np.uint8)
+    image[1, 3] = (1, 2, 3)
     (tmp_path / "dog").mkdir()
-    Image.fromarray(picture).save(tmp_path / "dog/a.png")
+    Image.fromarray(image).save(tmp_path / "dog/a.png")
     frames, _ = ClipFolder(tmp_path, image_size=5, num_frames=1)[0]
     assert frames[0, :, 1, 3].tolist() == [1, 2, 3] and frames.sum() == 6
 

@@ -37,7 +37,7 @@ def gaussian(n, d, seed, rank=None):
     return rng.standard_normal((n, rank or d)) @ rng.standard_normal((rank or d, d))
 
 
-def pictures(seed, shape=(2, 3, 14, 17)):
+def images(seed, shape=(2, 3, 14, 17)):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -70,7 +70,7 @@ def test_two_seeds_are_too_few():
         interval([1.0, 2.0])
 
 
-# Pictures
+# Images
 
 
 def test_psnr_of_a_tenth_of_the_range_is_twenty_decibel():
@@ -79,8 +79,8 @@ def test_psnr_of_a_tenth_of_the_range_is_twenty_decibel():
     assert psnr(a, b).tolist() == pytest.approx([20, 40])
 
 
-def test_psnr_of_equal_pictures_is_infinite():
-    assert psnr(pictures(0), pictures(0)).tolist() == [math.inf] * 2
+def test_psnr_of_equal_images_is_infinite():
+    assert psnr(images(0), images(0)).tolist() == [math.inf] * 2
 
 
 def slow_ssim(a, b):
@@ -105,7 +105,7 @@ def slow_ssim(a, b):
 
 
 def test_ssim_is_that_of_loops():
-    a, b = 2 * pictures(0) - 1, (pictures(0) + pictures(1)) - 1
+    a, b = 2 * images(0) - 1, (images(0) + images(1)) - 1
     expected = [slow_ssim(x.numpy(), y.numpy()) for x, y in zip(a, b, strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, rel=1e-9)
 
@@ -125,7 +125,7 @@ def test_ssim_of_two_grays_compares_their_light():
     assert ssim(a, a).item() == pytest.approx(1)
 
 
-def test_a_picture_smaller_than_the_window_is_refused():
+def test_a_image_smaller_than_the_window_is_refused():
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got .*10, 12"):
         ssim(torch.zeros(1, 3, 10, 12), torch.zeros(1, 3, 10, 12))
 
@@ -134,17 +134,17 @@ def test_a_picture_smaller_than_the_window_is_refused():
 
 
 def test_a_frozen_clip_is_wholly_consistent():
-    assert consistency(pictures(0)[:, None].expand(-1, 4, -1, -1, -1)).tolist() == [1, 1]
+    assert consistency(images(0)[:, None].expand(-1, 4, -1, -1, -1)).tolist() == [1, 1]
 
 
 def test_frames_that_turn_to_their_negative_are_minus_one():
-    frame = 2 * pictures(0) - 1
+    frame = 2 * images(0) - 1
     frame = frame - frame.mean((2, 3), keepdim=True)
     assert consistency(torch.stack([frame, -frame, frame], 1)).tolist() == pytest.approx([-1, -1])
 
 
 def test_independent_frames_have_nothing_in_common():
-    clips = pictures(0, (2, 6, 3, 40, 40))
+    clips = images(0, (2, 6, 3, 40, 40))
     clips = clips + torch.tensor([1.0, 0.0, -1.0])[:, None, None]  # a common colour is nothing
     assert consistency(clips).tolist() == pytest.approx([0, 0], abs=0.03)
 
@@ -165,7 +165,7 @@ def test_real_clips_are_consistent_until_their_frames_are_shuffled():
     assert (real > 0.8).all() and (shuffled < 0.7).all()
 
 
-def test_a_picture_has_no_consistency():
+def test_a_image_has_no_consistency():
     with pytest.raises(ValueError, match="clips of >= 2 frames"):
         consistency(torch.zeros(2, 1, 3, 4, 4))
 
@@ -233,7 +233,7 @@ def test_text_similarity_is_the_mean_cosine():
 
 
 def test_any_callable_is_a_net():
-    clips = list(pictures(0, (5, 4, 3, 6, 7)))
+    clips = list(images(0, (5, 4, 3, 6, 7)))
     features = features_of(lambda batch: batch.mean((1, 3, 4)), clips, batch_size=2)
     assert torch.equal(features, torch.stack(clips).mean((1, 3, 4)))
 
@@ -287,7 +287,7 @@ def test_the_seed_decides_the_net_and_nothing_else_does():
     assert torch.equal(a.words, b.words) and not torch.equal(a.words, c.words)
 
 
-def test_a_net_of_pictures_is_refused():
+def test_a_net_of_images_is_refused():
     with pytest.raises(ValueError, match="num_frames >= 2, got 1"):
         train_feature_net(1, 16)
 

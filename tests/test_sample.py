@@ -147,10 +147,10 @@ def test_samples_lie_in_the_run_unless_told_otherwise(run):
     assert [file.name for file in (run / "samples").iterdir()] == ["a-red-circle-moving-left.gif"]
 
 
-def test_one_frame_is_a_picture(run, tmp_path):
+def test_one_frame_is_a_image(run, tmp_path):
     call(sample.main, run, PROMPTS[0], "--num-frames", 1, "--output", tmp_path)
-    with Image.open(tmp_path / "a-red-circle-moving-left.png") as picture:
-        assert picture.size == (16, 16)
+    with Image.open(tmp_path / "a-red-circle-moving-left.png") as image:
+        assert image.size == (16, 16)
 
 
 def test_frames_and_size_can_be_others_than_those_of_training(run, tmp_path):
@@ -167,14 +167,14 @@ def test_frames_and_size_can_be_others_than_those_of_training(run, tmp_path):
 ])
 def test_a_file_shows_all_prompts(run, tmp_path, name, num_prompts, frames, size):
     call(sample.main, run, *PROMPTS[:num_prompts], "--output", tmp_path / name)
-    with Image.open(tmp_path / name) as picture:
-        assert (getattr(picture, "n_frames", 1), picture.size) == (frames, size)
+    with Image.open(tmp_path / name) as image:
+        assert (getattr(image, "n_frames", 1), image.size) == (frames, size)
 
 
-def test_a_file_of_pictures_shows_all_prompts(run, tmp_path):
+def test_a_file_of_images_shows_all_prompts(run, tmp_path):
     call(sample.main, run, *PROMPTS, "--num-frames", 1, "--output", tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (3 * 18 - 2, 16)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (3 * 18 - 2, 16)
 
 
 def test_prompts_become_names():

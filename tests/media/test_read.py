@@ -27,9 +27,9 @@ def gray_frames(grays=GRAYS):
 
 
 def save_animation(path, frames, duration):
-    pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=duration, lossless=True
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=duration, lossless=True
     )
 
 
@@ -235,8 +235,8 @@ def broken_files(folder):
     yield "pickle.npy", "no whole array of numbers"
     np.save(folder / "rank.npy", np.zeros((4, 5), np.uint8))
     yield "rank.npy", r"needs shape \(t, h, w, 3\) or \(t, h, w\), got \(4, 5\)"
-    np.save(folder / "picture.npy", np.zeros((4, 5, 3), np.uint8))
-    yield "picture.npy", r"got \(4, 5, 3\)"
+    np.save(folder / "image.npy", np.zeros((4, 5, 3), np.uint8))
+    yield "image.npy", r"got \(4, 5, 3\)"
     np.save(folder / "dtype.npy", np.zeros((2, 4, 5), np.int64))
     yield "dtype.npy", "got int64"
     np.save(folder / "nan.npy", np.full((2, 4, 5), np.nan))
@@ -334,7 +334,7 @@ def test_a_contact_sheet_has_a_row_per_clip_and_white_lines(tmp_path):
 
 
 @pytest.mark.parametrize("t, rows, columns", [(1, 1, 1), (6, 1, 6), (10, 3, 4)])
-def test_a_png_is_a_picture_a_row_or_a_grid(tmp_path, t, rows, columns):
+def test_a_png_is_a_image_a_row_or_a_grid(tmp_path, t, rows, columns):
     write_clip(tmp_path / "a.png", to_clip(gray_frames(range(0, 10 * t, 10))))
     sheet = read_clip(tmp_path / "a.png")[0][0, ..., 0]
     assert sheet.shape == (rows * (HEIGHT + 2) - 2, columns * (WIDTH + 2) - 2)
