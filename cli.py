@@ -1,8 +1,8 @@
 """Command lines: flags made from a dataclass, and errors that are one line.
 
-Options live in a dataclass whose fields carry their help text (`option(default, "help")`). That
-class is the only place where a default is written; `add_flags` turns its fields into flags, so that
-`learning_rate` becomes --learning-rate and a boolean becomes --flag / --no-flag.
+Options are a dataclass whose fields carry their help text (`option(default, "help")`). A default is
+written only there. `add_flags` turns the fields into flags: `learning_rate` becomes
+--learning-rate, a boolean becomes --flag / --no-flag.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def add_flags(parser, options):
 
 
 def given_flags(args, options):
-    """The {field: value} of those fields of `options` that the command line set."""
+    """{field: value} of the fields of `options` that the command line set."""
     names = [field.name for field in dataclasses.fields(options)]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def choose_device(name):
-    """The torch.device of a --device flag. Raises ValueError if there is none."""
+    """The torch.device of a --device flag. Raises ValueError if it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -53,13 +53,13 @@ def choose_device(name):
 
 
 def run_main(main):
-    """Call main() and exit; mistakes of the user are one line (`python -X dev` shows where)."""
+    """Call main() and exit. A user's mistake is one line; `python -X dev` shows the traceback."""
     try:
         sys.exit(main())
-    except KeyboardInterrupt as stop:  # a script may say where it stopped
+    except KeyboardInterrupt as stop:  # its text may say where the script stopped
         print(f"\n{str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left: `python evaluate.py RUN | head -1`
+    except BrokenPipeError:  # the reader of our output has closed it, as in `| head -1`
         sys.stderr.close()
         sys.exit(1)
     except (ValueError, OSError) as error:

@@ -4,8 +4,8 @@
 rename is atomic, so a kill, a full disk or Ctrl-C at any moment leaves the last good file.
 
 A safetensors file is an unsigned 64-bit little-endian header length, a JSON header
-{name: {"dtype", "shape", "data_offsets": [begin, end]}} and the raw bytes of the tensors. There is
-nothing to execute in it, unlike a pickle; but a header may still lie, so every offset is checked.
+{name: {"dtype", "shape", "data_offsets": [begin, end]}} and the raw bytes of the tensors. Unlike a
+pickle it holds nothing to execute. Its header may still be wrong, so every offset is checked.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -30,7 +30,7 @@ MAX_HEADER = 100_000_000  # bytes; the reference implementation refuses longer h
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a binary file that becomes `path` when the block ends without an error."""
+    """Yield a binary file that becomes `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,7 +51,7 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write a JSON file atomically, indented for people."""
+    """Write a JSON file atomically, indented for readers."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -69,18 +69,17 @@ def read_json(path):
 def save_safetensors(path, tensors, metadata=None):
     """Write {name: tensor} as a safetensors file, atomically and one tensor at a time.
 
-    Every tensor that can be begins at a multiple of 64 bytes, where PyTorch's own memory begins, so
-    that kernels sum a mapped tensor in the same order: the header is padded, and the few tensors
-    that would move the others off come last.
+    CPU kernels sum in an order that depends on where a tensor begins, and PyTorch's own memory
+    begins at multiples of 64 bytes. So the header is padded to such a multiple, and tensors whose
+    size is not one come last. The header lists the tensors in the order given.
     """
-    odd = [name for name, x in tensors.items() if x.numel() * x.element_size() % 64]
-    order, end = [*(name for name in tensors if name not in odd), *odd], 0
+    order, end = sorted(tensors, key=lambda name: tensors[name].nbytes % 64 != 0), 0  # stable
     header = {"__metadata__": {"format": "pt", **(metadata or {})}} | dict.fromkeys(tensors)
     for name in order:
         tensor = tensors[name]
         if tensor.dtype not in NAMES:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, which safetensors does not have")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+            raise ValueError(f"{path}: {name} needs a dtype of safetensors, got {tensor.dtype}")
+        begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
@@ -95,17 +94,15 @@ def save_safetensors(path, tensors, metadata=None):
 def load_safetensors(path):
     """Read a safetensors file: {name: tensor}, memory-mapped, so that bytes are read when used.
 
-    Raises:
-        ValueError: naming the file and what is wrong with it (truncated, a git-lfs pointer, a
-            header that is no JSON, a dtype we do not know, bytes outside the file or shared).
+    Raises ValueError naming the file and what is wrong with it: truncated, a git-lfs pointer, a
+    header that is not JSON, an unknown dtype, bytes outside the file or shared by two tensors.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
         if start == b"version ":
             raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
         if len(start) < 8 or (length := struct.unpack("<Q", start)[0]) > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{path}: not a whole safetensors file (its header does not fit in)")
+            raise ValueError(f"{path}: not a whole safetensors file (the header does not fit)")
         entries = _parse_header(path, file.read(length), size - 8 - length)
         # A private mapping: a tensor's pages are shared with the file until they are written to.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if entries else b""
@@ -121,20 +118,19 @@ def load_safetensors(path):
 
 def _parse_header(path, header, data_size):
     """The checked header: {name: (dtype, shape, begin)}, begin in bytes after the header."""
-
     def unique(pairs):
         if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a name stands twice")
+            raise ValueError("a name occurs twice")
         return dict(pairs)
 
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
         if not isinstance(entries, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the safetensors header is damaged ({error})") from None
     entries.pop("__metadata__", None)
-    parsed, spans = {}, []
+    parsed, spans = {}, {}
     for name, entry in entries.items():
         try:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
@@ -144,13 +140,11 @@ def _parse_header(path, header, data_size):
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise ValueError(f"{path}: the header's entry for {name!r} is damaged or of a new "
-                             "dtype")
+            raise ValueError(f"{path}: the header's {name!r} is damaged or has an unknown dtype")
         if end - begin != math.prod(shape) * dtype.itemsize or end > data_size:
             raise ValueError(f"{path}: {name!r} does not fit into the file (truncated download?)")
-        parsed[name] = (dtype, shape, begin)
-        spans.append((begin, end))
-    spans.sort()
+        parsed[name], spans[name] = (dtype, shape, begin), (begin, end)
+    spans = sorted(spans.values())
     if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
         raise ValueError(f"{path}: two tensors share bytes; the header is damaged")
     return parsed
