@@ -3,9 +3,9 @@
     ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
 
 The hidden states of all tokens after the final layer norm are the context, padding included. There
-is no mask, because Stable Diffusion was trained without one (CLIP, Radford et al. 2021, sections 2.4
-and 2.5). Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable Diffusion
-use the same class.
+is no mask, because Stable Diffusion was trained without one. CLIP, Radford et al. 2021, sections
+2.4 and 2.5. Parameters are named as in transformers' CLIPTextModel; the tiny model and Stable
+Diffusion use the same class.
 """
 
 from dataclasses import dataclass
@@ -50,20 +50,16 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 PRESETS = {
     "tiny": TextConfig(
         vocab_size=1024, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=24,
-    ),
+        num_attention_heads=4, max_position_embeddings=24),
     "small": TextConfig(
         vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=48,
-    ),
+        num_attention_heads=4, max_position_embeddings=48),
     "sd1": TextConfig(  # CLIP ViT-L/14
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, max_position_embeddings=77,
-    ),
+        num_attention_heads=12, max_position_embeddings=77),
     "sd2": TextConfig(  # OpenCLIP ViT-H/14 without its 24th and last layer, which SD 2 skips
         vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
-        num_attention_heads=16, max_position_embeddings=77, hidden_act="gelu",
-    ),
+        num_attention_heads=16, max_position_embeddings=77, hidden_act="gelu"),
 }
 
 
@@ -132,26 +128,20 @@ class TextLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))  # each token by itself
 
 
-class TextEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TextTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = TextEncoder(config)
+        # The checkpoint's names are encoder.layers.0, encoder.layers.1, ...
+        layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids):
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))  # b n -> b n d
+        x = self.embeddings(ids)  # b n -> b n d
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
 
 
 class CLIPTextModel(nn.Module):

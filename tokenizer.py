@@ -7,7 +7,7 @@ marked with "</w>", which keeps "art" in "art</w>" apart from "art" in "artist".
 merged, always the pair that was learned first, until no learned pair is left. With the merges
 (l, o), (lo, w</w>) and (lo, w) in this order:
 
-    low       l o w</w>     ->  lo w</w>     ->  low</w>
+    low       l o w</w>        ->  lo w</w>        ->  low</w>
     lowest    l o w e s t</w>  ->  lo w e s t</w>  ->  low e s t</w>
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units". CLIP's merges
@@ -48,7 +48,6 @@ def byte_alphabet():
     the soft hyphen) borrow the characters from U+0100 on, so that a merges file can be read as
     lines of two words.
     """
-    # Printing bytes keep their character; the others get one that no byte has.
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     visible += range(ord("®"), ord("ÿ") + 1)
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -159,7 +158,7 @@ class CLIPTokenizer:
             pairs = Counter()
             for symbols, count in words:
                 for pair in zip(symbols, symbols[1:], strict=False):
-                    pairs[pair] += count
+                    pairs[pair] += count  # how often, not in how many words
             if not pairs:
                 break
             best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # the most frequent
@@ -191,10 +190,9 @@ class CLIPTokenizer:
         A text that is too long loses its tail, never the end token.
         """
         check_texts(texts, "texts")
-        ids = torch.full((len(texts), self.max_length), self.pad_id)
+        ids = torch.full((len(texts), self.max_length), self.pad_id)  # b n, all padding
         for row, text in zip(ids, texts, strict=True):
-            kept = self.encode(text)[: self.max_length - 2]
-            # Padding follows the end token, which therefore is the last one that has meaning.
+            kept = self.encode(text)[: self.max_length - 2]  # leaves room for start and end
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids
 
