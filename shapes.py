@@ -1,12 +1,9 @@
-"""MovingShapes: endless captioned clips whose truth is known, a text-to-video world in one file.
+"""MovingShapes: a toy text-to-video data set whose clips are drawn, so their truth is known.
 
 One coloured shape moves in a straight line over a dark background: "a red circle moving left". A
-caption names a colour, a shape and a direction, so whether a model listens to its text can be read
-off the pixels (evaluate.py does). Some of the 72 combinations are held out of training: a model
-that draws those has understood the words and not learnt the clips by heart.
-
-Size, speed and place differ from clip to clip. Edges are anti-aliased by the signed distance to the
-shape: a pixel's coverage is 1/2 on the edge.
+caption names a colour, a shape and a direction, and all three can be measured in the pixels of a
+clip (evaluate.py does that). 12 of the 72 combinations are held out of training: a model that draws
+those has learnt what the words mean, and not only which clips it has seen.
 """
 
 import math
@@ -18,23 +15,23 @@ COLOURS = {
     "red": (1.0, 0.15, 0.15), "green": (0.15, 0.9, 0.15), "blue": (0.25, 0.35, 1.0),
     "yellow": (1.0, 0.95, 0.1), "magenta": (1.0, 0.2, 1.0), "cyan": (0.1, 0.95, 1.0),
 }
-BACKGROUND = 0.06  # of 1, in all three channels
-SHAPES = {"circle": math.pi, "square": 4.0, "triangle": math.pi}  # and their areas at radius 1
+BACKGROUND = 0.06  # in [0, 1], in all three channels
+SHAPES = {"circle": math.pi, "square": 4.0, "triangle": math.pi}  # areas at radius 1
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x right, y down
 COMBINATIONS = [(c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS]
 
 
 def caption_of(colour, shape, direction):
-    """The sentence for a combination."""
+    """The caption of a combination."""
     return f"a {colour} {shape} moving {direction}"
 
 
 def _held_out():
-    """12 combinations of which every colour, shape and direction has its equal part."""
+    """12 combinations: each colour occurs in 2 of them, each shape in 4, each direction in 3."""
     held_out = []
     for c, colour in enumerate(COLOURS):
         for s, shape in enumerate(SHAPES):
-            if (c + s) % 3:  # 12 of the 18 pairs lose one of their four directions
+            if (c + s) % 3:  # two of the three shapes of each colour lose one direction each
                 direction = list(DIRECTIONS)[(c - s) % 4]
                 held_out.append((colour, shape, direction))
     return held_out
@@ -45,29 +42,30 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 
 
 def coverage(shape, x, y, radius):
-    """How much of each pixel a shape covers, in [0, 1]. x and y are pixels from its centre.
+    """The part of each pixel that a shape covers, in [0, 1]. x and y: pixels from its centre.
 
-    A square is as wide as a circle of the same radius; a triangle has the circle's area.
+    From the signed distance to the edge in pixels, negative inside. The square is as wide as the
+    circle.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - radius
-    else:  # upright, equilateral: the largest distance to its three sides
-        inner = 0.778 * radius  # radius of the circle inside: sqrt(pi / (3 sqrt(3)))
-        y = y - inner / 2  # half its height above the centre, half below
+    else:  # equilateral, one corner up: the largest of the distances to its three sides
+        inner = 0.778 * radius  # of its incircle: sqrt(pi / (3 sqrt(3))), for the circle's area
+        y = y - inner / 2  # 0.389 radii: centres the height, 3 inner, and not the incircle
         slope = np.abs(x) * math.cos(math.pi / 6) - y * math.sin(math.pi / 6)
         distance = np.maximum(slope, y) - inner
-    return np.clip(0.5 - distance, 0.0, 1.0)
+    return np.clip(0.5 - distance, 0.0, 1.0)  # anti-aliased: 1/2 for a pixel on the edge
 
 
 def render(combination, centres, radius, image_size):
     """Frames uint8 (t, 3, image_size, image_size) of a shape at centres (t, 2), in pixels."""
     colour, shape, _ = combination
-    axis = np.arange(image_size) + 0.5  # a pixel's centre
-    x = axis[None, None, :] - centres[:, 0, None, None]
-    y = axis[None, :, None] - centres[:, 1, None, None]
-    alpha = coverage(shape, x, y, radius)[:, None]  # t 1 h w
+    axis = np.arange(image_size) + 0.5
+    x = axis[None, None, :] - centres[:, 0, None, None]  # of pixels' centres: w -> t 1 w
+    y = axis[None, :, None] - centres[:, 1, None, None]  # h -> t h 1
+    alpha = coverage(shape, x, y, radius)[:, None]  # t h w -> t 1 h w
     paint = np.array(COLOURS[colour])[None, :, None, None]
     frames = BACKGROUND + alpha * (paint - BACKGROUND)
     return np.round(255 * frames).astype(np.uint8)
@@ -76,7 +74,7 @@ def render(combination, centres, radius, image_size):
 class MovingShapes:
     """A sequence of (frames uint8 (num_frames, 3, image_size, image_size), caption).
 
-    Clip i is a function of (seed, i) alone. Combinations take turns, those in `combinations`.
+    Clip i depends only on (seed, i), its combination and its size. `combinations` take turns.
     """
 
     def __init__(self, num_clips=1536, num_frames=8, image_size=32, seed=0, combinations=SEEN):
@@ -93,15 +91,16 @@ class MovingShapes:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
-        rng = np.random.default_rng([self.seed, i])
-        size = self.image_size
+        rng, size = np.random.default_rng([self.seed, i]), self.image_size
+        # A radius >= 3 pixels at size 16, and the largest shape has room for the longest travel from
+        # the first frame to the last: 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
         radius = size * rng.uniform(0.19, 0.23)
-        travel = size * rng.uniform(0.25, 0.35)  # from the first frame to the last
+        travel = size * rng.uniform(0.25, 0.35)
         towards = np.array(DIRECTIONS[self.combinations[i][2]], dtype=float)
-        margin = 1.4 * radius  # keeps the widest shape, the triangle, inside
+        margin = 1.4 * radius  # the triangle's half width is sqrt(3) * 0.778 = 1.35 radii
         room = size - 2 * margin - travel * np.abs(towards)
         middle = size / 2 + room * rng.uniform(-0.5, 0.5, 2)
         progress = np.linspace(-0.5, 0.5, self.num_frames) if self.num_frames > 1 else np.zeros(1)
-        centres = middle + travel * progress[:, None] * towards
+        centres = middle + travel * progress[:, None] * towards  # t -> t 2
         frames = render(self.combinations[i], centres, radius, size)
         return torch.from_numpy(frames), self.captions[i]

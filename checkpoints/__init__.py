@@ -1,1 +1,1 @@
-"""Public Stable Diffusion files: containers, the names in single files, the shapes of networks."""
+"""Public Stable Diffusion files: file formats, parameter names, configurations, tokenizers."""

@@ -1,11 +1,11 @@
-"""The shapes of networks: from a config.json and back, or read off the tensors of a single file.
+"""Configs of networks: from and to config.json, or inferred from the tensors of a single file.
 
-Our configs have the field names of diffusers, so a config.json is a dataclass and some constants. A
-constant of another value means an architecture that is not built here, and is refused by name. A
-field that is absent or null has the value that diffusers' class gives it.
+Our configs use the field names of diffusers, so a config.json is a dataclass plus constants. A
+constant with another value means an architecture that is not built here, and is refused by name. A
+field that is absent or null gets the default of diffusers' class.
 
-A single file says nothing but its tensors. What those do not tell is fixed by the form: groups of
-32, heads, the activation of the text encoder, a scaling factor of 0.18215.
+A single file holds only tensors. What their shapes do not determine is fixed for each version of
+Stable Diffusion: groups of 32, heads, the text encoder's activation, the scaling factor 0.18215.
 """
 
 import dataclasses
@@ -18,43 +18,43 @@ from vae import VAEConfig
 # Prefixes of the three networks in a single file.
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
-# What diffusers lets one choose and this project has one choice for. Other keys of a config.json
-# that are neither here nor a field of ours have to be null, false or absent.
+# Options of diffusers that have one value here. Any other key of a config.json that is not a field
+# of ours has to be null, false or absent.
 UNET_CONSTANTS = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "mid_block_type":
-    "UNetMidBlock2DCrossAttn", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-5, "transformer_layers_per_block": 1,
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5, "dropout": 0.0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "attention_type": "default",
     "conv_in_kernel": 3, "conv_out_kernel": 3, "time_embedding_type": "positional",
-    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "dropout": 0.0, "attention_type":
-    "default",
+    "transformer_layers_per_block": 1, "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
 }
 VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-# Shapes nothing. To upcast is to compute float16 in float32 where SD 2.1 overflows; here one
-# computes in float32 or bfloat16, which have the range.
+# These do not change the network. Upcasting computes in float32 where SD 2.1 overflows in float16;
+# this project computes in float32 or bfloat16, which do not overflow there.
 UNET_IGNORED = ("upcast_attention", "addition_embed_type_num_heads")
 VAE_IGNORED = ("force_upcast",)
 COMMENTS = ("_diffusers_version", "_name_or_path")
 
-# Where diffusers' class and ours have different defaults.
+# Defaults of diffusers' classes that differ from ours.
 UNET_ABSENT = {"cross_attention_dim": 1280}
 VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
-# Of DDIMScheduler, whose steps are ours; but an offset of 1, to which StableDiffusionPipeline sets
-# a schedule without one, as it sets clip_sample to false.
+# Defaults of DDIMScheduler, without two that StableDiffusionPipeline replaces: an absent
+# steps_offset becomes 1, our default, and an absent clip_sample becomes false.
 SCHEDULE_ABSENT = {
     "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "set_alpha_to_one": True,
 }
 
 
 def from_config(cls, values, constants, where):
-    """An instance of a config dataclass from the values of a config.json (lists become tuples)."""
+    """A config dataclass from the values of a config.json. Lists become tuples."""
     names = {field.name for field in dataclasses.fields(cls) if field.init}
     for name, value in values.items():
         known = name in names or name in COMMENTS
         if not known and value not in ([constants[name]] if name in constants else [None, False]):
             raise ValueError(f"{where}: {name}={value!r} is not built here")
-    chosen = {name: v for name, v in values.items() if name in names and v is not None}
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
+    chosen = {k: tuple(v) if isinstance(v, list) else v
+              for k, v in values.items() if k in names and v is not None}
     try:
         return cls(**chosen)
     except (TypeError, ValueError) as error:
@@ -62,32 +62,29 @@ def from_config(cls, values, constants, where):
 
 
 def unet_to_json(config):
-    """The config.json of a U-Net, as diffusers writes it, and our temporal fields."""
+    """The config.json of a U-Net as diffusers writes it, plus our temporal fields."""
     values = dataclasses.asdict(config)
     levels = values.pop("attention_levels")
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in levels]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(levels)]
     values |= {"down_block_types": down, "up_block_types": up}
-    if config.class_embed_type is not None:  # the text's last hidden state
+    if config.class_embed_type is not None:  # projects the text's last hidden state
         values["projection_class_embeddings_input_dim"] = config.cross_attention_dim
     return UNET_CONSTANTS | values
 
 
 def unet_from_json(values, where):
-    """A UNetConfig from a U-Net's config.json. Raises ValueError for what we do not build."""
+    """A UNetConfig from config.json. Raises ValueError for an architecture not built here."""
     values = UNET_ABSENT | {k: v for k, v in values.items() if k not in UNET_IGNORED}
     down, up = values.pop("down_block_types", []), values.pop("up_block_types", [])
     levels = [name == "CrossAttnDownBlock2D" for name in down]
-    expected = [
-        "CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(levels)
-    ]
+    expected = ["CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(levels)]
     if not down or up != expected or set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
         raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
     width = values.pop("projection_class_embeddings_input_dim", None)
     if values.get("class_embed_type") and width != values.get("cross_attention_dim"):
-        raise ValueError(
-            f"{where}: projection_class_embeddings_input_dim={width} is not built here"
-        )
+        name = "projection_class_embeddings_input_dim"
+        raise ValueError(f"{where}: {name}={width} is not built here")
     values["attention_levels"] = levels
     return from_config(UNetConfig, values, UNET_CONSTANTS, where)
 
@@ -95,10 +92,8 @@ def unet_from_json(values, where):
 def vae_to_json(config):
     """The config.json of an autoencoder, as diffusers writes it."""
     levels = len(config.block_out_channels)
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels,
+              "up_block_types": ["UpDecoderBlock2D"] * levels}
     return VAE_CONSTANTS | dataclasses.asdict(config) | blocks
 
 
@@ -119,7 +114,7 @@ def text_to_json(config):
 
 
 def text_from_json(values, where):
-    """A TextConfig from a text encoder's config.json; what shapes no network is ignored."""
+    """A TextConfig from config.json; keys that do not change the network are ignored."""
     names = {*TEXT_CONSTANTS, *(field.name for field in dataclasses.fields(TextConfig))}
     values = {k: v for k, v in values.items() if k in names}
     return from_config(TextConfig, values, TEXT_CONSTANTS, where)
@@ -134,7 +129,7 @@ def diffusion_to_json(diffusion):
 def diffusion_from_json(values, where):
     """A Diffusion from the scheduler_config.json of any scheduler that adds noise as DDPM does.
 
-    How its own sampler steps is ignored: what counts is the noise that the model has learnt from.
+    The options of its sampler are ignored: the model depends only on the noise it was trained with.
     """
     kind = values.get("_class_name") or ""
     if kind.startswith(("FlowMatch", "EDM")):
@@ -151,7 +146,7 @@ def has(names, prefix):
 
 
 def count(names, prefix):
-    """How many numbers from 0 on follow the prefix."""
+    """How many consecutive numbers, from 0, follow the prefix in the names."""
     number = 0
     while has(names, f"{prefix}{number}."):
         number += 1
@@ -159,50 +154,45 @@ def count(names, prefix):
 
 
 def part_of(tensors, prefix):
-    """{name: shape} of a part, its prefix taken off."""
+    """{name: shape} of the tensors with a prefix, which is removed."""
     return {name.removeprefix(prefix): tuple(tensor.shape)
             for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def unet_config(tensors, sample_size):
-    """The U-Net's shape. Raises KeyError for a tensor that it is read off and that is missing.
+    """The U-Net's config. Raises KeyError if a tensor that it needs is missing.
 
-    Stable Diffusion 1 has 8 heads everywhere; 2, known by its linear projections, has heads of
-    width 64.
+    Stable Diffusion 1 has 8 heads at every level; 2, which has linear projections, heads 64 wide.
     """
     shapes = part_of(tensors, UNET)
     blocks = count(shapes, "input_blocks.")
     steps = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in shapes]
-    per_level = steps[0] if steps else blocks  # its pairs of ResnetBlock and transformer, and one
+    per_level = steps[0] if steps else blocks  # the ResnetBlocks and a downsampler
     firsts = [f"input_blocks.{1 + i * per_level}" for i in range(len(steps) + 1)]
     widths = tuple(shapes[f"{first}.0.in_layers.2.weight"][0] for first in firsts)
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     if linear and any(width % 64 for width in widths):
         raise ValueError(f"heads are 64 wide in this form, which does not divide {widths}")
     return UNetConfig(
-        in_channels=shapes["input_blocks.0.0.weight"][1],
-        out_channels=shapes["out.2.weight"][0],
-        block_out_channels=widths,
-        layers_per_block=per_level - 1,
+        in_channels=shapes["input_blocks.0.0.weight"][1], out_channels=shapes["out.2.weight"][0],
+        block_out_channels=widths, layers_per_block=per_level - 1,
         attention_levels=tuple(f"{first}.1.proj_in.weight" in shapes for first in firsts),
         attention_head_dim=tuple(width // 64 for width in widths) if linear else 8,
         cross_attention_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-        use_linear_projection=linear,
-        sample_size=sample_size,
+        use_linear_projection=linear, sample_size=sample_size,
     )
 
 
 def vae_config(tensors, image_size):
-    """The autoencoder's shape. Raises KeyError as unet_config does."""
+    """The autoencoder's config. Raises KeyError as unet_config does."""
     shapes = part_of(tensors, VAE)
     levels = range(count(shapes, "encoder.down."))
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
         out_channels=shapes["decoder.conv_out.weight"][0],
         latent_channels=shapes["decoder.conv_in.weight"][1],
-        block_out_channels=tuple(
-            shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels
-        ),
+        block_out_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0]
+                                 for i in levels),
         layers_per_block=count(shapes, "encoder.down.0.block."),
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
         sample_size=image_size,
@@ -210,12 +200,12 @@ def vae_config(tensors, image_size):
 
 
 def text_config(tensors):
-    """The text encoder's shape; OpenCLIP's lacks its last layer. Raises KeyError as above."""
+    """The text encoder's config, without OpenCLIP's last layer. Raises KeyError as above."""
     if openclip(tensors):
         shapes, gelu = part_of(tensors, TEXT + "model."), "gelu"
         tokens, positions = shapes["token_embedding.weight"], shapes["positional_embedding"]
         layers = count(shapes, "transformer.resblocks.")
-        layers -= layers != 23  # of 24; what was written from a diffusers folder has 23 already
+        layers -= layers != 23  # 24; a file converted from a diffusers folder has only 23
         inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     else:
         shapes, gelu = part_of(tensors, clip_prefix(tensors)), "quick_gelu"
@@ -229,7 +219,7 @@ def text_config(tensors):
 
 
 def configs_of(tensors, image_size, where):
-    """(UNetConfig, VAEConfig, TextConfig) read off the tensors of a single file."""
+    """(UNetConfig, VAEConfig, TextConfig) inferred from the tensors of a single file."""
     try:
         vae = vae_config(tensors, image_size)
         unet = unet_config(tensors, image_size // vae.downscale)
@@ -237,7 +227,7 @@ def configs_of(tensors, image_size, where):
     except KeyError as error:
         raise ValueError(f"{where}: has no tensor that ends in {error}; is it complete?") from None
     except (IndexError, ValueError) as error:
-        raise ValueError(f"{where}: is no Stable Diffusion ({error})") from None
+        raise ValueError(f"{where}: is not Stable Diffusion ({error})") from None
 
 
 def openclip(tensors):
@@ -246,6 +236,6 @@ def openclip(tensors):
 
 
 def clip_prefix(tensors):
-    """What stands before the names of CLIP's text encoder; some files lack `text_model.`."""
+    """The prefix of the names of CLIP's text encoder; some files lack `text_model.`."""
     long = TEXT + "transformer.text_model."
     return long if has(tensors, long) else TEXT + "transformer."

@@ -9,10 +9,11 @@ from helpers import call
 from PIL import Image
 
 import sample
+from media.read import read_clip
+from media.write import file_names
 from model import UNet
 from pipeline import Sampling
-from sample import file_names, generate
-from media.read import read_clip
+from sample import generate
 from weights import load_pipeline
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
@@ -188,7 +189,9 @@ def test_prompts_become_names():
 @pytest.mark.parametrize("letter", ["x", "é", "猫", "𠮷"])
 def test_a_long_prompt_becomes_a_name_that_a_file_may_have(tmp_path, letter):
     (name,) = file_names([1000 * letter], ".webp")
-    (tmp_path / f".{name}.1234567.tmp").touch()  # what atomic() writes first
+    temporary = tmp_path / f".{name}.1234567.tmp"  # what atomic() writes first
+    temporary.touch()
+    assert temporary.exists()
 
 
 # Prompts

@@ -33,6 +33,12 @@ def test_the_configuration_of_every_text_encoder_comes_back(preset):
     assert configs.text_from_json(values, "here") == config
 
 
+def test_a_text_encoder_names_the_ends_of_its_texts():
+    """Of CLIP's 49,408 tokens the last two."""
+    values = configs.text_to_json(text.PRESETS["sd1"])
+    assert (values["bos_token_id"], values["eos_token_id"]) == (49406, 49407)
+
+
 def test_a_list_of_betas_comes_back():
     betas = tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
     diffusion = Diffusion(trained_betas=betas)
@@ -154,3 +160,13 @@ def test_a_schedule_that_says_nothing_is_diffusers_default():
         beta_schedule="linear", beta_start=0.0001, beta_end=0.02, set_alpha_to_one=True,
         steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
     )
+
+
+@pytest.mark.parametrize("side, block", [
+    ("down_block_types", "AttnDownEncoderBlock2D"), ("up_block_types", "AttnUpDecoderBlock2D"),
+])
+def test_an_autoencoder_of_other_blocks_on_either_side_is_refused_by_name(side, block):
+    values = configs.vae_to_json(vae.PRESETS["tiny"])
+    values[side] = values[side][1:] + [block]
+    with pytest.raises(ValueError, match=f"here: .*{block}.* is not built here"):
+        configs.vae_from_json(values, "here")
