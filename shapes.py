@@ -42,11 +42,7 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 
 
 def coverage(shape, x, y, radius):
-    """The part of each pixel that a shape covers, in [0, 1]. x and y: pixels from its centre.
-
-    From the signed distance to the edge in pixels, negative inside. The square is as wide as the
-    circle.
-    """
+    """The part of each pixel that a shape covers, in [0, 1]. x and y: pixels from its centre."""
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
@@ -56,7 +52,7 @@ def coverage(shape, x, y, radius):
         y = y - inner / 2  # 0.389 radii: centres the height, 3 inner, and not the incircle
         slope = np.abs(x) * math.cos(math.pi / 6) - y * math.sin(math.pi / 6)
         distance = np.maximum(slope, y) - inner
-    return np.clip(0.5 - distance, 0.0, 1.0)  # anti-aliased: 1/2 for a pixel on the edge
+    return np.clip(0.5 - distance, 0.0, 1.0)  # anti-aliased; the distance is negative inside
 
 
 def render(combination, centres, radius, image_size):
@@ -92,7 +88,7 @@ class MovingShapes:
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
         rng, size = np.random.default_rng([self.seed, i]), self.image_size
-        # A radius >= 3 pixels at size 16, and the largest shape has room for the longest travel from
+        # At size 16 a radius is >= 3 pixels. The largest shape has room for the longest travel from
         # the first frame to the last: 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
         radius = size * rng.uniform(0.19, 0.23)
         travel = size * rng.uniform(0.25, 0.35)

@@ -128,7 +128,7 @@ def test_the_middle_of_a_shape_has_its_colour(combination):
     assert (middle / 255).tolist() == pytest.approx(COLOURS[combination[0]], abs=0.003)
 
 
-def test_half_a_pixel_of_movement_changes_the_picture():
+def test_half_a_pixel_of_movement_changes_the_image():
     left, right = (render(("red", "square", "up"), np.array([[x, 16]]), 6, 32) for x in (16, 16.5))
     assert not np.array_equal(left, right)
 
@@ -156,6 +156,6 @@ def test_the_shape_stays_inside_the_frame(monkeypatch):
         assert (centres - half).min() >= 0 and (centres + half).max() <= size
 
 
-def test_a_picture_is_the_middle_of_its_clip():
-    clip, picture = MovingShapes(1, num_frames=3)[0][0], MovingShapes(1, num_frames=1)[0][0]
-    assert torch.equal(clip[1], picture[0])
+def test_an_image_is_the_middle_of_its_clip():
+    clip, image = MovingShapes(1, num_frames=3)[0][0], MovingShapes(1, num_frames=1)[0][0]
+    assert torch.equal(clip[1], image[0])
