@@ -51,6 +51,14 @@ def test_every_word_is_held_out_equally_often(part, names, times):
     assert Counter(combination[part] for combination in HELD_OUT) == dict.fromkeys(names, times)
 
 
+def test_the_held_out_combinations_are_those_of_older_runs():
+    assert [" ".join(combination) for combination in HELD_OUT] == [
+        "red square down", "red triangle up", "green circle right", "green square left",
+        "blue circle up", "blue triangle left", "yellow square up", "yellow triangle right",
+        "magenta circle left", "magenta square down", "cyan circle right", "cyan triangle down",
+    ]
+
+
 def test_training_clips_never_show_what_is_held_out():
     held_out = {caption_of(*combination) for combination in HELD_OUT}
     assert held_out.isdisjoint(MovingShapes(num_clips=500).captions)
@@ -122,15 +130,30 @@ def test_a_shape_covers_the_area_that_is_written_beside_its_name(shape, unit_are
     assert area == pytest.approx(unit_area * 7.0**2, rel=0.02)
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS[::7])
-def test_the_middle_of_a_shape_has_its_colour(combination):
-    middle = render(combination, np.array([[16.0, 16.0]]), 6.0, 32)[0, :, 16, 16]
-    assert (middle / 255).tolist() == pytest.approx(COLOURS[combination[0]], abs=0.003)
+@pytest.mark.parametrize("colour, pixel", [
+    ("red", (255, 38, 38)), ("green", (38, 230, 38)), ("blue", (64, 89, 255)),
+    ("yellow", (255, 242, 26)), ("magenta", (255, 51, 255)), ("cyan", (26, 242, 255)),
+])
+def test_a_shape_has_its_colour_and_the_rest_is_dark(colour, pixel):
+    frame = render((colour, "circle", "up"), np.array([[8.0, 12.0]]), 6.0, 32)[0]
+    assert frame[:, 12, 8] == pytest.approx(np.array(pixel), abs=1)  # 1: halves round either way
+    assert frame[:, 20, 20].tolist() == [15, 15, 15]
 
 
-def test_half_a_pixel_of_movement_changes_the_image():
-    left, right = (render(("red", "square", "up"), np.array([[x, 16]]), 6, 32) for x in (16, 16.5))
-    assert not np.array_equal(left, right)
+def test_pixels_are_half_covered_where_an_edge_crosses_their_middle():
+    """A square of half width 3 around (8, 8): columns 5 to 10 are inside; shifted by 0.5, 5 half."""
+    rows = [render(("red", "square", "up"), np.array([[x, 8.0]]), 3.0, 16)[0, 0, 8]
+            for x in (8.0, 8.5)]
+    assert rows[0].tolist() == [15] * 5 + [255] * 6 + [15] * 5
+    assert rows[1] == pytest.approx(np.array([15] * 5 + [135] + [255] * 5 + [135] + [15] * 4), abs=1)
+
+
+def test_a_triangle_points_up_and_is_as_high_above_its_centre_as_below():
+    rows = how_different(torch.from_numpy(
+        render(("red", "triangle", "up"), np.array([[16.0, 16.0]]), 8.0, 32)
+    ))[0].sum(1)
+    assert np.flatnonzero(rows > 100).tolist() == list(range(7, 26))  # 16 +- 1.5 * 0.778 * 8
+    assert rows[9] < rows[14] < rows[19] < rows[23]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -143,17 +166,49 @@ def test_the_centre_moves_in_the_named_direction(direction):
         assert steps == pytest.approx(np.tile(steady, (4, 1)), abs=0.15)
 
 
-def test_the_shape_stays_inside_the_frame(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(shapes, "render", lambda *arguments: drawn.append(arguments) or BLANK)
+@pytest.fixture
+def drawn(monkeypatch):
+    """What 720 clips of two frames pass to render: (combination, centres, radius, image_size)."""
+    calls = []
+    monkeypatch.setattr(shapes, "render", lambda *arguments: calls.append(arguments) or BLANK)
     clips = MovingShapes(720, num_frames=2, image_size=32, combinations=COMBINATIONS)
     for i in range(720):
         clips[i]
+    return calls
+
+
+def test_the_shape_stays_inside_the_frame(drawn):
     for (_, shape, _), centres, radius, size in drawn:
         # The triangle's inner circle has 0.778 of the radius; sqrt(3) and 1.5 times that are its
         # half width and half height.
         half = np.array({"triangle": (1.348, 1.167)}.get(shape, (1, 1))) * radius
         assert (centres - half).min() >= 0 and (centres + half).max() <= size
+
+
+def test_size_speed_and_place_vary_over_their_whole_ranges(drawn):
+    radii = np.array([radius for _, _, radius, _ in drawn]) / 32
+    travels = np.array([np.abs(centres[1] - centres[0]).max() for _, centres, _, _ in drawn]) / 32
+    assert (radii.min(), radii.max()) == pytest.approx((0.19, 0.23), abs=0.001)
+    assert (travels.min(), travels.max()) == pytest.approx((0.25, 0.35), abs=0.002)
+    # Across its motion a centre is 1.4 radii from a border or farther, and often near that.
+    across = np.array([centres[0, 0 if direction in ("up", "down") else 1]
+                       for (_, _, direction), centres, _, _ in drawn]) / 32
+    reach = np.abs(across - 0.5) / (0.5 - 1.4 * radii)
+    assert reach.max() == pytest.approx(1, abs=0.01) and reach.mean() == pytest.approx(0.5, abs=0.03)
+    # Along it, the whole way has that distance.
+    ends = np.array([np.abs(centres / 32 - 0.5).max(0)[0 if direction in ("left", "right") else 1]
+                     for (_, _, direction), centres, _, _ in drawn])
+    assert (ends / (0.5 - 1.4 * radii)).max() == pytest.approx(1, abs=0.02)
+
+
+def test_the_default_is_1536_clips_of_8_frames_of_32_pixels():
+    clips = MovingShapes()
+    assert len(clips) == 1536 and clips[0][0].shape == (8, 3, 32, 32)
+    assert torch.equal(clips[7][0], MovingShapes(seed=0, combinations=SEEN)[7][0])
+
+
+def test_the_smallest_clips_are_of_one_image_of_16_pixels():
+    assert MovingShapes(1, num_frames=1, image_size=16)[0][0].shape == (1, 3, 16, 16)
 
 
 def test_an_image_is_the_middle_of_its_clip():
