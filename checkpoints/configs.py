@@ -81,12 +81,10 @@ def unet_from_json(values, where):
     expected = ["CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(levels)]
     if not down or up != expected or set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
         raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
-    width = values.pop("projection_class_embeddings_input_dim", None)
-    if values.get("class_embed_type") and width != values.get("cross_attention_dim"):
-        name = "projection_class_embeddings_input_dim"
-        raise ValueError(f"{where}: {name}={width} is not built here")
-    values["attention_levels"] = levels
-    return from_config(UNetConfig, values, UNET_CONSTANTS, where)
+    dim = values.pop("projection_class_embeddings_input_dim", None)
+    if values.get("class_embed_type") and dim != values.get("cross_attention_dim"):
+        raise ValueError(f"{where}: projection_class_embeddings_input_dim={dim} is not built here")
+    return from_config(UNetConfig, values | {"attention_levels": levels}, UNET_CONSTANTS, where)
 
 
 def vae_to_json(config):
@@ -194,8 +192,7 @@ def vae_config(tensors, image_size):
         block_out_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0]
                                  for i in levels),
         layers_per_block=count(shapes, "encoder.down.0.block."),
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes,
-        sample_size=image_size,
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes, sample_size=image_size,
     )
 
 

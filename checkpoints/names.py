@@ -1,13 +1,13 @@
-"""Single files of Stable Diffusion, as CompVis (1.x) and Stability (2.x) wrote them, to our names.
+"""Parameter names: from single files of Stable Diffusion 1.x (CompVis) and 2.x (Stability) to ours.
 
     model.diffusion_model.    the U-Net               model_ema.   its moving average, names dotless
     first_stage_model.        the autoencoder
     cond_stage_model.         the text encoder, CLIP (1.x: transformer.) or OpenCLIP (2.x: model.)
 
-Nothing in such a file says what it is. The shape of each network is read off its tensors
-(configs.py), and then each parameter of ours is looked up under the name that the file has for it.
+Such a file does not say what it is. configs.py infers the config of each network from its tensors;
+then each of our parameters is looked up under its name in the file.
 
-Source of the names: the code of CompVis/stable-diffusion, Stability-AI/stablediffusion, open_clip.
+Sources: the code of CompVis/stable-diffusion, Stability-AI/stablediffusion, open_clip.
 """
 
 import re
@@ -18,9 +18,9 @@ from checkpoints.configs import TEXT, UNET, VAE, clip_prefix, has, openclip
 
 PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
-FOREIGN = {  # what the name of one tensor gives away
-    r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model: merge it into one and load that",
-    r"^string_to_|^emb_params$": "a textual inversion, one word for a model and no model itself",
+FOREIGN = {  # files that a single name identifies
+    r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model; merge it into a model first",
+    r"^string_to_|^emb_params$": "a textual inversion, one token's embedding and not a model",
     r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
     r"conditioner\.embedders\.|add_embedding\.": "Stable Diffusion XL",
     r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
@@ -28,22 +28,22 @@ FOREIGN = {  # what the name of one tensor gives away
     r"motion_modules\.": "AnimateDiff",
 }
 CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix", 5: "a depth model", 7: "an upscaler"}
-ALONE = {  # parts of a model by themselves, in either naming
+ALONE = {  # single parts of a model, in either naming
     r"^(down_blocks|input_blocks)\.": "a U-Net",
     r"^(encoder|decoder)\.(down|up|down_blocks|up_blocks)\.": "an autoencoder",
     r"^(text_model\.|embeddings\.token_|token_embedding\.)": "a text encoder",
 }
 EMA = r"^model_ema\."
-UNUSED = {  # tensors that draw nothing, and why
-    EMA: "EMA weights (ema=True or --ema takes them)",
+UNUSED = {  # tensors that sampling does not need, and why
+    EMA: "EMA weights (ema=True or --ema uses them)",
     r"^(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|posterior_\w+|"
     r"lvlb_weights|logvar)$": "the noise schedule, which is computed",
     r"position_ids$": "numbers of positions",
     r"^cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$":
         "parts of CLIP that Stable Diffusion does not use",
-    r"^(first_stage_model\.)?loss\.": "what trained the autoencoder",
+    r"^(first_stage_model\.)?loss\.": "the autoencoder's training loss",
     r"^safety_checker\.": "the safety checker",
-    r"^embedding_manager\.": "what words of a textual inversion were trained with",
+    r"^embedding_manager\.": "the training of a textual inversion",
 }
 
 RESNET = {
@@ -70,55 +70,52 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a checkpoint's tensors. `ignored` is {reason: how many}."""
+    """How many of a checkpoint's tensors were used, and {reason: how many} were ignored."""
 
     used: int
     ignored: dict[str, int]
     notes: tuple[str, ...] = ()
 
     def __str__(self):
-        counts = [f"{count} ignored: {reason}" for reason, count in self.ignored.items()]
-        return "\n".join([f"{self.used} tensors used", *counts, *self.notes])
+        ignored = [f"{count} ignored: {reason}" for reason, count in self.ignored.items()]
+        return "\n".join([f"{self.used} tensors used", *ignored, *self.notes])
 
 
 def check_known(tensors, where):
-    """Raise ValueError for a file that is no whole Stable Diffusion 1.x or 2.x, saying what it is.
+    """Raise ValueError for a file that is not a whole Stable Diffusion 1.x or 2.x, naming its kind.
 
-    The U-Net's input channels are looked at by check_together, when its shape is known.
+    check_together checks the U-Net's input channels, once its config is known.
     """
     for pattern, kind in FOREIGN.items():
         if any(re.search(pattern, name) for name in tensors):
-            raise ValueError(f"{where}: holds {kind}; read are Stable Diffusion 1.x and 2.x")
+            raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
     missing = [part for prefix, part in PARTS.items() if not has(tensors, prefix)]
     if len(missing) == len(PARTS):
         for pattern, kind in ALONE.items():
             if any(re.search(pattern, name) for name in tensors):
-                raise ValueError(f"{where}: holds {kind} alone; needs a whole single file, or the "
-                                 "folder with unet/, vae/ and text_encoder/")
-        if len(tensors) == 1:
-            raise ValueError(f"{where}: holds one tensor, {[*tensors][0]!r}: a textual inversion? "
-                             "Read are Stable Diffusion 1.x and 2.x")
-        raise ValueError(f"{where}: holds no Stable Diffusion; its {len(tensors)} tensors begin "
-                         f"with {', '.join(sorted(tensors)[:3])}")
+                raise ValueError(f"{where}: needs a whole single file or a folder with unet/, vae/ "
+                                 f"and text_encoder/, got {kind} alone")
+        kind = ", ".join(sorted(tensors)[:3])
+        kind = f"one tensor, {kind} (a textual inversion?)" if len(tensors) == 1 else kind
+        raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
     if missing:
-        prefixes = [prefix for prefix, part in PARTS.items() if part in missing]
-        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({', '.join(prefixes)}*); "
-                         "needs a whole checkpoint")
+        prefixes = ", ".join(prefix for prefix, part in PARTS.items() if part in missing)
+        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({prefixes}*); is it whole?")
 
 
 def check_together(unet, vae, text, where):
-    """Raise ValueError if the three networks (their configs) do not make one model."""
+    """Raise ValueError if three networks, given by their configs, do not fit together."""
     if unet.in_channels != vae.latent_channels:
         kind = CHANNELS.get(unet.in_channels, "another model")
-        raise ValueError(f"{where}: holds {kind}: its U-Net takes {unet.in_channels} channels, its "
-                         f"autoencoder makes {vae.latent_channels}")
+        raise ValueError(f"{where}: holds {kind}: its U-Net needs {unet.in_channels} channels, its "
+                         f"autoencoder has {vae.latent_channels}")
     if unet.cross_attention_dim != text.hidden_size:
-        raise ValueError(f"{where}: its U-Net reads texts of width {unet.cross_attention_dim}, its "
-                         f"text encoder writes {text.hidden_size}")
+        raise ValueError(f"{where}: its U-Net needs texts of width {unet.cross_attention_dim}, its "
+                         f"text encoder has width {text.hidden_size}")
 
 
 def replace_words(name, words):
-    """The name with each key of `words` that stands in it as whole words replaced."""
+    """The name with each key of `words` replaced where it is bounded by dots."""
     for ours, theirs in words.items():
         name = re.sub(rf"(^|(?<=\.)){re.escape(ours)}(?=\.|$)", theirs, name)
     return name
@@ -133,61 +130,60 @@ def unet_name(name, config):
     elif kind in ("down_blocks", "up_blocks"):
         level, layer, i, *rest = words
         per_level = config.layers_per_block + 1
-        number = int(level) * per_level + int(i)  # counted through all levels
+        number = int(level) * per_level + int(i)  # counted across levels
         if layer == "downsamplers":
             return f"input_blocks.{number + per_level}.0.op.{rest[1]}"
-        if layer == "upsamplers":  # in the level's last block, behind the transformer if there is
-            place = 2 if config.attention_levels[::-1][int(level)] else 1
-            return f"output_blocks.{number + per_level - 1}.{place}.conv.{rest[1]}"
+        if layer == "upsamplers":  # in the level's last block, after the transformer if it has one
+            index = 2 if config.attention_levels[::-1][int(level)] else 1
+            return f"output_blocks.{number + per_level - 1}.{index}.conv.{rest[1]}"
         block = f"input_blocks.{number + 1}" if kind == "down_blocks" else f"output_blocks.{number}"
         block += ".0" if layer == "resnets" else ".1"
     else:
         return replace_words(name, UNET_ENDS)
-    rest = ".".join(rest)
-    return f"{block}.{replace_words(rest, RESNET) if layer == 'resnets' else rest}"
+    return f"{block}.{replace_words('.'.join(rest), RESNET if layer == 'resnets' else {})}"
 
 
 def vae_name(name, config):
     """The single file's name of a parameter of our autoencoder, without its prefix."""
     name = re.sub(r"\.mid_block\.resnets\.(\d)", lambda m: f".mid.block_{int(m[1]) + 1}", name)
     name = name.replace(".mid_block.attentions.0", ".mid.attn_1")
-    last = len(config.block_out_channels) - 1  # the decoder's levels are counted from the finest
+    last = len(config.block_out_channels) - 1  # the file counts decoder levels from the finest
     name = re.sub(r"\.up_blocks\.(\d+)", lambda m: f".up.{last - int(m[1])}", name)
     name = name.replace(".down_blocks.", ".down.").replace(".resnets.", ".block.")
     return replace_words(name, VAE_WORDS)
 
 
 def openclip_name(name):
-    """(the single file's name, which third of it) of a parameter of our text encoder."""
+    """(the single file's name, which third of that tensor or None) of a text encoder parameter."""
     name = replace_words(name.removeprefix("text_model."), OPENCLIP_WORDS)
-    if match := re.search(r"([qkv])_proj\.(weight|bias)$", name):
+    if match := re.search(r"([qkv])_proj\.(weight|bias)$", name):  # in the file one tensor of three
         return f"{name[: match.start()]}in_proj_{match[2]}", "qkv".index(match[1])
     return name, None
 
 
 def names_in_file(part, network, tensors, ema):
-    """Where a part's parameters are: {our name: (the file's name, a third of it or None)}."""
+    """{our name: (the file's name, which third of that tensor or None)} of a part's parameters."""
     openclips, clip = openclip(tensors), clip_prefix(tensors)
     found = {}
     for name in network.state_dict():
         third = None
         if part == "unet":
-            place = unet_name(name, network.config)
-            dotless = "model_ema.diffusion_model" + place.replace(".", "")
-            place = dotless if ema else UNET + place
+            theirs = UNET + unet_name(name, network.config)
+            if ema:
+                theirs = "model_ema." + theirs.removeprefix("model.").replace(".", "")
         elif part == "vae":
-            place = VAE + vae_name(name, network.config)
+            theirs = VAE + vae_name(name, network.config)
         elif openclips:
-            place, third = openclip_name(name)
-            place = f"{TEXT}model.{place}"
+            theirs, third = openclip_name(name)
+            theirs = f"{TEXT}model.{theirs}"
         else:
-            place = clip + name.removeprefix("text_model.")
-        found[name] = place, third
+            theirs = clip + name.removeprefix("text_model.")
+        found[name] = theirs, third
     return found
 
 
 def view_of(tensor, third, ndim):
-    """A view of a tensor of a single file as our parameter: one third of it, 1x1 taken off."""
+    """A file's tensor as our parameter: one third of it, and 1x1 convolutions as matrices."""
     if third is not None and tensor.ndim and len(tensor) % 3 == 0:
         tensor = tensor.chunk(3)[third]
     return tensor.flatten(1) if (tensor.ndim, tensor.shape[2:], ndim) == (4, (1, 1), 2) else tensor
@@ -195,71 +191,56 @@ def view_of(tensor, third, ndim):
 
 def sort_out(names, num_layers, ema):
     """({reason: how many are ignored for it}, the others) of the names that are not used."""
-    # The one layer too many is OpenCLIP's last.
-    unused = UNUSED | {
-        rf"^cond_stage_model\.model\.transformer\.resblocks\.{num_layers}\.":
-            "the text encoder's last layer, which Stable Diffusion 2 skips",
-    }
+    unused = UNUSED | {rf"^cond_stage_model\.model\.transformer\.resblocks\.{num_layers}\.":
+                       "the text encoder's last layer, which Stable Diffusion 2 skips"}
     if ema:
         del unused[EMA]
         unused[r"^model_ema\.(decay|num_updates)$"] = "counters of the average"
         unused[r"^model\.diffusion_model\."] = "the U-Net's weights beside their average"
-    reasons = {}
-    for name in names:
-        for pattern, reason in unused.items():
-            if re.search(pattern, name):
-                reasons[name] = reason
+    reasons = {name: reason for name in names
+               for pattern, reason in unused.items() if re.search(pattern, name)}
     return dict(Counter(reasons.values())), sorted(names - reasons.keys())
 
 
 def check_fit(expected, found, unexpected, what):
-    """Raise ValueError unless all tensors are there and nothing else, naming five of each kind.
+    """Raise ValueError, naming five tensors of each kind, if any is missing, wrong or too many.
 
     expected and found are {name: shape}; `unexpected` lists names; `what` begins the message.
     """
-    differences = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": unexpected,
-        "of another shape": {
-            name for name in expected.keys() & found.keys() if expected[name] != found[name]
-        },
-    }
-    if any(differences.values()):
-        kinds = "; ".join(
-            f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}"
-            for kind, names in differences.items() if names
-        )
-        raise ValueError(f"{what} ({kinds})")
+    wrong = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    kinds = {"missing": expected.keys() - found.keys(), "unexpected": unexpected,
+             "of another shape": wrong}
+    if lists := [f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}"
+                 for kind, names in kinds.items() if names]:
+        raise ValueError(f"{what} ({'; '.join(lists)})")
 
 
 def convert(tensors, networks, ema, where):
-    """({part: {our name: tensor}}, Report) of a single file; the tensors are views of its own.
+    """({part: {our name: tensor}}, Report) of a single file; the tensors are views of the file's.
 
-    networks is {part: our network}, whose parameters say what is needed. Raises ValueError if they
-    are not all there, or if there is more.
+    networks is {part: our network}. Raises ValueError if a parameter of theirs is missing in the
+    file or the file has tensors that are neither used nor known.
     """
     if ema and not has(tensors, "model_ema.diffusion_model"):
-        raise ValueError(
-            f"{where}: holds no EMA weights (model_ema.*); load it without ema (--ema)"
-        )
-    parts, expected, found = {}, {}, {}
+        raise ValueError(f"{where}: holds no EMA weights (model_ema.*); load it without --ema")
+    parts, expected, found = {part: {} for part in networks}, {}, {}
     for part, network in networks.items():
-        parts[part], state = {}, network.state_dict()
-        for name, (place, third) in names_in_file(part, network, tensors, ema).items():
-            expected[place] = tuple(state[name].shape)
-            if place in tensors:
-                tensor = view_of(tensors[place], third, state[name].ndim)
-                parts[part][name], found[place] = tensor, tuple(tensor.shape)
-    num_layers = networks["text_encoder"].config.num_hidden_layers
-    ignored, unexpected = sort_out(tensors.keys() - expected.keys(), num_layers, ema)
-    check_fit(expected, found, unexpected, f"{where}: is no whole Stable Diffusion")
+        state = network.state_dict()
+        for name, (theirs, third) in names_in_file(part, network, tensors, ema).items():
+            expected[theirs] = tuple(state[name].shape)
+            if theirs in tensors:
+                tensor = view_of(tensors[theirs], third, state[name].ndim)
+                parts[part][name], found[theirs] = tensor, tuple(tensor.shape)
+    last = networks["text_encoder"].config.num_hidden_layers
+    ignored, unexpected = sort_out(tensors.keys() - expected.keys(), last, ema)
+    check_fit(expected, found, unexpected, f"{where}: is not a whole Stable Diffusion")
     return parts, Report(len(found), ignored)
 
 
 def current_names(tensors):
     """({our name: tensor}, how many are ignored) of a part of a diffusers folder, old or new."""
-    bare = "embeddings.token_embedding.weight" in tensors  # recent transformers leaves a prefix out
-    old = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")  # of the autoencoder
+    bare = "embeddings.token_embedding.weight" in tensors  # transformers 5 writes no "text_model."
+    old = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")  # of old autoencoders
     current = {}
     for name, tensor in tensors.items():
         if old.search(name):

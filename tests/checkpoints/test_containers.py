@@ -138,7 +138,7 @@ REFUSED = {
     "garbage in a zip": (lambda p: zipped(p, "a/data.pkl"), "torch cannot read it"),
     "no record": (without_record, "failed locating file data/0"),
     "no dict": (lambda p: save(p, [A]), "needs a dict of tensors, got list"),
-    "no tensor": (lambda p: save(p, {"epoch": 1, "state_dict": 2}), r"needs tensors, got .*'epoch'"),
+    "no tensor": (lambda p: save(p, {"epoch": 1, "state_dict": 2}), "needs tensors, got .*'epoch'"),
     "empty dict": (lambda p: save(p, {"state_dict": {}}), "needs tensors"),
     "sparse": (lambda p: save(p, {"a": A.to_sparse()}), "'a' is nested, quantized, sparse"),
     "meta": (lambda p: save(p, {"a": A.to("meta")}), "'a' is .* without values"),

@@ -67,7 +67,7 @@ def test_ema_weights_are_not_looked_for_in_a_folder(folder):
 def test_an_inpainting_model_is_refused_by_name(folder):
     unet = dataclasses.replace(fresh_pipeline().unet.config, in_channels=9)
     weights.save_unet(folder / "unet", model.UNet(unet))
-    refuse(folder, "model: holds an inpainting model: its U-Net takes 9 channels")
+    refuse(folder, "model: holds an inpainting model: its U-Net needs 9 channels")
 
 
 @pytest.mark.parametrize("file", [

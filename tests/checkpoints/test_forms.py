@@ -167,7 +167,7 @@ def test_ema_weights_are_taken_on_request(files, tmp_path):
     plain, average = load_pipeline(path), load_pipeline(path, ema=True)
     count = len(plain.unet.state_dict())
     assert_same(plain, load_pipeline(files["sd1"]))
-    assert plain.report.ignored["EMA weights (ema=True or --ema takes them)"] == count + 1
+    assert plain.report.ignored["EMA weights (ema=True or --ema uses them)"] == count + 1
     for name, tensor in average.unet.state_dict().items():
         assert torch.equal(tensor, plain.unet.state_dict()[name] + 1)
     assert average.report.ignored["the U-Net's weights beside their average"] == count
