@@ -111,8 +111,11 @@ def load_vae(path, device):
 
 
 def load_image_model(path, device):
-    """A run's model as it was before it saw a clip: a Pipeline on a device."""
-    unet = weights.load_unet(Path(path) / "image_unet", "none").to(device)
+    """A run's model as it was before it saw a clip: a Pipeline, all but its U-Net on a device.
+
+    The U-Net stays mapped from its file: training copies its weights and then needs it no more.
+    """
+    unet = weights.load_unet(Path(path) / "image_unet", "none")
     encoder, tokenizer = weights.load_text(path)
     diffusion, sampling = weights.load_schedule(path)
     vae = load_vae(path, device)
