@@ -1,4 +1,4 @@
-"""How good are clips? Distances between features, fidelity of images, steadiness over time.
+"""Metrics of clips: distances between features, fidelity of images, consistency over time.
 
     Frechet distance   of two sets of clips: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)), the
                        distance of two Gaussians fitted to their features (FID, Heusel et al. 2017,
@@ -6,12 +6,12 @@
     text similarity    of clips and their texts: the cosine of their features (CLIPSIM, Wu et al.
                        2021, there with OpenAI's CLIP)
     PSNR, SSIM         of an image and its reconstruction (SSIM: Wang et al. 2004)
-    consistency        of a clip: how much successive frames have in common
+    consistency        of a clip: how little successive frames differ
 
-The first two are as good as the net that makes the features, and numbers of different nets do not
-compare. So a net has a name, which is a part of the metric's: `FeatureNet`, a small CLIP of
-MovingShapes, gives FVD-shapes and CLIPSIM-shapes. Another net is any callable with a `name` that
-takes clips (b, t, 3, h, w) in [-1, 1] to features (b, d).
+The first two depend on the network that computes the features, and values of different networks do
+not compare. So its name is part of the metric's name: `FeatureNet`, a small CLIP for MovingShapes,
+gives FVD-shapes and CLIPSIM-shapes. Another network is any callable with a `name` that maps clips
+(b, t, 3, h, w) in [-1, 1] to features (b, d).
 """
 
 import math
@@ -25,7 +25,7 @@ from torch import nn
 from files import load_safetensors, save_safetensors
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, SHAPES, MovingShapes, caption_of
 
-# 97.5 % quantiles of Student's t with 2, 3, ... 20 degrees of freedom: NIST/SEMATECH e-Handbook of
+# 97.5 % quantiles of Student's t with 2 to 20 degrees of freedom: NIST/SEMATECH e-Handbook of
 # Statistical Methods, table 1.3.6.7.2.
 T_QUANTILES = (
     4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
@@ -33,20 +33,16 @@ T_QUANTILES = (
 )
 WORDS = [*COLOURS, *SHAPES, *DIRECTIONS]
 CAPTIONS = [caption_of(*combination) for combination in COMBINATIONS]
-NUM_FEATURES = 32  # of a FeatureNet; a distance needs more clips than that
-SHARPNESS = 20.0  # cosines become logits; they lie within 1 of each other, logits should not
-HELD_OUT_SEED = 10_000  # added to the training's: the clips that a net's accuracy is counted on
+NUM_FEATURES = 32  # of a FeatureNet; a Frechet distance needs more clips than features
+SHARPNESS = 20.0  # logits per cosine: cosines lie in [-1, 1], too close together for a softmax
+HELD_OUT_SEED = 10_000  # of the clips that measure a FeatureNet's accuracy; not a seed of training
 
 
 def interval(values):
     """(mean, low, high) of one value per seed: Student's 95 % interval of the mean.
 
-    It says how far another set of seeds may land, given that seeds scatter like a Gaussian; values
-    that are all alike (three times 100 %) give no width, which is not certainty. Beyond 21 values
-    it stays a little too wide.
-
-    Raises:
-        ValueError: if there are fewer than 3 values.
+    It assumes that values scatter like a Gaussian. Equal values (three times 100 %) give width 0,
+    which is not certainty. Beyond 21 values it is slightly too wide. Raises ValueError below 3.
     """
     if len(values) < 3:
         raise ValueError(f"interval needs values of >= 3 seeds, got {len(values)}")
@@ -56,26 +52,21 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-# Images and clips
-
-
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of images (n, c, h, w) in [-1, 1]: (n,), float64."""
     error = (a.double() - b.double()).square().mean((1, 2, 3))
-    return 10 * torch.log10(2**2 / error)  # 2: the largest difference there is
+    return 10 * torch.log10(2**2 / error)  # 2: the largest possible difference
 
 
 def ssim(a, b):
     """Structural similarity of images (n, c, h, w) in [-1, 1], at most 1: (n,), float64.
 
-    Means, variances and covariance under a Gaussian window of 11 x 11 pixels, deviation 1.5, where
-    it fits in whole; averaged over places and channels. Wang et al. 2004, eq. 13 and section III.C.
-
-    Raises:
-        ValueError: if images are smaller than the window.
+    Means, variances and covariance under a Gaussian window of 11 x 11 pixels, deviation 1.5, at all
+    positions inside the image; averaged over positions and channels. Wang et al. 2004, eq. 13 and
+    section III.C. Raises ValueError if images are smaller than the window.
     """
     if min(a.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs images of at least 11 x 11 pixels, got {tuple(a.shape)}")
+        raise ValueError(f"ssim needs images of >= 11 x 11 pixels, got {tuple(a.shape)}")
     bell = torch.exp(-((torch.arange(11, device=a.device, dtype=torch.float64) - 5) ** 2) / 4.5)
     window = (torch.outer(bell, bell) / bell.sum() ** 2)[None, None]
 
@@ -86,72 +77,65 @@ def ssim(a, b):
     mean_a, mean_b = blur(a), blur(b)
     variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # K1 and K2 times the range of values
-    light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K L)^2, where L = 2 is the range of values
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variances + c2)
-    return (light * structure).mean((1, 2, 3))
+    return (luminance * structure).mean((1, 2, 3))
 
 
 def consistency(clips):
-    """How much successive frames of clips (b, t, c, h, w) have in common: (b,), float64.
+    """How little successive frames of clips (b, t, c, h, w) differ: (b,), float64.
 
-    1 - mean |f_{i+1} - f_i|^2 / (2 variance), the variance that of all pixels around the clip's
-    mean colour: 1 if nothing changes, 0 if frames are independent. More is not better: a frozen
-    clip has 1. Real clips say what to aim at; less than theirs is flicker.
-
-    Raises:
-        ValueError: if clips have one frame.
+    1 - mean |f_{i+1} - f_i|^2 / (2 variance), with the variance of all pixels around the clip's
+    mean colour: 1 if nothing changes, 0 if frames are independent. The value of real clips is the
+    target: less is flicker, and a frozen clip has 1. Raises ValueError for clips of one frame.
     """
     if clips.shape[1] < 2:
         raise ValueError(f"consistency needs clips of >= 2 frames, got {tuple(clips.shape)}")
     clips = clips.double()
     changes = clips.diff(dim=1).square().mean((1, 2, 3, 4))
     variance = (clips - clips.mean((1, 3, 4), keepdim=True)).square().mean((1, 2, 3, 4))
-    return 1 - changes / (2 * variance).clamp(min=1e-12)  # a blank clip has neither
-
-
-# Features
+    return 1 - changes / (2 * variance).clamp(min=1e-12)  # a blank clip: 0 / 0
 
 
 def frechet_distance(a, b):
     """Squared Frechet distance of the Gaussians fitted to features a (n, d) and b (m, d).
 
     With C_a = A'A and C_b = B'B, where A and B are d x d (from the QR of the centred features), the
-    eigenvalues of C_a C_b are the squared singular values of A B', so the trace of its root is
-    their sum: no root of a matrix, no tiny eigenvalue below zero, exact for any rank.
-    Few samples make it too large, by about as much as two halves of one set are apart.
+    eigenvalues of C_a C_b are the squared singular values of A B', and their sum is the trace of
+    the root. This needs no matrix root, gives no negative eigenvalue and is exact for any rank.
+    With few samples it is too large, by about the distance of two halves of one set.
 
-    Raises:
-        ValueError: if a set has no more than d samples, with which its covariance is singular.
+    Raises ValueError if a set has <= d samples, because its covariance is then singular.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
     d = a.shape[1]
     if b.shape[1] != d or min(len(a), len(b)) <= d:
-        raise ValueError(f"frechet_distance needs at least {d + 1} samples of {d} features on both "
-                         f"sides, got {a.shape} and {b.shape}")
+        raise ValueError(f"frechet_distance needs >= {d + 1} samples of {d} features in both sets, "
+                         f"got {a.shape} and {b.shape}")
 
     def root(x):
         return np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r")
 
     root_a, root_b = root(a), root(b)
-    shared = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    distance = means + (root_a**2).sum() + (root_b**2).sum() - 2 * shared
-    return max(0.0, float(distance))  # rounding may bring a set a hair too close to itself
+    distance = means + (root_a**2).sum() + (root_b**2).sum() - 2 * trace
+    return max(0.0, float(distance))  # rounding can make it slightly negative
 
 
 def text_similarity(clip_features, text_features):
-    """Mean cosine of clips' and their texts' features, both (n, d): in [-1, 1]."""
+    """Mean cosine of the features of clips and of their texts, both (n, d): in [-1, 1]."""
     clip_features, text_features = clip_features.double(), text_features.double()
     return F.cosine_similarity(clip_features, text_features, dim=1).mean().item()
 
 
 class FeatureNet(nn.Module):
-    """A small CLIP of MovingShapes, whose clips it classifies by colour, shape and direction.
+    """A small CLIP for MovingShapes: features of clips, and of texts in the same space.
 
-    A clip's feature is the mean of a 3-D convolution network over time and space; a text's is the
-    sum of a vector for each word that names a colour, a shape or a direction. It only knows what
-    was trained: its similarity says whether the three words fit, and nothing about beauty.
+    A clip's feature is the mean of a 3-D convolutional network over time and space. A text's is the
+    sum of one vector per word that names a colour, a shape or a direction. So their similarity says
+    whether these three words fit, and nothing about image quality.
     """
 
     name = "shapes"
@@ -161,15 +145,14 @@ class FeatureNet(nn.Module):
         self.register_buffer("trained_for", torch.tensor([num_frames, image_size]))
         widths, layers = (3, 16, 32, 64), []
         for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-            stride = (1 if i == 0 else 2, 2, 2)  # the first sees each step of the motion
-            convolution = nn.Conv3d(a, b, 3, stride, padding=1)
-            layers += [convolution, nn.GroupNorm(8, b), nn.SiLU()]
+            stride = (1 if i == 0 else 2, 2, 2)  # layer 0 keeps all frames, to see each motion step
+            layers += [nn.Conv3d(a, b, 3, stride, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
         self.project = nn.Linear(widths[-1], width)
         self.words = nn.Parameter(torch.randn(len(WORDS), width) / math.sqrt(width))
 
     def forward(self, clips):
-        """Features (b, width) of clips (b, t, 3, h, w) in [-1, 1], moved to the net's device."""
+        """Features (b, width) of clips (b, t, 3, h, w) in [-1, 1] on any device."""
         x = self.layers(clips.to(self.words).transpose(1, 2))  # b t c h w -> b c t h w
         return self.project(x.mean((2, 3, 4)))
 
@@ -177,13 +160,12 @@ class FeatureNet(nn.Module):
         """Features (n, width) of n texts. Raises ValueError if one has none of the known words."""
         known = [[WORDS.index(word) for word in text.split() if word in WORDS] for text in texts]
         if [] in known:
-            raise ValueError(
-                f"text needs a word of {', '.join(WORDS)}; got {texts[known.index([])]!r}"
-            )
+            text = texts[known.index([])]
+            raise ValueError(f"text needs one of the words {', '.join(WORDS)}; got {text!r}")
         return torch.stack([self.words[ids].sum(0) for ids in known])
 
     def similarity(self, clips):
-        """Cosines (b, 72) of clips with all captions that there are."""
+        """Cosines (b, 72) of clips with all 72 captions."""
         texts = F.normalize(self.text_features(CAPTIONS), dim=1)
         return F.normalize(self(clips), dim=1) @ texts.T
 
@@ -202,21 +184,21 @@ def real_clips(num_clips, num_frames, image_size, seed, combinations=COMBINATION
 
 
 def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu", progress=iter):
-    """Train a FeatureNet: which of the 72 captions, held-out ones too, is a clip's (CLIP's loss).
+    """Train a FeatureNet to classify clips by caption, all 72 of them, with CLIP's loss.
 
-    Half a minute on two cores at 8 frames of 32 x 32. progress wraps the steps, such as tqdm.
+    Half a minute on two cores at 8 frames of 32 x 32. `progress` wraps the steps, as tqdm does.
     """
     if num_frames < 2:
         raise ValueError(f"train_feature_net needs num_frames >= 2, got {num_frames}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FeatureNet(num_frames, image_size).to(device)
-    batch_size, learning_rate = 36, 3e-3  # half of the captions at a time
+    batch_size, learning_rate = 36, 3e-3  # 36: half of the captions
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps)
     data = MovingShapes(num_steps * batch_size, num_frames, image_size, seed, COMBINATIONS)
     for step in progress(range(num_steps)):
-        batch = range(step * batch_size, (step + 1) * batch_size)  # no clip is seen twice
+        batch = range(step * batch_size, (step + 1) * batch_size)  # each clip is used once
         clips = torch.stack([data[i][0] for i in batch]).to(device) / 127.5 - 1
         answers = torch.tensor(batch, device=device) % len(CAPTIONS)
         loss = F.cross_entropy(SHARPNESS * net.similarity(clips), answers)
@@ -225,7 +207,7 @@ def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    # The loss does not see how long features are. With variance 1, distances of nets are alike.
+    # The loss ignores the length of features. Variance 1 makes distances of two nets comparable.
     features = features_of(net, real_clips(720, num_frames, image_size, seed))
     net.project.weight /= features.std()
     net.project.bias /= features.std()
@@ -234,7 +216,7 @@ def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu
 
 @torch.no_grad()
 def accuracy(net, num_clips=720):
-    """Percentages of held-out clips whose colour, shape, direction and all three a net sees."""
+    """Percentage of held-out clips whose colour, shape, direction or all three a net recognises."""
     num_frames, image_size = net.trained_for.tolist()
     clips = real_clips(num_clips, num_frames, image_size, HELD_OUT_SEED)
     best = torch.cat([net.similarity(part).argmax(1).cpu() for part in clips.split(64)]).tolist()
@@ -248,10 +230,9 @@ def accuracy(net, num_clips=720):
 
 
 def load_feature_net(path, num_frames, image_size, device="cpu", progress=iter):
-    """The FeatureNet of a safetensors file; if there is none, it is trained and written first.
+    """The FeatureNet of a safetensors file; trains and writes it if the file does not exist.
 
-    Raises:
-        ValueError: if the file holds something else, or a net for other clips.
+    Raises ValueError if the file holds something else, or a net for clips of another size.
     """
     if not Path(path).exists():
         net = train_feature_net(num_frames, image_size, device=device, progress=progress)
@@ -260,30 +241,27 @@ def load_feature_net(path, num_frames, image_size, device="cpu", progress=iter):
     net, tensors = FeatureNet(num_frames, image_size), load_safetensors(path)
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ValueError(f"{path}: no feature net; remove it or name another file")
-    if tensors["trained_for"].tolist() != [num_frames, image_size]:
-        raise ValueError(f"{path}: for {tensors['trained_for'].tolist()} frames and pixels, needs "
-                         f"{[num_frames, image_size]}; name another file")
+        raise ValueError(f"{path}: not a feature net; remove it or name another file")
+    size = tensors["trained_for"].tolist()
+    if size != [num_frames, image_size]:
+        raise ValueError(f"{path}: needs a net for {num_frames} frames of {image_size} pixels, got "
+                         f"{size[0]} of {size[1]}; name another file")
     net.load_state_dict(tensors)
     return net.to(device).eval().requires_grad_(False)
 
 
-# Tables of clips from several sources
-
-
 def mean_over_clips(measure, *clips):
-    """The mean of a measure, clip by clip: float64 copies of all at once would fill the memory."""
+    """The mean of a measure, one clip at a time, because float64 copies of all need much memory."""
     return np.mean([measure(*parts).mean().item() for parts in zip(*clips, strict=True)])
 
 
 def evaluate_quality(sources, prompts, seed, net=None):
     """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)} of combinations.
 
-    "real clips" and "real, autoencoded" are among the sources. With a net, its distance is the one
-    to other real clips of the same combinations.
+    `prompts` are their n combinations. Sources include "real clips" and "real, autoencoded". With a
+    net, adds the distance to other real clips of the same combinations and the text similarity.
 
-    Raises:
-        ValueError: if there are too few clips for a distance.
+    Raises ValueError if there are too few clips for a distance.
     """
     result = {name: {} for name in sources}
     real, coded = sources["real clips"], sources["real, autoencoded"]

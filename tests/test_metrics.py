@@ -24,6 +24,7 @@ from metrics import (
     train_feature_net,
 )
 from media.write import write_clip
+from shapes import COMBINATIONS
 
 
 def wave(n, d, phase):
@@ -44,7 +45,7 @@ def images(seed, shape=(2, 3, 14, 17)):
 # Interval
 
 
-def test_an_interval_is_student_s():
+def test_an_interval_is_that_of_student():
     mean, low, high = interval([1.0, 2.0, 3.0])  # deviation 1, t of two degrees of freedom
     half = 4.303 / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((2, 2 - half, 2 + half))
@@ -118,22 +119,22 @@ def test_ssim_is_that_of_scikit_image():
     assert value == pytest.approx(0.7411430232307666, abs=1e-12)
 
 
-def test_ssim_of_two_grays_compares_their_light():
+def test_ssim_of_two_grays_compares_their_luminance():
     a, b = torch.full((1, 3, 12, 12), 0.5), torch.full((1, 3, 12, 12), 0.25)
     expected = (2 * 0.5 * 0.25 + 0.0004) / (0.5**2 + 0.25**2 + 0.0004)
     assert ssim(a, b).item() == pytest.approx(expected)
     assert ssim(a, a).item() == pytest.approx(1)
 
 
-def test_a_image_smaller_than_the_window_is_refused():
-    with pytest.raises(ValueError, match="at least 11 x 11 pixels, got .*10, 12"):
+def test_an_image_smaller_than_the_window_is_refused():
+    with pytest.raises(ValueError, match=">= 11 x 11 pixels, got .*10, 12"):
         ssim(torch.zeros(1, 3, 10, 12), torch.zeros(1, 3, 10, 12))
 
 
 # Consistency
 
 
-def test_a_frozen_clip_is_wholly_consistent():
+def test_a_frozen_clip_has_consistency_one():
     assert consistency(images(0)[:, None].expand(-1, 4, -1, -1, -1)).tolist() == [1, 1]
 
 
@@ -165,7 +166,7 @@ def test_real_clips_are_consistent_until_their_frames_are_shuffled():
     assert (real > 0.8).all() and (shuffled < 0.7).all()
 
 
-def test_a_image_has_no_consistency():
+def test_an_image_has_no_consistency():
     with pytest.raises(ValueError, match="clips of >= 2 frames"):
         consistency(torch.zeros(2, 1, 3, 4, 4))
 
@@ -214,12 +215,12 @@ def test_features_in_float32_far_from_zero_lose_nothing():
 
 @pytest.mark.parametrize("n, m", [(8, 30), (30, 8)])
 def test_too_few_samples_are_refused_with_the_number_needed(n, m):
-    with pytest.raises(ValueError, match="at least 9 samples of 8 features"):
+    with pytest.raises(ValueError, match=">= 9 samples of 8 features"):
         frechet_distance(gaussian(n, 8, 0), gaussian(m, 8, 1))
 
 
 def test_features_of_two_nets_are_refused():
-    with pytest.raises(ValueError, match="features on both sides"):
+    with pytest.raises(ValueError, match="features in both sets"):
         frechet_distance(gaussian(20, 4, 0), gaussian(20, 5, 1))
 
 
@@ -251,11 +252,11 @@ def test_a_text_is_the_sum_of_its_words(net):
 
 
 def test_a_text_without_a_known_word_is_refused(net):
-    with pytest.raises(ValueError, match="needs a word of red, .*; got 'a dog'"):
+    with pytest.raises(ValueError, match="needs one of the words red, .*; got 'a dog'"):
         net.text_features(["a red dog", "a dog"])
 
 
-def test_a_little_training_tells_colours_and_directions(net):
+def test_thirty_steps_of_training_recognise_colours_and_directions(net):
     """By chance 17 and 25 %; after 800 steps, at 8 frames of 32 x 32, all are 100 %."""
     right = accuracy(net, 144)
     assert right["colour"] > 80 and right["direction"] > 80
@@ -303,14 +304,14 @@ def test_a_net_is_trained_once_and_kept(tmp_path, net, monkeypatch):
 
 def test_a_net_for_other_clips_is_refused(tmp_path, net):
     metrics.save_safetensors(tmp_path / "net.safetensors", net.state_dict())
-    with pytest.raises(ValueError, match=r"for \[3, 16\] frames and pixels, needs \[8, 16\]"):
+    with pytest.raises(ValueError, match="8 frames of 16 pixels, got 3 of 16"):
         load_feature_net(tmp_path / "net.safetensors", 8, 16)
 
 
 def test_another_file_is_no_net(tmp_path):
     metrics.save_safetensors(tmp_path / "other.safetensors", {"weight": torch.ones(2)})
     write_clip(tmp_path / "clip.png", torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="other.safetensors: no feature net"):
+    with pytest.raises(ValueError, match="other.safetensors: not a feature net"):
         load_feature_net(tmp_path / "other.safetensors", 3, 16)
     with pytest.raises(ValueError, match="clip.png: not a whole safetensors file"):
         load_feature_net(tmp_path / "clip.png", 3, 16)
@@ -321,3 +322,34 @@ def test_a_net_sees_the_direction_of_time():
     clips = real_clips(2, 4, 16, 0)
     untrained = FeatureNet(4, 16)
     assert not torch.allclose(untrained(clips), untrained(clips.flip(1)), atol=1e-4)
+
+
+def test_a_mean_over_clips_is_that_of_all_at_once():
+    a, b = images(0, (4, 3, 3, 12, 13)), images(1, (4, 3, 3, 12, 13))
+    assert metrics.mean_over_clips(psnr, a, b) == pytest.approx(
+        psnr(a.flatten(0, 1), b.flatten(0, 1)).mean().item()
+    )
+
+
+def test_quality_compares_each_source_with_other_real_clips():
+    prompts = COMBINATIONS[:40]
+    real = real_clips(40, 2, 16, 0, prompts)
+    others = real_clips(40, 2, 16, 1, prompts)
+    sources = {"real clips": real, "real, autoencoded": 0.9 * real, "others": others}
+
+    def net(clips):
+        return 100 * clips.mean((3, 4)).flatten(1)  # b t c h w -> b (t c)
+
+    net.name = "means"
+    net.text_features = lambda texts: torch.tensor([[1.0, 0, 0, 0, 0, 0]]).expand(len(texts), 6)
+    result = metrics.evaluate_quality(sources, prompts, 0, net)
+    assert result["others"]["FVD-means"] == 0 < result["real clips"]["FVD-means"]
+    assert result["others"]["CLIPSIM-means"] == pytest.approx(
+        text_similarity(net(others), net.text_features(prompts)), abs=1e-4
+    )
+    assert result["others"]["consistency"] == pytest.approx(
+        consistency(others).mean().item(), abs=1e-4
+    )
+    assert result["real, autoencoded"]["PSNR"] == pytest.approx(
+        np.mean([psnr(clip, 0.9 * clip).mean().item() for clip in real]), abs=0.01
+    )
