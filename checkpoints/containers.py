@@ -179,7 +179,7 @@ def _is_mappable(path):
 
 
 def _flatten(path, checkpoint):
-    """{name: tensor} of an unpickled object, which may lie inside one "state_dict" or two."""
+    """{name: tensor} of an unpickled object, which may be inside one "state_dict" or two."""
     for _ in range(2):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
             checkpoint = checkpoint["state_dict"]

@@ -99,8 +99,8 @@ def check_known(tensors, where):
         kind = f"one tensor, {kind} (a textual inversion?)" if len(tensors) == 1 else kind
         raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
     if missing:
-        prefixes = ", ".join(prefix for prefix, part in PARTS.items() if part in missing)
-        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({prefixes}*); is it whole?")
+        names = ", ".join(prefix for prefix, part in PARTS.items() if part in missing)
+        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({names}*); is it complete?")
 
 
 def check_together(unet, vae, text, where):

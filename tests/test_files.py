@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and safetensors files that may lie."""
+"""Files that are whole or absent; safetensors files, valid and damaged."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from files import (DTYPES, atomic, load_safetensors, read_json, save_safetensors
 
 
 def write(path, header, data=b"", length=None):
-    """A safetensors file, byte by byte as the specification says, honest or not."""
+    """A safetensors file, byte by byte as the specification says, valid or not."""
     if not isinstance(header, bytes):
         header = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
@@ -56,7 +56,7 @@ def test_the_data_begins_at_a_multiple_of_64_bytes(path, length):
     assert (path.stat().st_size - 4) % 64 == 0
 
 
-def test_tensors_begin_at_multiples_of_64_bytes_whatever_stands_between_them(path):
+def test_tensors_of_whole_64_bytes_begin_at_multiples_of_64(path):
     tensors = {"a": torch.arange(3.0), "b": torch.arange(32.0), "c": torch.zeros(0),
                "d": torch.arange(5, dtype=torch.uint8), "e": torch.arange(16.0)}
     save_safetensors(path, tensors)
@@ -112,7 +112,7 @@ def test_a_loaded_tensor_outlives_the_file_it_came_from(path):
     assert torch.equal(loaded, torch.ones(3))
 
 
-# Files that lie
+# Damaged files
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -183,7 +183,7 @@ def test_an_interrupted_write_leaves_nothing_beside_the_file(interrupted):
     assert list(interrupted.parent.iterdir()) == [interrupted]
 
 
-def test_nobody_sees_a_file_before_it_is_whole(path):
+def test_a_file_is_not_visible_before_it_is_whole(path):
     path.write_bytes(b"old")
     with atomic(path) as file:
         file.write(b"new")

@@ -1,4 +1,4 @@
-"""The forms in which single files come: all give the same model, and what is left out is told."""
+"""Every form of a single file gives the same model; the report counts the tensors left out."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_the_shift_adds_drops_and_reshapes_nothing(files):
     assert_same(shifted, load_pipeline(files["sd2"], temporal="none"))
 
 
-def test_ema_weights_are_taken_on_request(files, tmp_path):
+def test_ema_weights_are_used_on_request(files, tmp_path):
     def add_average(tensors):
         average = {
             "model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1
@@ -173,7 +173,7 @@ def test_ema_weights_are_taken_on_request(files, tmp_path):
     assert average.report.ignored["the U-Net's weights beside their average"] == count
 
 
-def test_an_ema_weight_that_nobody_expects_is_refused_when_they_are_asked_for(files, tmp_path):
+def test_an_unknown_ema_weight_is_refused_when_they_are_requested(files, tmp_path):
     def add_average(tensors):
         average = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor
                    for name, tensor in tensors.items() if name.startswith(UNET)}
@@ -185,7 +185,7 @@ def test_an_ema_weight_that_nobody_expects_is_refused_when_they_are_asked_for(fi
         load_pipeline(path, ema=True)
 
 
-# What is told
+# The report
 
 
 def test_everything_that_is_not_used_is_counted_with_its_reason(files, tmp_path):
@@ -214,7 +214,7 @@ def test_the_prediction_type_of_sd2_is_assumed_and_said_so(files):
     assert not chosen.report.notes
 
 
-def test_sd1_predicts_noise_and_draws_a_picture(files):
+def test_sd1_predicts_noise_and_draws_an_image(files):
     pipeline = load_pipeline(files["sd1"])
     assert pipeline.diffusion.prediction_type == "epsilon" and pipeline.report.notes == ()
     assert (pipeline.sampling.num_frames, pipeline.sampling.image_size) == (1, 512)

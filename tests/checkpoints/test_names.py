@@ -52,7 +52,7 @@ def distance(pipeline, family, name):
 @pytest.mark.parametrize("name", ["unet", "mean", "decoded", "text", "latents", "picture"])
 @pytest.mark.parametrize("family", RECORDED)
 def test_a_single_file_gives_what_it_gives_in_diffusers(files, family, name):
-    """latents and picture: the whole path, 20 DDIM steps with guidance, from the same noise."""
+    """latents and picture: the whole path, 20 DDIM steps with guidance from the same noise."""
     pipeline = load_pipeline(files[family], temporal="none", merges=files["merges"])
     assert distance(pipeline, family, name) < TOLERANCE
 
@@ -205,7 +205,7 @@ def test_queries_keys_and_values_that_are_no_three_thirds_are_refused(files, tmp
         load_pipeline(path)
 
 
-def test_a_file_without_ema_weights_is_refused_when_they_are_asked_for(files, tmp_path):
+def test_a_file_without_ema_weights_is_refused_when_they_are_requested(files, tmp_path):
     """Files that were stripped of them still hold their counters."""
     path = changed(tmp_path / "x.safetensors", files, "sd1", add("model_ema.decay", 1))
     with pytest.raises(ValueError, match="holds no EMA weights"):

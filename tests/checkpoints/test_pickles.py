@@ -1,4 +1,4 @@
-"""Pickles: what Lightning leaves in them is read past, and what wants to run is refused."""
+"""Pickles: classes that Lightning leaves in them are skipped, and calls are refused."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from checkpoint_files import WEIGHTS, A, B, holds_weights, save
 
 from checkpoints.containers import read_checkpoint
 
-# What Lightning leaves in a checkpoint
+# Classes that Lightning leaves in a checkpoint
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def test_a_stub_does_not_outlive_the_reading(tmp_path):
 
 
 class Call:
-    """Pickled as a call of a function, which happens when somebody opens the pickle."""
+    """Pickled as a call of a function, which happens when the pickle is opened."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -133,7 +133,7 @@ def test_the_traps_do_work_where_pickles_are_trusted(tmp_path, trap, kind):
     assert trap.exists()
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_bare_hostile_pickle_is_never_run(tmp_path, trap, protocol):
     (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": Call(make_file)}, protocol))
