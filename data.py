@@ -1,17 +1,17 @@
-"""Captioned clips: a folder of your own, or the built-in MovingShapes.
+"""ClipFolder: captioned clips from a folder of your own.
 
-A folder gives the captions of its clips in one of two ways.
+Captions come from one of two places.
 
-1.  metadata.jsonl in it, a line per clip: {"file_name": "dogs/1.mp4", "text": "a dog barks"}. It is
-    then the only source: what it does not list is reported and not guessed.
-2.  Names. A clip's caption is the text of the .txt file beside it (1.mp4, 1.txt), else the name of
-    the sub-folder it lies in (playing_chess/1.mp4: "playing chess"), as in UCF-101.
+1.  metadata.jsonl in the folder, one line per clip: {"file_name": "dogs/1.mp4", "text": "a dog
+    barks"}. It is then the only source, and a clip that it does not list is reported.
+2.  File names. The caption is the text of the .txt file beside the clip (1.mp4, 1.txt), else the
+    name of its sub-folder (playing_chess/1.mp4: "playing chess"), as in UCF-101.
 
-A clip is a file that media/read.py reads or a folder of images, its frames. Since a folder of images
-may as well be a class of stills, it is one clip exactly if it has a caption of its own: a line in
+A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
+also be a class of stills. So it is one clip only if it has its own caption: a line in
 metadata.jsonl, or NAME.txt beside the folder NAME.
 
-    python data.py check FOLDER     reads every clip and says what is wrong with it
+    python data.py check FOLDER     read every clip and list every problem
 """
 
 import argparse
@@ -31,9 +31,9 @@ IGNORED_NAMES = ("readme", "license")  # with any suffix
 
 
 def _walk(folder, is_clip):
-    """Yield what may be a clip below a folder, in natural order, hidden and ignored names skipped.
+    """Yield the files and clips below a folder in natural order, without ignored names.
 
-    A link to a folder is yielded and not entered, because it may lead back up, without an end.
+    A link to a folder is yielded but not entered, because it may lead back up: an endless walk.
     """
     for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
         name = path.name.lower()
@@ -46,39 +46,38 @@ def _walk(folder, is_clip):
 
 
 def _refusal(folder, path):
-    """Why a path cannot be a clip of the folder, or None."""
+    """The reason why a path cannot be a clip of the folder, or None."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return "leads out of the folder; put the clip itself there"
     if not path.exists():
         return "caption without a clip; remove the line or add the file"
     if path.is_symlink() and path.is_dir():
-        return "a link to a folder, which is not followed; put the folder itself there"
+        return "a link to a folder is not followed; put the folder itself there"
     if path.name == METADATA:
-        return f"is read only at the top of a folder; give {path.parent} as the folder"
+        return f"is read only at the top of a folder; use {path.parent} as the folder"
     if not path.is_dir() and path.suffix.lower() not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
     return None
 
 
 def _caption(text):
-    """A caption as one line. Raises ValueError if nothing is left."""
+    """A caption as one line. Raises ValueError if it is empty."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the caption needs to be a text that is not empty, got {text!r}")
+        raise ValueError(f"the caption needs to be a text with words, got {text!r}")
     return " ".join(text.split())
 
 
 def _parse(line, folder):
-    """(path, caption) of a line of metadata.jsonl. Raises ValueError saying what is wrong."""
+    """(path, caption) of a line of metadata.jsonl. Raises ValueError with the problem."""
     try:
         entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from None
     if not isinstance(entry, dict) or not {"file_name", "text"} <= entry.keys():
         raise ValueError('needs {"file_name": ..., "text": ...}')
     name = entry["file_name"]
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise ValueError(f"file_name needs to be a path, got {name!r}")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    valid = isinstance(name, str) and name.strip() and "\0" not in name
+    if not valid or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"file_name needs to be a path below the folder, got {name!r}")
     return folder / name, entry["text"]
 
@@ -86,11 +85,7 @@ def _parse(line, folder):
 def _clips_by_metadata(folder):
     """find_clips for a folder with metadata.jsonl."""
     source, clips, problems, lines = folder / METADATA, [], [], {}
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return [], [f"{source}: not UTF-8 text ({error}); save it as UTF-8"]
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -98,8 +93,7 @@ def _clips_by_metadata(folder):
             if path in lines:
                 raise ValueError(f"{path.name!r} is on line {lines[path]} already; remove one")
             lines[path] = number
-            refusal = _refusal(folder, path)
-            if refusal:
+            if refusal := _refusal(folder, path):
                 problems.append(f"{path}: {refusal} ({METADATA} line {number})")
             else:
                 clips.append((path, _caption(caption)))
@@ -114,7 +108,6 @@ def _clips_by_metadata(folder):
 
 def _clips_by_name(folder):
     """find_clips for a folder whose captions are .txt files and names of sub-folders."""
-
     def text_of(path):
         return path.with_name(path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
 
@@ -133,28 +126,25 @@ def _clips_by_name(folder):
             problems.append(f"{path}: clip without a caption; write it into {text.name}")
         else:
             try:
-                name = path.parent.name.replace("_", " ")
-                caption = text.read_text("utf-8-sig") if text in texts else name
+                caption = path.parent.name.replace("_", " ")
+                caption = text.read_text("utf-8-sig") if text in texts else caption
                 clips.append((path, _caption(caption)))
-            except ValueError as error:  # UnicodeDecodeError, too
+            except ValueError as error:  # also a UnicodeDecodeError
                 problems.append(f"{text}: {error}; write a caption in UTF-8")
     return clips, problems
 
 
 def find_clips(folder):
-    """Find the clips of a folder and their captions, as the top of this file says.
+    """The clips of a folder and their captions: ([(path, caption), ...], [problem, ...]).
 
-    Files that are hidden, .json, .md, README or LICENSE are passed over in silence; any other that
-    is neither clip nor caption is a problem.
-
-    Returns ([(path, caption), ...], [problem, ...]); a problem is a line that names its file.
-    Raises ValueError if there is no such folder.
+    Hidden files, .json, .md, README and LICENSE are ignored. Any other file that is neither clip
+    nor caption is a problem, a line that starts with its path. Raises ValueError without a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    by_metadata = (folder / METADATA).exists()
-    clips, problems = _clips_by_metadata(folder) if by_metadata else _clips_by_name(folder)
+    find = _clips_by_metadata if (folder / METADATA).exists() else _clips_by_name
+    clips, problems = find(folder)
     if not clips and not problems:
         problems = [f"{folder}: no clips in it (known: folders, {' '.join(CLIP_SUFFIXES)})"]
     return clips, problems
@@ -163,26 +153,26 @@ def find_clips(folder):
 def _check_length(path, count, num_frames, stride, frame_rate):
     """Raise ValueError if a clip has fewer than num_frames frames."""
     if count < num_frames:
-        pace = f"at stride {stride}" if frame_rate is None else f"at {frame_rate:g} per second"
-        remedy = "lower --num-frames or --stride, or raise --frame-rate"
-        raise ValueError(f"{path}: {count} frames {pace}, needs {num_frames}; {remedy}")
+        pace = f"stride {stride}" if frame_rate is None else f"{frame_rate:g} per second"
+        raise ValueError(f"{path}: needs {num_frames} frames at {pace}, got {count}; "
+                         "lower --num-frames or --stride, or raise --frame-rate")
 
 
 class ClipFolder(torch.utils.data.Dataset):
     """A sequence of (frames uint8 (t, 3, image_size, image_size), caption) from a folder.
 
-    An item is the whole clip, t >= num_frames frames of it; `random_window` chooses among them.
-
-    Raises ValueError, one line, if the folder has any problem or, at the item, if its file has.
+    An item is a whole clip of t >= num_frames frames; `random_window` selects num_frames of them.
+    Raises ValueError if the folder has a problem, and when an item is read if its file has one.
     """
 
     def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
         if max_frames is not None and max_frames < num_frames:
             raise ValueError(f"max_frames needs >= num_frames = {num_frames}, got {max_frames}")
         self.clips, problems = find_clips(folder)
+        if len(problems) > 1:
+            problems[0] += f" (+{len(problems) - 1} more; run: python data.py check {folder})"
         if problems:
-            more = f" (+{len(problems) - 1} more; run: python data.py check {folder})"
-            raise ValueError(problems[0] + (more if len(problems) > 1 else ""))
+            raise ValueError(problems[0])
         self.captions = [caption for _, caption in self.clips]
         self.num_frames, self.image_size = num_frames, image_size
         self.stride, self.frame_rate, self.max_frames = stride, frame_rate, max_frames
@@ -192,21 +182,21 @@ class ClipFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         path, caption = self.clips[i]
-        pace = self.stride, self.frame_rate
-        frames, _ = read_clip(path, *pace, self.max_frames, self.image_size)
-        _check_length(path, len(frames), self.num_frames, *pace)
-        return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), caption
+        frames, _ = read_clip(path, self.stride, self.frame_rate, self.max_frames, self.image_size)
+        _check_length(path, len(frames), self.num_frames, self.stride, self.frame_rate)
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # t h w c -> t c h w
+        return frames.contiguous(), caption
 
 
 def random_window(num_available, num_frames, generator):
-    """The start of num_frames successive frames, all starts alike: a clip's one random choice."""
+    """A random index where num_frames successive frames start, each with the same probability."""
     if not 0 < num_frames <= num_available:
         raise ValueError(f"random_window needs 0 < num_frames <= {num_available}, got {num_frames}")
     return int(torch.randint(num_available - num_frames + 1, (), generator=generator))
 
 
 def _examine(clips, num_frames, image_size, stride, frame_rate):
-    """Yield (path, caption, frames read, image size, rate, problem or None) of each clip."""
+    """Yield (path, caption, frames read, image size, frame rate, problem or None) of each clip."""
     for path, caption in clips:
         count, size, rate, problem = 0, (0, 0), None, None
         try:
@@ -221,7 +211,7 @@ def _examine(clips, num_frames, image_size, stride, frame_rate):
 
 
 def check(folder, num_frames, image_size, stride=1, frame_rate=None):
-    """Every problem of a folder, a line each: of its captions, and of reading each of its clips."""
+    """Every problem of a folder, one line each: of its captions and of reading its clips."""
     clips, problems = find_clips(folder)
     rows = _examine(clips, num_frames, image_size, stride, frame_rate)
     return problems + [problem for *_, problem in rows if problem]
@@ -230,15 +220,15 @@ def check(folder, num_frames, image_size, stride=1, frame_rate=None):
 @dataclass(frozen=True)
 class CheckOptions:
     num_frames: int = option(1, "frames that each clip needs to have")
-    image_size: int = option(256, "pixels of the square that is cut out of each frame")
+    image_size: int = option(256, "pixels of the square cropped from each frame")
     stride: int = option(1, "keep every stride-th frame")
-    frame_rate: float | None = option(None, "frames per second to resample to, instead of a stride")
+    frame_rate: float | None = option(None, "frames per second to resample to; excludes a stride")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look after folders of captioned clips.")
+    parser = argparse.ArgumentParser(description="Check a folder of captioned clips.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="read every clip of a folder, list every problem")
+    command = commands.add_parser("check", help="read every clip of a folder and list every problem")
     command.add_argument("folder", type=Path)
     add_flags(command, CheckOptions())
     args = parser.parse_args()
@@ -250,8 +240,8 @@ def main():
     for path, caption, count, (width, height), rate, problem in _examine(clips, **vars(options)):
         total += count
         problems += [problem] if problem else []
-        image, pace = f"{width}x{height}", "-" if rate is None else f"{rate:.4g}"
-        print(f"{count:6} {image:>10} {pace:>6}  {path.relative_to(args.folder)}: {caption:.50}")
+        size, rate = f"{width}x{height}", "-" if rate is None else f"{rate:.4g}"
+        print(f"{count:6} {size:>10} {rate:>6}  {path.relative_to(args.folder)}: {caption:.50}")
     print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0
 

@@ -49,7 +49,7 @@ def test_a_text_file_beside_a_clip_is_its_caption(tmp_path):
     assert found(tmp_path) == ([("some_class/a.gif", "un éléphant_x")], [])
 
 
-def test_the_sub_folders_name_is_the_caption_of_last_resort(tmp_path):
+def test_without_a_text_file_the_sub_folders_name_is_the_caption(tmp_path):
     for name in ("playing_chess/10.gif", "playing_chess/9.gif", "train/dog_run/1.gif"):
         make_clip(tmp_path / name)
     assert found(tmp_path)[0] == [
@@ -68,7 +68,7 @@ def test_a_folder_of_images_with_a_caption_of_its_own_is_one_clip(tmp_path):
     save_images(tmp_path / "walk.v2", range(0, 240, 20))
     (tmp_path / "walk.v2.txt").write_text("a walk")
     assert found(tmp_path) == ([("walk.v2", "a walk")], [])
-    frames, _ = ClipFolder(tmp_path, image_size=4, num_frames=12)[0]
+    frames, _ = ClipFolder(tmp_path, num_frames=12, image_size=4)[0]
     assert frames[:, 0, 0, 0].tolist() == list(range(0, 240, 20))  # 10.png after 9.png
 
 
@@ -83,7 +83,7 @@ def test_a_folder_of_frames_can_be_listed_in_metadata(tmp_path):
     assert found(tmp_path) == ([("walk", "a walk")], [])
 
 
-def test_hidden_and_known_other_files_are_passed_over(tmp_path):
+def test_hidden_and_known_other_files_are_ignored(tmp_path):
     make_clip(tmp_path / "a.gif")
     (tmp_path / "a.txt").write_text("an ape")
     for name in (".DS_Store", "README", "README.txt", "LICENSE.txt", "info.json", "notes.md"):
@@ -92,12 +92,12 @@ def test_hidden_and_known_other_files_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("line, problem", [
-    ("{bad", "metadata.jsonl line 2: no JSON"),
+    ("{bad", "metadata.jsonl line 2: not JSON"),
     ("[1]", 'metadata.jsonl line 2: needs {"file_name": ..., "text": ...}'),
     ('{"file_name": "b.gif", "caption": "x"}', 'needs {"file_name": ..., "text": ...}'),
     ('{"file_name": "b.gif", "text": 3}', "line 2: the caption needs to be a text"),
     ('{"file_name": "b.gif", "text": " "}', "line 2: the caption needs to be a text"),
-    ('{"file_name": 7, "text": "x"}', "line 2: file_name needs to be a path, got 7"),
+    ('{"file_name": 7, "text": "x"}', "line 2: file_name needs to be a path below the folder, got 7"),
     ('{"file_name": "a.gif", "text": "x"}', "line 2: 'a.gif' is on line 1 already"),
     ('{"file_name": "c.gif", "text": "x"}', "c.gif: caption without a clip"),
     ('{"file_name": "../up.gif", "text": "x"}', "line 2: file_name needs to be a path below"),
@@ -118,6 +118,16 @@ def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
     assert problem in problems[0]
 
 
+def test_metadata_that_is_not_utf_8_is_a_problem_with_its_line(tmp_path):
+    make_clip(tmp_path / "a.gif")
+    lines = ['\ufeff{"file_name": "a.gif", "text": "caf\u00e9"}'.encode(),
+             '{"file_name": "b.gif", "text": "caf\u00e9"}'.encode("latin-1")]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
+    clips, problems = found(tmp_path)
+    assert clips == [("a.gif", "caf\u00e9")]
+    assert len(problems) == 1 and "line 2: not JSON in UTF-8" in problems[0]
+
+
 def test_a_clip_that_metadata_does_not_list_is_a_problem(tmp_path):
     make_clip(tmp_path / "a.gif")
     make_clip(tmp_path / "class/b.gif")
@@ -130,9 +140,9 @@ def test_a_clip_that_metadata_does_not_list_is_a_problem(tmp_path):
 
 @pytest.mark.parametrize("name, text, problem", [
     ("a.gif", None, "a.gif: clip without a caption; write it into a.txt"),
-    ("dog/a.gif", "", "dog/a.txt: the caption needs to be a text that is not empty"),
+    ("dog/a.gif", "", "dog/a.txt: the caption needs to be a text with words"),
     ("a.flv", "an ape", "a.flv: not a clip (known: .gif "),
-    ("dog/metadata.jsonl", None, "give dog as the folder"),
+    ("dog/metadata.jsonl", None, "use dog as the folder"),
     ("b.txt", None, "b.txt: caption without a clip"),
 ])
 def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
@@ -146,7 +156,7 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
     assert len(problems) == 1 and problem in problems[0].replace(str(tmp_path) + "/", "")
 
 
-def test_a_link_round_to_the_folder_itself_is_a_problem_and_no_endless_walk(tmp_path):
+def test_a_link_to_the_folder_itself_is_a_problem_and_not_an_endless_walk(tmp_path):
     make_clip(tmp_path / "dog/a.gif")
     (tmp_path / "dog/loop").symlink_to(tmp_path)
     clips, problems = found(tmp_path)
@@ -156,14 +166,14 @@ def test_a_link_round_to_the_folder_itself_is_a_problem_and_no_endless_walk(tmp_
 
 def test_an_item_is_the_whole_clip_at_its_stride(tmp_path):
     make_clip(tmp_path / "dog/a.gif", num_frames=5)
-    frames, caption = ClipFolder(tmp_path, image_size=6, num_frames=2, stride=2)[0]
+    frames, caption = ClipFolder(tmp_path, num_frames=2, image_size=6, stride=2)[0]
     assert frames.shape == (3, 3, 6, 6) and frames.dtype == torch.uint8 and caption == "dog"
     assert [frame.unique().tolist() for frame in frames] == [[10], [50], [90]]
 
 
 def test_an_item_can_be_resampled_and_bounded(tmp_path):
     make_clip(tmp_path / "dog/a.gif", num_frames=5, duration=100)
-    clips = ClipFolder(tmp_path, image_size=6, num_frames=2, frame_rate=5, max_frames=2)
+    clips = ClipFolder(tmp_path, num_frames=2, image_size=6, frame_rate=5, max_frames=2)
     assert clips[0][0][:, 0, 0, 0].tolist() == [10, 50]
 
 
@@ -172,22 +182,22 @@ def test_channels_are_moved_and_not_reshaped(tmp_path):
     image[1, 3] = (1, 2, 3)
     (tmp_path / "dog").mkdir()
     Image.fromarray(image).save(tmp_path / "dog/a.png")
-    frames, _ = ClipFolder(tmp_path, image_size=5, num_frames=1)[0]
+    frames, _ = ClipFolder(tmp_path, num_frames=1, image_size=5)[0]
     assert frames[0, :, 1, 3].tolist() == [1, 2, 3] and frames.sum() == 6
 
 
 def test_a_folder_is_a_sequence_with_captions(tmp_path):
     for name in ("dog/1.gif", "cat/1.gif", "cat/2.gif"):
         make_clip(tmp_path / name)
-    clips = ClipFolder(tmp_path, image_size=4, num_frames=5)
+    clips = ClipFolder(tmp_path, num_frames=5, image_size=4)
     assert [caption for _, caption in clips] == clips.captions == ["cat", "cat", "dog"]
     assert len(clips) == 3
 
 
 def test_a_clip_too_short_says_how_many_frames_it_has(tmp_path):
     make_clip(tmp_path / "dog/a.gif", num_frames=5)
-    clips = ClipFolder(tmp_path, image_size=6, num_frames=4, stride=2)
-    with pytest.raises(ValueError, match="dog/a.gif: 3 frames at stride 2, needs 4; lower --num-f"):
+    clips = ClipFolder(tmp_path, num_frames=4, image_size=6, stride=2)
+    with pytest.raises(ValueError, match="dog/a.gif: needs 4 frames at stride 2, got 3; lower --"):
         clips[0]
 
 
@@ -195,7 +205,7 @@ def test_a_folder_with_problems_is_refused_in_one_line(tmp_path):
     make_clip(tmp_path / "a.gif")
     make_clip(tmp_path / "b.gif")
     with pytest.raises(ValueError) as error:
-        ClipFolder(tmp_path, image_size=6, num_frames=1)
+        ClipFolder(tmp_path, num_frames=1, image_size=6)
     assert str(error.value) == (
         f"{tmp_path}/a.gif: clip without a caption; write it into a.txt"
         f" (+1 more; run: python data.py check {tmp_path})"
@@ -208,7 +218,7 @@ def test_no_folder_of_clips_is_an_error_that_names_it(tmp_path, name, message):
     make_clip(tmp_path / "a.gif")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"{name}: {message}"):
-        ClipFolder(tmp_path / name, image_size=6, num_frames=1)
+        ClipFolder(tmp_path / name, num_frames=1, image_size=6)
 
 
 def test_windows_start_everywhere_equally_often():
@@ -237,9 +247,9 @@ def broken_folder(folder):
     make_clip(folder / "stray.gif")
 
 
-def test_check_tells_problems_of_captions_and_of_files_at_once(tmp_path):
+def test_check_lists_problems_of_captions_and_of_files_together(tmp_path):
     broken_folder(tmp_path)
-    problems = check(tmp_path, image_size=8, num_frames=3)
+    problems = check(tmp_path, num_frames=3, image_size=8)
     names = [problem.split(":")[0].removeprefix(f"{tmp_path}/") for problem in problems]
     assert names == ["stray.gif", "dog/short.gif", "dog/text.gif"]
 
@@ -258,7 +268,7 @@ def test_the_check_command_lists_clips_problems_and_a_summary(tmp_path):
     assert len(lines) == 1 + 3 + 3 + 1 and result.returncode == 1 and result.stderr == ""
 
 
-def test_the_check_command_is_content_with_a_good_folder(tmp_path):
+def test_the_check_command_succeeds_on_a_good_folder(tmp_path):
     make_clip(tmp_path / "dog/fine.gif")
     result = run_check(tmp_path)
     assert result.stdout.endswith("1 clips, 5 frames, 0 problems\n") and result.returncode == 0
