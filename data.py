@@ -228,7 +228,7 @@ class CheckOptions:
 def main():
     parser = argparse.ArgumentParser(description="Check a folder of captioned clips.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="read every clip of a folder and list every problem")
+    command = commands.add_parser("check", help="read all clips of a folder and list all problems")
     command.add_argument("folder", type=Path)
     add_flags(command, CheckOptions())
     args = parser.parse_args()

@@ -235,9 +235,11 @@ def test_a_window_depends_on_nothing_but_the_generator():
     assert starts == [random_window(100, 8, second) for _ in range(20)]
 
 
-def test_a_window_wider_than_the_clip_is_refused():
-    with pytest.raises(ValueError, match="0 < num_frames <= 3, got 4"):
-        random_window(3, 4, torch.Generator())
+@pytest.mark.parametrize("num_frames", [0, 4])
+def test_a_window_needs_one_frame_to_all_of_the_clip(num_frames):
+    with pytest.raises(ValueError, match=f"0 < num_frames <= 3, got {num_frames}"):
+        random_window(3, num_frames, torch.Generator())
+    assert random_window(3, 3, torch.Generator()) == 0
 
 
 def broken_folder(folder):
