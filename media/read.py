@@ -1,11 +1,9 @@
 """Read clips: a video, an animation, an image, an array or a folder of images as frames.
 
-A chain of generators of (image, duration in seconds): a decoder yields every frame of a file,
-`iter_clip` drops or repeats frames, `read_clip` crops, resizes and packs them. Each image is made
-small before the next is decoded, so a long video never fills the memory.
-
-Pillow decodes GIF, WebP, PNG and JPEG, numpy decodes arrays. Only videos need the programs ffmpeg
-and ffprobe. write.py is the inverse.
+Generators of (image, duration in seconds) form a chain: a decoder yields every frame of a file,
+iter_clip drops or repeats frames, read_clip crops, resizes and packs them. Each image is resized
+before the next is decoded, so a long video does not fill the memory. Pillow decodes GIF, WebP, PNG
+and JPEG, numpy decodes arrays; only videos need the programs ffmpeg and ffprobe.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Clips as files that people look at: GIF, animated WebP, PNG contact sheets, MP4.
+"""Write clips: GIF, animated WebP, PNG contact sheets, MP4.
 
-A clip is a tensor (t, 3, h, w) in [-1, 1]. A file has exactly its frames, each shown equally long,
-and appears whole or not at all. GIF and WebP containers are put together here, frame by frame,
-since the encoders behind Pillow merge frames that are equal.
+A clip is a tensor (t, 3, h, w) in [-1, 1]. A file has exactly its frames, all of one duration, and
+is written completely or not at all. Pillow's encoders merge equal frames, so this file assembles
+GIF and WebP containers itself, frame by frame.
 """
 
 import io
@@ -23,16 +23,15 @@ SEPARATOR = 2  # pixels between the images of a contact sheet
 
 
 def to_uint8(clip):
-    """A tensor (..., 3, h, w) in [-1, 1] as a numpy array (..., h, w, 3), uint8; others clamped."""
+    """A tensor (..., 3, h, w) as a uint8 array (..., h, w, 3); values are clamped to [-1, 1]."""
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()
+    return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()  # ... 3 h w -> ... h w 3
 
 
 def contact_sheet(clips):
-    """One image of clips: a row for each, a column for each frame, white lines between them.
+    """One image with a row for each clip and a column for each frame, white lines between them.
 
-    Takes a tensor (n, t, 3, h, w) or a list of (t, 3, h, w), in [-1, 1]; the lengths may differ.
-    Returns (1, 3, H, W), a clip of one frame.
+    clips: (n, t, 3, h, w), or a list of clips whose t may differ. Returns a clip (1, 3, H, W).
     """
     height, width = clips[0].shape[-2] + SEPARATOR, clips[0].shape[-1] + SEPARATOR
     columns = max(len(clip) for clip in clips)
@@ -47,48 +46,46 @@ def contact_sheet(clips):
 def side_by_side(clips):
     """One clip (t, 3, H, W) that shows clips (n, t, 3, h, w) in a near-square grid."""
     columns = math.ceil(math.sqrt(len(clips)))
-    return torch.cat([contact_sheet(clips[:, i].split(columns)) for i in range(clips.shape[1])])
+    return torch.cat([contact_sheet(frames.split(columns)) for frames in clips.unbind(1)])
 
 
-def _delays(num_frames, frames_per_second, units):
-    """Whole units (per second) that each frame is shown; the rounding does not add up."""
+def _durations(num_frames, frames_per_second, units):
+    """The duration of each frame in whole units (per second); rounding errors do not add up."""
     return np.diff(np.round(np.arange(num_frames + 1) * units / frames_per_second)).astype(int)
 
 
 def _write_gif(file, clip, frames_per_second):
-    """A GIF that loops, block by block: Image.save would merge frames that are equal."""
-    if frames_per_second > 50:
+    """A GIF that loops, with one palette for all frames: a palette for each would flicker."""
+    if frames_per_second > 50:  # browsers show frames of less than 2 / 100 s more slowly
         raise ValueError(f"frames_per_second needs <= 50 in a GIF, got {frames_per_second}")
-    frames = to_uint8(clip)  # t h w 3
-    t, h, w, _ = frames.shape
-    # One palette chosen over all frames, or colours flicker. Flat colours stay exact without
-    # dither, whose grain would also crawl from frame to frame; k-means buys back the gradients.
-    tower = Image.fromarray(frames.reshape(t * h, w, 3)).quantize(256, kmeans=1)
-    images = [tower.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
-    file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])
-    for image, delay in zip(images, _delays(t, frames_per_second, 100), strict=True):
-        file.writelines(GifImagePlugin.getdata(image, duration=10 * int(delay)))
+    t, _, h, w = clip.shape
+    # quantize() does not dither here, so flat colours stay exact and no grain moves between frames.
+    # k-means improves the palette of gradients.
+    column = Image.fromarray(to_uint8(clip).reshape(t * h, w, 3)).quantize(256, kmeans=1)
+    images = [column.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
+    file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])  # 0: no end
+    for image, duration in zip(images, _durations(t, frames_per_second, 100), strict=True):
+        file.writelines(GifImagePlugin.getdata(image, duration=10 * int(duration)))
     file.write(b";")
 
 
 def _write_webp(file, clip, frames_per_second):
-    """A lossless WebP that loops, out of stills: libwebp's animator would merge equal frames.
+    """A lossless WebP that loops, from still images.
 
     Format: https://developers.google.com/speed/webp/docs/riff_container
     """
-
     def chunk(name, data):
         return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
 
     h, w = clip.shape[-2:]
     size = (w - 1).to_bytes(3, "little") + (h - 1).to_bytes(3, "little")
-    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: it is animated
-    delays = _delays(len(clip), frames_per_second, 1000)
-    for frame, delay in zip(to_uint8(clip), delays, strict=True):
+    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: animated
+    durations = _durations(len(clip), frames_per_second, 1000)
+    for frame, duration in zip(to_uint8(clip), durations, strict=True):
         still = io.BytesIO()
         Image.fromarray(frame).save(still, "WEBP", lossless=True)
-        header = bytes(6) + size + int(delay).to_bytes(3, "little") + bytes(1)
-        chunks += chunk(b"ANMF", header + still.getvalue()[12:])  # less the still's RIFF header
+        header = bytes(6) + size + int(duration).to_bytes(3, "little") + bytes(1)
+        chunks += chunk(b"ANMF", header + still.getvalue()[12:])  # without the still's RIFF header
     file.write(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks)
 
 
@@ -101,15 +98,13 @@ def _write_png(file, clip, frames_per_second):
 
 
 def _write_mp4(file, clip, frames_per_second):
-    """H.264 as every player and browser shows it: 4:2:0, whose sizes are even."""
+    """H.264 in 4:2:0, which every player and browser supports; it needs even sizes."""
     t, _, h, w = clip.shape
     source = f"-f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {frames_per_second} -i -"
     coding = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v libx264 -crf 16 -pix_fmt yuv420p"
     command = f"ffmpeg -v error -y {source} {coding} -movflags +faststart -f mp4".split()
-    result = subprocess.run(
-        [*command, f"file:{file.name}"], input=to_uint8(clip).tobytes(), capture_output=True,
-        check=False,
-    )
+    result = subprocess.run([*command, f"file:{file.name}"], input=to_uint8(clip).tobytes(),
+                            capture_output=True, check=False)
     if result.returncode:
         errors = result.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise ValueError(f"ffmpeg cannot write an .mp4 ({errors[-1]}); write a .gif")
@@ -119,7 +114,7 @@ WRITERS = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_png, ".mp4":
 
 
 def require_writer(path):
-    """The function that writes a file of this suffix. Raises ValueError if nothing here can."""
+    """The function that writes files with this suffix. Raises ValueError if there is none."""
     suffix = Path(path).suffix.lower()
     if suffix not in WRITERS:
         raise ValueError(f"{path}: needs one of the suffixes {' '.join(WRITERS)}")
@@ -129,10 +124,9 @@ def require_writer(path):
 
 
 def write_clip(path, clip, frames_per_second=8):
-    """Write a clip (t, 3, h, w), float in [-1, 1], as the suffix of `path` says.
+    """Write a clip (t, 3, h, w), float in [-1, 1], in the format that the suffix of path names.
 
-    The file appears whole or not at all, with every frame: .gif and .webp (lossless) loop, .mp4
-    needs ffmpeg, .png holds one frame as it is, or several side by side.
+    .gif and .webp (lossless) loop, .mp4 needs ffmpeg, .png shows several frames side by side.
     """
     writer = require_writer(path)
     if clip.ndim != 4 or clip.shape[1] != 3 or clip.numel() == 0 or not clip.is_floating_point():
@@ -140,17 +134,17 @@ def write_clip(path, clip, frames_per_second=8):
     if not clip.isfinite().all():
         raise ValueError("clip needs finite values, got NaN or infinity")
     if not 0 < frames_per_second < math.inf:
-        raise ValueError(f"frames_per_second needs to be > 0, got {frames_per_second}")
+        raise ValueError(f"frames_per_second needs > 0, got {frames_per_second}")
     with atomic(path) as file:
         writer(file, clip, frames_per_second)
 
 
 def file_names(prompts, suffix):
-    """A file name for each prompt: its words joined by "-", numbered where two are the same."""
+    """A file name for each prompt: its words joined by "-", and a number if the name is in use."""
     names = []
     for prompt in prompts:
         stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-        # At most 200 bytes: a file name may have 255, and there are letters of four bytes.
+        # At most 200 bytes: file systems allow 255, and a letter has up to four.
         stem = stem.encode()[:200].decode(errors="ignore") or "no-text"
         count, name = 1, stem + suffix
         while name in names:
@@ -161,19 +155,18 @@ def file_names(prompts, suffix):
 
 
 def enlarge(clip, zoom):
-    """A clip (t, 3, h, w) with every pixel as a square of zoom by zoom pixels."""
+    """A clip (t, 3, h, w) whose every pixel becomes zoom x zoom pixels."""
     return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
 
 
 def write_samples(clips, prompts, output, suffix, rate):
-    """Write clips into a folder, one file each, or into one file together. Returns the paths."""
+    """Write clips to the folder `output`, one file each, or to the one file. Returns the paths."""
     if output.suffix.lower() in WRITERS:
-        clips = torch.stack(list(clips))
+        clips = torch.stack(list(clips))  # n t 3 h w
+        one = side_by_side(clips) if len(clips) > 1 else clips[0]
         if output.suffix.lower() == ".png" and clips.shape[:2] != (1, 1):
-            together = contact_sheet(clips if clips.shape[1] > 1 else clips[:, 0].split(8))
-        else:
-            together = side_by_side(clips) if len(clips) > 1 else clips[0]
-        write_clip(output, together, rate)
+            one = contact_sheet(clips if clips.shape[1] > 1 else clips[:, 0].split(8))
+        write_clip(output, one, rate)
         return [output]
     paths = [output / name for name in file_names(prompts, suffix)]
     for path, clip in zip(paths, clips, strict=True):

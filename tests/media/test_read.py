@@ -1,19 +1,16 @@
 """Every file here is made by its test; those of videos need ffmpeg and are skipped without it."""
 
 import itertools
-import os
 import shutil
 import struct
 import subprocess
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from media import read
 from media.read import iter_clip, read_clip
-from media.write import contact_sheet, to_uint8, write_clip
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
 
@@ -44,10 +41,6 @@ def encode(path, frames, *options):
 def grays_of(frames):
     """The gray value of each frame, to the nearest of GRAYS."""
     return [min(GRAYS, key=lambda gray: abs(gray - frame.mean())) for frame in frames]
-
-
-def to_clip(frames):
-    return torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 127.5 - 1
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
@@ -277,87 +270,3 @@ def test_without_ffmpeg_a_video_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"not read")
     with pytest.raises(ValueError, match="a.mp4 needs the ffmpeg program: install .* to GIF"):
         read_clip(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match="an .mp4 needs the ffmpeg program: .* write a .gif"):
-        write_clip(tmp_path / "b.mp4", torch.zeros(1, 3, 4, 4))
-
-
-def test_to_uint8_rounds_and_clamps():
-    clip = torch.tensor([-9.0, -1.0, 0.001, 1.0, 9.0])[:, None, None].expand(5, 3, 2).movedim(0, 2)
-    assert to_uint8(clip)[0, :, 0].tolist() == [0, 0, 128, 255, 255]  # (3, 2, 5) -> (2, 5, 3)
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_written_clips_come_back_with_frames_that_are_equal(tmp_path, suffix):
-    frames = gray_frames((0, 160, 160, 160, 0, 0))
-    frames[:, :5, :7] = (255, 30, 30)  # flat colours are exact in a palette
-    write_clip(tmp_path / f"a{suffix}", to_clip(frames), frames_per_second=8)
-    back, rate = read_clip(tmp_path / f"a{suffix}")
-    assert np.array_equal(back, frames)
-    assert rate == pytest.approx(8)  # of delays in hundredths of a second: 0.12, 0.13, ...
-
-
-def test_a_gif_has_one_palette_for_all_its_frames(tmp_path):
-    write_clip(tmp_path / "a.gif", torch.rand(4, 3, 20, 20) * 2 - 1)
-    frames, _ = read_clip(tmp_path / "a.gif")
-    assert len(frames) == 4 and len(np.unique(frames.reshape(-1, 3), axis=0)) <= 256
-
-
-def test_a_gif_of_256_colours_is_exact(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
-    frames = np.tile(colours.reshape(4, 8, 8, 3), (1, 2, 2, 1))  # each frame has its own 64
-    write_clip(tmp_path / "a.gif", to_clip(frames))
-    assert np.array_equal(read_clip(tmp_path / "a.gif")[0], frames)
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_animations_loop_for_ever(tmp_path, suffix):
-    write_clip(tmp_path / f"a{suffix}", to_clip(gray_frames()))
-    with Image.open(tmp_path / f"a{suffix}") as image:
-        assert image.info["loop"] == 0 and image.n_frames == 6
-
-
-@needs_ffmpeg
-def test_an_mp4_keeps_order_and_rate_and_is_padded_to_even(tmp_path):
-    write_clip(tmp_path / "a.mp4", to_clip(gray_frames()[:, :15, :23]), frames_per_second=12)
-    frames, rate = read_clip(tmp_path / "a.mp4")
-    assert grays_of(frames[:, :14, :22]) == list(GRAYS)
-    assert frames.shape == (6, 16, 24, 3) and rate == 12.0
-
-
-def test_a_contact_sheet_has_a_row_per_clip_and_white_lines(tmp_path):
-    long, short = to_clip(gray_frames((0, 80, 40))), to_clip(gray_frames((160, 200)))
-    sheet = to_uint8(contact_sheet([long, short]))[0, ..., 0]
-    assert sheet.shape == (2 * HEIGHT + 2, 3 * WIDTH + 4)
-    corners = sheet[:: HEIGHT + 2, :: WIDTH + 2]
-    assert corners.tolist() == [[0, 80, 40], [160, 200, 255]]  # what is missing is white, too
-    assert (sheet[HEIGHT : HEIGHT + 2] == 255).all() and (sheet[:, WIDTH : WIDTH + 2] == 255).all()
-
-
-@pytest.mark.parametrize("t, rows, columns", [(1, 1, 1), (6, 1, 6), (10, 3, 4)])
-def test_a_png_is_an_image_a_row_or_a_grid(tmp_path, t, rows, columns):
-    write_clip(tmp_path / "a.png", to_clip(gray_frames(range(0, 10 * t, 10))))
-    sheet = read_clip(tmp_path / "a.png")[0][0, ..., 0]
-    assert sheet.shape == (rows * (HEIGHT + 2) - 2, columns * (WIDTH + 2) - 2)
-    assert sheet[:: HEIGHT + 2, :: WIDTH + 2].flatten()[:t].tolist() == list(range(0, 10 * t, 10))
-
-
-def test_an_unknown_suffix_lists_those_that_are_known(tmp_path):
-    with pytest.raises(ValueError, match="a.avi: needs one of the suffixes .gif .webp .png .mp4"):
-        write_clip(tmp_path / "a.avi", torch.zeros(1, 3, 4, 4))
-
-
-@pytest.mark.parametrize("bad", [
-    torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, 3), torch.zeros(0, 3, 4, 4),
-    torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), torch.nan),
-])
-def test_what_is_no_clip_is_not_written(tmp_path, bad):
-    with pytest.raises(ValueError, match="clip needs"):
-        write_clip(tmp_path / "a.gif", bad)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_failure_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path):
-    (tmp_path / "a.gif").write_text("old")
-    with pytest.raises(ValueError, match="frames_per_second needs <= 50"):
-        write_clip(tmp_path / "a.gif", torch.zeros(1, 3, 4, 4), frames_per_second=60)
-    assert os.listdir(tmp_path) == ["a.gif"] and (tmp_path / "a.gif").read_text() == "old"

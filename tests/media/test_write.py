@@ -1,0 +1,176 @@
+"""Clips are written, and read again by media/read.py. MP4 needs ffmpeg and is skipped without it."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from media.read import read_clip
+from media.write import contact_sheet, enlarge, file_names, to_uint8, write_clip, write_samples
+
+GRAYS = (0, 160, 40, 240, 80, 200)
+WIDTH, HEIGHT = 24, 16
+
+
+def gray_frames(grays=GRAYS):
+    return np.stack([np.full((HEIGHT, WIDTH, 3), gray, np.uint8) for gray in grays])
+
+
+def to_clip(frames):
+    return torch.from_numpy(frames).movedim(-1, 1) / 127.5 - 1
+
+
+def gray_clips(*rows):
+    """A clip for each row of gray values."""
+    return torch.stack([to_clip(gray_frames(row)) for row in rows])
+
+
+def test_to_uint8_rounds_and_clamps():
+    clip = torch.tensor([-9.0, -1.0, 0.001, 1.0, 9.0])[:, None, None].expand(5, 3, 2).movedim(0, 2)
+    assert to_uint8(clip)[0, :, 0].tolist() == [0, 0, 128, 255, 255]  # (3, 2, 5) -> (2, 5, 3)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_written_animations_keep_equal_frames_and_loop(tmp_path, suffix):
+    frames = gray_frames((0, 160, 160, 160, 0, 0))
+    frames[:, :5, :7] = (255, 30, 30)  # flat colours are exact in a palette
+    write_clip(tmp_path / f"a{suffix}", to_clip(frames))
+    back, rate = read_clip(tmp_path / f"a{suffix}")
+    assert np.array_equal(back, frames)
+    assert rate == pytest.approx(8)  # the default; in hundredths of a second: 12, 13, 12, ...
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        assert image.info["loop"] == 0 and image.n_frames == 6  # 0: without end
+
+
+def test_a_lossless_webp_keeps_every_pixel_of_an_odd_size(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    write_clip(tmp_path / "a.webp", to_clip(frames), frames_per_second=3)
+    back, rate = read_clip(tmp_path / "a.webp")
+    assert np.array_equal(back, frames) and rate == 3
+
+
+def test_a_gif_has_one_palette_for_all_its_frames(tmp_path):
+    write_clip(tmp_path / "a.gif", torch.rand(4, 3, 20, 20) * 2 - 1, frames_per_second=50)
+    frames, rate = read_clip(tmp_path / "a.gif")
+    assert len(np.unique(frames.reshape(-1, 3), axis=0)) <= 256 and len(frames) == 4
+    assert rate == 50
+
+
+def test_a_gif_of_256_colours_is_exact(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    frames = np.tile(colours.reshape(4, 8, 8, 3), (1, 2, 2, 1))  # each frame has its own 64
+    write_clip(tmp_path / "a.gif", to_clip(frames))
+    assert np.array_equal(read_clip(tmp_path / "a.gif")[0], frames)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_an_mp4_keeps_order_and_rate_and_is_padded_to_even(tmp_path):
+    write_clip(tmp_path / "a.mp4", to_clip(gray_frames()[:, :15, :23]), frames_per_second=12)
+    frames, rate = read_clip(tmp_path / "a.mp4")
+    assert frames.shape == (6, 16, 24, 3) and rate == 12.0
+    assert frames[:, :14, :22].mean((1, 2, 3)) == pytest.approx(np.array(GRAYS), abs=15)
+
+
+@pytest.mark.parametrize("t, rows, columns", [(1, 1, 1), (8, 1, 8), (10, 3, 4)])
+def test_a_png_is_an_image_a_row_or_a_grid(tmp_path, t, rows, columns):
+    write_clip(tmp_path / "a.png", to_clip(gray_frames(range(0, 10 * t, 10))))
+    sheet = read_clip(tmp_path / "a.png")[0][0, ..., 0]
+    assert sheet.shape == (rows * (HEIGHT + 2) - 2, columns * (WIDTH + 2) - 2)
+    assert sheet[:: HEIGHT + 2, :: WIDTH + 2].flatten()[:t].tolist() == list(range(0, 10 * t, 10))
+
+
+# Several clips
+
+
+def test_a_contact_sheet_has_a_row_per_clip_and_white_lines():
+    long, short = to_clip(gray_frames((0, 80, 40))), to_clip(gray_frames((160, 200)))
+    sheet = to_uint8(contact_sheet([long, short]))[0, ..., 0]
+    assert sheet.shape == (2 * HEIGHT + 2, 3 * WIDTH + 4)
+    corners = sheet[:: HEIGHT + 2, :: WIDTH + 2]
+    assert corners.tolist() == [[0, 80, 40], [160, 200, 255]]  # a missing frame is white
+    assert (sheet[HEIGHT : HEIGHT + 2] == 255).all() and (sheet[:, WIDTH : WIDTH + 2] == 255).all()
+
+
+@pytest.mark.parametrize("name, rows, frames", [
+    ("a.webp", [(10, 20)], [[[10]], [[20]]]),
+    ("a.webp", [(10, 20), (30, 40), (50, 60)],  # in a near-square grid, where white is empty
+     [[[10, 30], [50, 255]], [[20, 40], [60, 255]]]),
+    ("a.PNG", [(10,)], [[[10]]]),
+    ("a.png", [(10, 20, 30)], [[[10, 20, 30]]]),  # a row of its frames
+    ("a.png", [(10, 20), (30, 40)], [[[10, 20], [30, 40]]]),  # a row for each
+    ("a.png", [(10 * i,) for i in range(9)],  # images: eight in a row
+     [[list(range(0, 80, 10)), [80] + [255] * 7]]),
+])
+def test_a_file_shows_all_clips(tmp_path, name, rows, frames):
+    assert write_samples(gray_clips(*rows), None, tmp_path / name, None, 8) == [tmp_path / name]
+    corners = read_clip(tmp_path / name)[0][:, :: HEIGHT + 2, :: WIDTH + 2, 0]
+    assert corners.tolist() == frames
+
+
+def test_a_folder_has_a_file_for_each_prompt(tmp_path):
+    paths = write_samples(gray_clips((0, 40), (80, 0)), ["A cat!", "a dog"], tmp_path, ".webp", 4)
+    assert paths == [tmp_path / "a-cat.webp", tmp_path / "a-dog.webp"]
+    assert [read_clip(path)[0][:, 0, 0, 0].tolist() for path in paths] == [[0, 40], [80, 0]]
+    assert read_clip(paths[0])[1] == 4
+
+
+def test_prompts_become_names():
+    names = file_names(["A cat!", "a  cat?", "Zwölf/../Bären", "", "a cat 2", "...", "a cat"],
+                       ".gif")
+    assert names == [
+        "a-cat.gif", "a-cat-2.gif", "zwölf-bären.gif", "no-text.gif", "a-cat-2-2.gif",
+        "no-text-2.gif", "a-cat-3.gif",
+    ]
+
+
+@pytest.mark.parametrize("letter", ["x", "猫", "𠮷"])
+def test_a_long_prompt_becomes_a_name_that_a_file_may_have(tmp_path, letter):
+    (name,) = file_names([1000 * letter], ".webp")
+    temporary = tmp_path / f".{name}.1234567.tmp"  # what atomic() writes first
+    temporary.touch()
+    assert temporary.exists() and len(name.encode()) > 195  # a letter has at most four bytes
+
+
+def test_enlarging_makes_a_square_of_each_pixel():
+    clip = torch.arange(1.0, 7).reshape(1, 1, 2, 3)
+    assert enlarge(clip, 2)[0, 0].tolist() == [
+        [1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6], [4, 4, 5, 5, 6, 6],
+    ]
+
+
+# Mistakes
+
+
+def test_without_ffmpeg_an_mp4_has_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="an .mp4 needs the ffmpeg program: .* write a .gif"):
+        write_clip(tmp_path / "b.mp4", torch.zeros(1, 3, 4, 4))
+
+
+def test_an_unknown_suffix_lists_those_that_are_known(tmp_path):
+    with pytest.raises(ValueError, match="a.avi: needs one of the suffixes .gif .webp .png .mp4"):
+        write_clip(tmp_path / "a.avi", torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("bad", [
+    torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, 3), torch.zeros(0, 3, 4, 4),
+    torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), torch.nan),
+])
+def test_a_tensor_that_is_no_clip_is_not_written(tmp_path, bad):
+    with pytest.raises(ValueError, match="clip needs"):
+        write_clip(tmp_path / "a.gif", bad)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("rate, message", [(0, "> 0, got 0"), (51, "<= 50 in a GIF, got 51")])
+def test_a_failure_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path, rate, message):
+    (tmp_path / "a.gif").write_text("old")
+    with pytest.raises(ValueError, match=f"frames_per_second needs {message}"):
+        write_clip(tmp_path / "a.gif", torch.zeros(1, 3, 4, 4), frames_per_second=rate)
+    assert os.listdir(tmp_path) == ["a.gif"] and (tmp_path / "a.gif").read_text() == "old"
