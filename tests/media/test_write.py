@@ -1,4 +1,4 @@
-"""Clips are written, and read again by media/read.py. MP4 needs ffmpeg and is skipped without it."""
+"""Written clips, read again by media/read.py. MP4 needs ffmpeg and is skipped without it."""
 
 import os
 import shutil
