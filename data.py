@@ -1,11 +1,9 @@
 """ClipFolder: captioned clips from a folder of your own.
 
-Captions come from one of two places.
-
-1.  metadata.jsonl in the folder, one line per clip: {"file_name": "dogs/1.mp4", "text": "a dog
-    barks"}. It is then the only source, and a clip that it does not list is reported.
-2.  File names. The caption is the text of the .txt file beside the clip (1.mp4, 1.txt), else the
-    name of its sub-folder (playing_chess/1.mp4: "playing chess"), as in UCF-101.
+1.  If the folder has metadata.jsonl, with a line {"file_name": "dogs/1.mp4", "text": "a dog barks"}
+    per clip, all captions come from it, and a clip that it does not list is a problem.
+2.  Else a caption is the text of the .txt file beside the clip (1.mp4, 1.txt), or the name of its
+    sub-folder (playing_chess/1.mp4: "playing chess"), as in UCF-101.
 
 A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
 also be a class of stills. So it is one clip only if it has its own caption: a line in
@@ -31,17 +29,14 @@ IGNORED_NAMES = ("readme", "license")  # with any suffix
 
 
 def _walk(folder, is_clip):
-    """Yield the files and clips below a folder in natural order, without ignored names.
-
-    A link to a folder is yielded but not entered, because it may lead back up: an endless walk.
-    """
+    """Yield the files and clips below a folder in natural order, without ignored names."""
     for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
         name = path.name.lower()
         if name.startswith((".", *IGNORED_NAMES)) or name.endswith(IGNORED_SUFFIXES):
             continue
         if path.is_dir() and not path.is_symlink() and not is_clip(path):
             yield from _walk(path, is_clip)
-        else:
+        else:  # also a link to a folder: it may lead back up, which would be an endless walk
             yield path
 
 
@@ -115,19 +110,18 @@ def _clips_by_name(folder):
     paths = list(_walk(folder, lambda path: text_of(path).is_file()))
     texts = {path for path in paths if path.suffix.lower() == ".txt"}
     used = {text_of(path) for path in paths if path not in texts}
-    for path in paths:
+    for path in (path for path in paths if path not in used):
         text = text_of(path)
         if path in texts:
-            if path not in used:
-                problems.append(f"{path}: caption without a clip; remove it or add the clip")
+            problems.append(f"{path}: caption without a clip; remove it or add the clip")
         elif refusal := _refusal(folder, path):
             problems.append(f"{path}: {refusal}")
         elif text not in texts and path.parent == folder:
             problems.append(f"{path}: clip without a caption; write it into {text.name}")
         else:
             try:
-                caption = path.parent.name.replace("_", " ")
-                caption = text.read_text("utf-8-sig") if text in texts else caption
+                name = path.parent.name.replace("_", " ")
+                caption = text.read_text("utf-8-sig") if text in texts else name
                 clips.append((path, _caption(caption)))
             except ValueError as error:  # also a UnicodeDecodeError
                 problems.append(f"{text}: {error}; write a caption in UTF-8")
@@ -137,8 +131,8 @@ def _clips_by_name(folder):
 def find_clips(folder):
     """The clips of a folder and their captions: ([(path, caption), ...], [problem, ...]).
 
-    Hidden files, .json, .md, README and LICENSE are ignored. Any other file that is neither clip
-    nor caption is a problem, a line that starts with its path. Raises ValueError without a folder.
+    Hidden files, .json, .md, README and LICENSE are ignored; any other file that is neither clip
+    nor caption is a problem. Raises ValueError if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -162,7 +156,7 @@ class ClipFolder(torch.utils.data.Dataset):
     """A sequence of (frames uint8 (t, 3, image_size, image_size), caption) from a folder.
 
     An item is a whole clip of t >= num_frames frames; `random_window` selects num_frames of them.
-    Raises ValueError if the folder has a problem, and when an item is read if its file has one.
+    Raises ValueError if the folder has a problem, or an item's file when it is read.
     """
 
     def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
