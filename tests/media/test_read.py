@@ -1,9 +1,11 @@
 """Every file here is made by its test; those of videos need ffmpeg and are skipped without it."""
 
+import io
 import itertools
 import shutil
 import struct
 import subprocess
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -78,6 +80,18 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
     assert read_clip(tmp_path / "a.mp4")[0].shape == (6, HEIGHT, 2 * WIDTH, 3)
 
 
+def test_a_stream_of_images_is_read_up_to_the_limit_of_pixels(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6)
+    pixels = bytes(range(18))
+    stream = io.BytesIO(2 * (b"P6\n3 2\n255\n" + pixels) + b"P6\n7 1\n255\n" + bytes(21))
+    images = read._ppm_images("a.mp4", stream)
+    for image in itertools.islice(images, 2):
+        assert image.size == (3, 2) and image.tobytes() == pixels
+    with pytest.raises(ValueError, match="a.mp4: needs images of <= 6 pixels, got 7 x 1"):
+        next(images)
+    assert list(read._ppm_images("a.mp4", io.BytesIO(b"P6\n3 2\n255\n" + pixels[:17]))) == []
+
+
 def test_a_folder_of_frames_is_sorted_as_people_count(tmp_path):
     for number, frame in zip((1, 2, 3, 10, 11, 100), gray_frames(), strict=True):
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
@@ -125,6 +139,12 @@ def test_a_frame_rate_counts_each_frames_own_duration(tmp_path):
     assert grays_of(frames) == [GRAYS[i] for i in (0, 0, 0, 1, 2)]
 
 
+def test_every_image_comes_with_its_duration(tmp_path):
+    save_animation(tmp_path / "a.gif", gray_frames()[:3], duration=[300, 50, 150])
+    durations = [duration for _, duration in iter_clip(tmp_path / "a.gif")]
+    assert durations == [Fraction(3, 10), Fraction(1, 20), Fraction(3, 20)]
+
+
 def test_a_frame_rate_for_a_file_without_one_names_the_file(tmp_path):
     np.save(tmp_path / "a.npy", gray_frames())
     with pytest.raises(ValueError, match="a.npy: frame_rate needs .* use a stride"):
@@ -144,7 +164,8 @@ def test_stride_and_frame_rate_together_are_refused(tmp_path):
 
 def test_nothing_is_decoded_after_max_frames(tmp_path):
     np.save(tmp_path / "a.npy", np.array([0.0, 0.5, np.nan])[:, None, None] * np.ones((3, 4, 5)))
-    assert len(read_clip(tmp_path / "a.npy", max_frames=2)[0]) == 2
+    for max_frames in (1, 2):
+        assert len(read_clip(tmp_path / "a.npy", max_frames=max_frames)[0]) == max_frames
 
 
 @needs_ffmpeg
