@@ -1,40 +1,39 @@
 """Captions to numbers: CLIP's tokenizer, byte-level byte-pair encoding.
 
-    caption -> clean -> words -> byte-pair symbols -> ids (b, n)
+    caption -> words -> symbols -> merged symbols -> ids (b, n)
 
-A word is written in an alphabet of 256 bytes, so every text can be encoded. Its last symbol is
-marked with "</w>", which keeps "art" in "art</w>" apart from "art" in "artist". Then neighbours are
-merged, always the pair that was learned first, until no learned pair is left. With the merges
-(l, o), (lo, w</w>) and (lo, w) in this order:
+A word starts as one symbol per byte, so no word is unknown. Training joins the most frequent pair
+of neighbours, again and again. Three merges learned from the caption "low low lower":
 
-    low       l o w</w>        ->  lo w</w>        ->  low</w>
-    lowest    l o w e s t</w>  ->  lo w e s t</w>  ->  low e s t</w>
+    l o w</w>  l o w</w>  l o w e r</w>    (l, o) occurs three times
+    lo w</w>   lo w</w>   lo w e r</w>     (lo, w</w>) occurs twice
+    low</w>    low</w>    lo w e r</w>     each pair occurs once: (e, r</w>) is first in order
+    low</w>    low</w>    lo w er</w>
 
-Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units". CLIP's merges
-and those learned from a handful of captions have the same form (checkpoints/tokenizers.py).
-
-One difference from openai/CLIP: it first repairs wrongly decoded text with ftfy, which would be one
-more package. All else is equal, on all characters that this Python's Unicode knows.
+Encoding applies the merges in the order of learning: "slower" becomes s lo w er</w>, four tokens.
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
 """
 
 import html
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 import torch
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+# Marks the last symbol of a word. It keeps the word "art" (one token, art</w>) apart from the first
+# letters of "artist", and shows decode() where the spaces were.
 WORD_END = "</w>"
 
 # CLIP splits text with a pattern of the `regex` package:
 #   <|startoftext|> | <|endoftext|> | 's|'t|'re|'ve|'m|'ll|'d | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+
-# The standard library has no \p{L} (any letter) and \p{N} (any number, such as the half sign), so
-# `re` finds the fixed words here and split_words() scans for the rest.
+# The standard library has no \p{L} (any letter) and no \p{N} (any number, such as ½). So `re` finds
+# the fixed words, and split_words() scans for the rest.
 FIXED_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-# Unicode's White_Space; str.isspace() would add U+001C to U+001F, which CLIP keeps inside a text.
-# And one combining mark, U+0345: with case ignored it equals the letter iota, so that `regex` finds
-# it neither in [\p{L}] nor in [^\s\p{L}\p{N}], and CLIP drops it.
+# Unicode's White_Space, and U+0345. Not str.isspace(): it adds U+001C to U+001F, which CLIP keeps.
+# CLIP drops U+0345: with case ignored this mark equals a letter, which no class includes.
 SEPARATORS = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\u0345"
@@ -42,12 +41,9 @@ SEPARATORS = frozenset(
 
 
 def byte_alphabet():
-    """One visible character per byte, in CLIP's order: {byte: character}.
-
-    Bytes that print in Latin-1 stand for themselves and come first; the others (controls, spaces,
-    the soft hyphen) borrow the characters from U+0100 on, so that a merges file can be read as
-    lines of two words.
-    """
+    """One visible character per byte, {byte: character}, in CLIP's order."""
+    # Bytes that print in Latin-1 stand for themselves and come first. The others (controls, spaces,
+    # the soft hyphen) get the characters from U+0100 on: a merges file separates symbols by spaces.
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     visible += range(ord("®"), ord("ÿ") + 1)
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -61,19 +57,16 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 
 
 def split_words(text):
-    """The list of words of a caption: lower case, HTML entities resolved, split as CLIP splits.
-
-    A word is a contraction's tail ('s), a run of letters, one digit, or a run of other signs.
-    """
-    # Twice, because captions from the web hold "&amp;lt;". CLIP also collapses white space here,
-    # which changes nothing: the split removes all of it.
+    """The words of a text in lower case: "It's 10!" -> it 's 1 0 !"""
+    # Unescape twice, because captions from the web contain "&amp;lt;". openai/CLIP also repairs
+    # wrongly decoded text with ftfy here, which would be one more package.
     text = html.unescape(html.unescape(text)).strip().lower()
     words, start = [], 0
     while start < len(text):
         kind, end = character_kind(text[start]), start + 1
         if fixed := FIXED_WORDS.match(text, start):
             end = fixed.end()
-        elif kind != "N":  # a digit stays alone
+        elif kind != "N":  # every digit is a word: numbers share ten tokens
             while end < len(text) and character_kind(text[end]) == kind:
                 end += 1
         if kind != " ":
@@ -83,7 +76,7 @@ def split_words(text):
 
 
 def character_kind(character):
-    """ "L" for a letter, "N" for a number, " " for a separator, "" for any other sign."""
+    """ "L" for a letter, "N" for a number, " " for a separator, "" for any other character."""
     if character in SEPARATORS:
         return " "
     category = unicodedata.category(character)[0]
@@ -91,37 +84,37 @@ def character_kind(character):
 
 
 def to_symbols(word):
-    """A word as a list of symbols, one per byte of its UTF-8 form, the last one marked."""
+    """A word as a list of symbols, one per byte of its UTF-8 form."""
     symbols = [BYTE_TO_CHARACTER[byte] for byte in word.encode("utf-8")]
     return symbols[:-1] + [symbols[-1] + WORD_END]
 
 
 def merge_pair(symbols, pair):
     """The symbols with every occurrence of the pair joined, from left to right."""
-    merged, index = [], 0
-    while index < len(symbols):
-        width = 2 if tuple(symbols[index : index + 2]) == pair else 1
-        merged.append("".join(symbols[index : index + width]))
-        index += width
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
     return merged
 
 
 class CLIPTokenizer:
-    """Texts to ids. The vocabulary: 256 bytes, 256 bytes that end a word, merges, start, end.
+    """Texts to ids of at most max_length tokens, start and end included.
 
     merges: pairs of symbols in the order in which they were learned.
-    max_length: tokens per text, with start and end.
-    pad_with_end: fill up with the end token (SD 1) or with id 0 (SD 2), which is also the id of
-        "!" inside a word; so padding is known by its place and never by its text.
+    pad_with_end: pad with the end token (SD 1) or with id 0 (SD 2).
     """
 
     def __init__(self, merges, max_length=77, pad_with_end=True):
         if not (isinstance(max_length, int) and 2 <= max_length <= 65536):
             raise ValueError(f"max_length needs to be 2 (start, end) to 65536, got {max_length!r}")
+        # CLIP's ids: 256 bytes inside a word, 256 that end a word, one per merge, start, end.
         characters = list(BYTE_TO_CHARACTER.values())
         self.ids = {token: index for index, token in enumerate(characters)}
         self.ids |= {token + WORD_END: 256 + index for index, token in enumerate(characters)}
-        self.ranks = {}
+        self.ranks = {}  # pair -> position in the order of learning
         for left, right in merges:
             if left not in self.ids or right not in self.ids or left + right in self.ids:
                 raise ValueError(f"merges need two known symbols that make a new one, got {left!r} "
@@ -133,51 +126,46 @@ class CLIPTokenizer:
         self.tokens = list(self.ids)
         self.vocab_size = len(self.tokens)
         self.max_length = max_length
+        # Id 0 is also "!" inside a word, so only its position shows that a token is padding.
         self.pad_id = self.end_id if pad_with_end else 0
         # As in CLIP, a start or end that is written out in a caption is that one token.
         self.cache = {START: [self.start_id], END: [self.end_id]}
 
     @classmethod
     def train(cls, captions, num_merges, max_length=77, pad_with_end=True):
-        """Learn at most num_merges merges from a list of captions; fewer if no pair is left.
-
-        Each step merges the most frequent pair of neighbours; of equally frequent pairs the first
-        in code point order, so that equal captions give equal files. A step costs as much as
-        there are different words.
-        """
+        """Learn num_merges merges from a list of captions; fewer if no pair is left."""
         check_texts(captions, "captions")
         if not captions:
-            raise ValueError("captions is empty: there is nothing to learn merges from")
-        counts = Counter()
-        for caption, count in Counter(captions).items():
-            for word in split_words(caption):
-                counts[word] += count
+            raise ValueError("captions needs at least one caption, got an empty list")
+        counts = Counter(word for caption in captions for word in split_words(caption))
         words = [(to_symbols(word), counts[word]) for word in counts if word not in (START, END)]
         merges = []
-        while len(merges) < num_merges:
+        for _ in range(num_merges):
             pairs = Counter()
             for symbols, count in words:
-                for pair in zip(symbols, symbols[1:], strict=False):
+                for pair in pairwise(symbols):
                     pairs[pair] += count  # how often, not in how many words
             if not pairs:
                 break
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # the most frequent
+            # The most frequent pair. Of several the first in code point order, so that the order of
+            # the captions does not matter.
+            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(best)
             words = [(merge_pair(symbols, best), count) for symbols, count in words]
         return cls(merges, max_length, pad_with_end)
 
     def encode(self, text):
-        """The ids of one text, without start, end and padding."""
-        ids = []  # words repeat, so each is merged once and kept
+        """The ids of one text, a list without start, end and padding."""
+        ids = []
         for word in split_words(text):
-            if word not in self.cache:
+            if word not in self.cache:  # words repeat, so each is merged only once
                 self.cache[word] = self._encode_word(word)
             ids += self.cache[word]
         return ids
 
     def _encode_word(self, word):
         symbols, last = to_symbols(word), len(self.ranks)  # unknown pairs rank last
-        while pairs := list(zip(symbols, symbols[1:], strict=False)):
+        while pairs := list(pairwise(symbols)):
             best = min(pairs, key=lambda pair: self.ranks.get(pair, last))
             if best not in self.ranks:
                 break
@@ -185,19 +173,17 @@ class CLIPTokenizer:
         return [self.ids[symbol] for symbol in symbols]
 
     def __call__(self, texts):
-        """A list of texts to ids (len(texts), max_length), int64: start, text, end, padding.
-
-        A text that is too long loses its tail, never the end token.
-        """
+        """A list of texts to ids (len(texts), max_length), int64: start, text, end, padding."""
         check_texts(texts, "texts")
         ids = torch.full((len(texts), self.max_length), self.pad_id)  # b n, all padding
         for row, text in zip(ids, texts, strict=True):
-            kept = self.encode(text)[: self.max_length - 2]  # leaves room for start and end
+            # A long text loses its last tokens, never the end token: the networks expect it.
+            kept = self.encode(text)[: self.max_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids
 
     def decode(self, ids):
-        """The text of a list or tensor (n,) of ids, up to the end token and without the start."""
+        """The text of ids, a list or tensor (n,), without start and up to the first end."""
         text = ""
         for index in map(int, ids):
             if not 0 <= index < self.vocab_size:
@@ -205,7 +191,7 @@ class CLIPTokenizer:
             if index == self.end_id:
                 break
             text += self.tokens[index] if index != self.start_id else ""
-        # WORD_END is ASCII, which stands for itself; half a character at a cut end becomes U+FFFD.
+        # "</w>" is ASCII, so it survives this step. An incomplete character becomes U+FFFD.
         data = bytes(CHARACTER_TO_BYTE[character] for character in text)
         return data.decode("utf-8", errors="replace").replace(WORD_END, " ").strip()
 

@@ -1,9 +1,9 @@
-"""Tokenizers from files and into files: merges files, and the tokenizer/ folder of a model.
+"""Read and write tokenizers: merges files, and the tokenizer/ folder of a model.
 
-    merges.txt              a pair of symbols a line, in the order in which they were learned
-    vocab.json              {token: id}, which the merges determine: it is checked, not used
-    tokenizer_config.json   maximal length and padding
-    tokenizer.json          both of the first two, as transformers 5 and later write them
+    merges.txt              one pair of symbols per line, in the order in which they were learned
+    vocab.json              {token: id}; the merges determine it, so it is only checked
+    tokenizer_config.json   maximum length and padding
+    tokenizer.json          merges and vocabulary in one file, as transformers 5 writes them
 """
 
 import gzip
@@ -19,7 +19,7 @@ CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges
 def tokenizer_from_merges(path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_with_end=True):
     """The tokenizer of a merges file such as CLIP's bpe_simple_vocab_16e6.txt, plain or .gz.
 
-    Raises ValueError if it holds fewer than num_merges merges or a line that is none.
+    Raises ValueError if the file has fewer than num_merges merges or a damaged line.
     """
     merges = read_merges(path, num_merges)
     if len(merges) < num_merges:
@@ -28,13 +28,13 @@ def tokenizer_from_merges(path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_w
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a folder: one of save_tokenizer, or tokenizer/ of a Stable Diffusion model.
+    """The tokenizer of a folder that save_tokenizer wrote, or of Stable Diffusion's tokenizer/.
 
-    Raises ValueError if the vocabulary is not the one that the merges make.
+    Raises ValueError if the vocabulary does not follow from the merges.
     """
     folder, settings = Path(folder), {}
-    # special_tokens_map.json comes last and wins, as in transformers: in the folders of SD 2 only
-    # this file says that id 0 pads.
+    # special_tokens_map.json overrides the other file, as in transformers: in the folders of SD 2
+    # only this file says that padding is id 0.
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             settings |= read_json(folder / name)
@@ -56,7 +56,7 @@ def load_tokenizer(folder):
 
 
 def save_tokenizer(folder, tokenizer):
-    """Write vocab.json, merges.txt and tokenizer_config.json, as transformers reads them, too."""
+    """Write vocab.json, merges.txt and tokenizer_config.json in transformers' format."""
     folder = Path(folder)
     lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.ranks)]
     write_text(folder / "merges.txt", "\n".join(lines) + "\n")
@@ -89,7 +89,7 @@ def read_merges(path, num_merges=None):
 
 
 def read_tokenizer_json(path):
-    """The merges and {token: id} of a tokenizer.json. Raises ValueError if it has none."""
+    """(merges, {token: id}) of a tokenizer.json. Raises ValueError if it has none."""
     model = read_json(path).get("model")
     model = model if isinstance(model, dict) else {}
     merges, vocabulary = model.get("merges"), model.get("vocab")

@@ -1,4 +1,4 @@
-"""Tokenizers from files: what was saved comes back, and what is damaged is refused by name."""
+"""Files of tokenizers: what was saved is loaded again, and a damaged file is refused by name."""
 
 import gzip
 import json
@@ -15,8 +15,6 @@ CAPTIONS = [
     for shape in ("circle", "square")
     for side in ("left", "right")
 ]
-A, B, C = (ord(letter) - ord("!") for letter in "abc")  # "!" is the first visible byte: id 0
-ENDING = 256  # added to the id of a byte that ends a word
 
 
 def trained(**options):
@@ -29,9 +27,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-# Files
-
-
 @pytest.mark.parametrize("pad_with_end", [True, False])
 def test_a_loaded_tokenizer_gives_the_same_ids(tmp_path, pad_with_end):
     tokenizer = trained(pad_with_end=pad_with_end)
@@ -40,13 +35,13 @@ def test_a_loaded_tokenizer_gives_the_same_ids(tmp_path, pad_with_end):
     assert torch.equal(load_tokenizer(tmp_path)(texts), tokenizer(texts))
 
 
-def test_special_tokens_map_tells_the_padding_of_sd2(folder):
+def test_special_tokens_map_sets_the_padding_of_sd2(folder):
     (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
     assert load_tokenizer(folder).pad_id == 0
 
 
 def tokenizer_json(folder, merges=None, **changes):
-    """Put what vocab.json and merges.txt say into the one file that transformers 5 writes."""
+    """Replace vocab.json and merges.txt by the one file that transformers 5 writes."""
     vocabulary = json.loads((folder / "vocab.json").read_text())
     if merges is None:
         merges = [line.split() for line in (folder / "merges.txt").read_text().split("\n")[1:-1]]
@@ -63,7 +58,7 @@ def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
     assert torch.equal(load_tokenizer(folder)(texts), trained()(texts))
 
 
-def test_tokenizer_config_tells_the_padding_of_sd2_beside_tokenizer_json(folder):
+def test_tokenizer_config_sets_the_padding_beside_tokenizer_json(folder):
     tokenizer_json(folder)
     (folder / "tokenizer_config.json").write_text('{"pad_token": "!"}')
     assert load_tokenizer(folder).pad_id == 0
@@ -110,7 +105,7 @@ def test_a_vocabulary_of_other_merges_is_refused(folder):
         ({"merges": [[1, 2]]}, "merge 1 needs two symbols"),
         ({"merges": [None]}, "merge 1 needs two symbols, got None"),
         ({"merges": {}}, "needs merges and vocab"),
-        ({"vocab": [["a", -1.0]]}, "needs merges and vocab"),  # of another kind, Unigram
+        ({"vocab": [["a", -1.0]]}, "needs merges and vocab"),  # a Unigram model
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(folder, changes, message):
