@@ -25,8 +25,7 @@ UNET_CONSTANTS = {
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "attention_type": "default",
     "conv_in_kernel": 3, "conv_out_kernel": 3, "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1, "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "transformer_layers_per_block": 1
 }
 VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
@@ -41,9 +40,8 @@ UNET_ABSENT = {"cross_attention_dim": 1280}
 VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
 # Defaults of DDIMScheduler, without two that StableDiffusionPipeline replaces: an absent
 # steps_offset becomes 1, our default, and an absent clip_sample becomes false.
-SCHEDULE_ABSENT = {
-    "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "set_alpha_to_one": True,
-}
+SCHEDULE_ABSENT = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+                   "set_alpha_to_one": True}
 
 
 def from_config(cls, values, constants, where):
@@ -158,16 +156,14 @@ def part_of(tensors, prefix):
 
 
 def unet_config(tensors, sample_size):
-    """The U-Net's config. Raises KeyError if a tensor that it needs is missing.
-
-    Stable Diffusion 1 has 8 heads at every level; 2, which has linear projections, heads 64 wide.
-    """
+    """The U-Net's config. Raises KeyError if a tensor that it needs is missing."""
     shapes = part_of(tensors, UNET)
     blocks = count(shapes, "input_blocks.")
     steps = [n for n in range(blocks) if f"input_blocks.{n}.0.op.weight" in shapes]
     per_level = steps[0] if steps else blocks  # the ResnetBlocks and a downsampler
     firsts = [f"input_blocks.{1 + i * per_level}" for i in range(len(steps) + 1)]
     widths = tuple(shapes[f"{first}.0.in_layers.2.weight"][0] for first in firsts)
+    # Stable Diffusion 1 has 8 heads at every level; 2, which has linear projections, heads 64 wide.
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     if linear and any(width % 64 for width in widths):
         raise ValueError(f"heads are 64 wide in this form, which does not divide {widths}")
@@ -185,13 +181,12 @@ def vae_config(tensors, image_size):
     """The autoencoder's config. Raises KeyError as unet_config does."""
     shapes = part_of(tensors, VAE)
     levels = range(count(shapes, "encoder.down."))
+    widths = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels)
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
         out_channels=shapes["decoder.conv_out.weight"][0],
         latent_channels=shapes["decoder.conv_in.weight"][1],
-        block_out_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0]
-                                 for i in levels),
-        layers_per_block=count(shapes, "encoder.down.0.block."),
+        block_out_channels=widths, layers_per_block=count(shapes, "encoder.down.0.block."),
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in shapes, sample_size=image_size,
     )
 
@@ -219,8 +214,7 @@ def configs_of(tensors, image_size, where):
     """(UNetConfig, VAEConfig, TextConfig) inferred from the tensors of a single file."""
     try:
         vae = vae_config(tensors, image_size)
-        unet = unet_config(tensors, image_size // vae.downscale)
-        return unet, vae, text_config(tensors)
+        return unet_config(tensors, image_size // vae.downscale), vae, text_config(tensors)
     except KeyError as error:
         raise ValueError(f"{where}: has no tensor that ends in {error}; is it complete?") from None
     except (IndexError, ValueError) as error:

@@ -49,27 +49,22 @@ class InertDict:
 
 # sd-v1-4.ckpt names ModelCheckpoint (the class itself is the key of that callback's state), numpy's
 # scalar and dtype (its best score); fine-tuned models add configurations and paths.
-DICTS = (
-    "collections.defaultdict", "lightning.fabric.utilities.data.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-)
+DICTS = ("collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict",
+         "lightning.fabric.utilities.data.AttributeDict",
+         "lightning_fabric.utilities.data.AttributeDict")
 HARMLESS = {
     "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
     "lightning.pytorch.callbacks.model_checkpoint": "ModelCheckpoint",
     "lightning.pytorch.callbacks.early_stopping": "EarlyStopping",
-    "omegaconf.dictconfig": "DictConfig",
-    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig",
     "omegaconf.base": "ContainerMetadata Metadata",
     "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode",
-    "numpy": "dtype ndarray",
     "numpy.core.multiarray": "scalar _reconstruct",
     "numpy._core.multiarray": "scalar _reconstruct",
     "pathlib": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
     "pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
-    "argparse": "Namespace",
-    "typing": "Any",
+    "argparse": "Namespace", "typing": "Any", "numpy": "dtype ndarray",
     "builtins": "bool dict float int list str tuple",
 }
 STUBS = [(InertDict, name) for name in DICTS]

@@ -89,18 +89,18 @@ def check_known(tensors, where):
     for pattern, kind in FOREIGN.items():
         if any(re.search(pattern, name) for name in tensors):
             raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
-    missing = [part for prefix, part in PARTS.items() if not has(tensors, prefix)]
+    missing = {prefix: part for prefix, part in PARTS.items() if not has(tensors, prefix)}
     if len(missing) == len(PARTS):
         for pattern, kind in ALONE.items():
             if any(re.search(pattern, name) for name in tensors):
                 raise ValueError(f"{where}: needs a whole single file or a folder with unet/, vae/ "
                                  f"and text_encoder/, got {kind} alone")
-        kind = ", ".join(sorted(tensors)[:3])
+        kind = ", ".join(sorted(tensors)[:3]) or "no tensors"
         kind = f"one tensor, {kind} (a textual inversion?)" if len(tensors) == 1 else kind
         raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
     if missing:
-        names = ", ".join(prefix for prefix, part in PARTS.items() if part in missing)
-        raise ValueError(f"{where}: has no {' and no '.join(missing)} ({names}*); is it complete?")
+        raise ValueError(f"{where}: has no {' and no '.join(missing.values())} "
+                         f"({', '.join(missing)}*); is it complete?")
 
 
 def check_together(unet, vae, text, where):

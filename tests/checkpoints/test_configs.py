@@ -84,20 +84,25 @@ def test_the_unet_config_of_stable_diffusion_2_1_is_read():
 def test_a_unet_config_with_every_field_of_todays_diffusers_is_read():
     values = configs.unet_to_json(model.PRESETS["sd1"]) | {
         "addition_embed_type": None, "addition_embed_type_num_heads": 64,
-        "addition_time_embed_dim": None, "class_embeddings_concat": False,
-        "cross_attention_norm": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
-        "mid_block_only_cross_attention": None, "num_attention_heads": None,
-        "projection_class_embeddings_input_dim": None, "sample_size": None,
-        "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None, "time_embedding_dim": None, "timestep_post_act": None,
-        "upcast_attention": None,
+        "addition_time_embed_dim": None, "attention_type": "default",
+        "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
+        "cross_attention_norm": None, "dropout": 0.0, "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None,
+        "num_attention_heads": None, "projection_class_embeddings_input_dim": None,
+        "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
+        "reverse_transformer_layers_per_block": None, "sample_size": None,
+        "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
+        "time_embedding_type": "positional", "timestep_post_act": None,
+        "transformer_layers_per_block": 1, "upcast_attention": None,
     }
     assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
 
 
-def test_a_context_width_that_is_absent_is_that_of_diffusers():
+def test_an_absent_field_has_the_default_of_diffusers():
     values = {"down_block_types": DOWN, "up_block_types": UP}
     assert configs.unet_from_json(values, "here").cross_attention_dim == 1280
+    autoencoder = configs.vae_from_json({}, "here")
+    assert (autoencoder.block_out_channels, autoencoder.layers_per_block) == ((64,), 1)
 
 
 @pytest.mark.parametrize("more", [
