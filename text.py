@@ -27,12 +27,12 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        width, heads = self.hidden_size, self.num_attention_heads
+        d, heads = self.hidden_size, self.num_attention_heads
         for name, value in vars(self).items():
             if name != "hidden_act" and not value > 0:  # written as not >, so that NaN fails
                 raise ValueError(f"{name} needs to be positive, got {value}")
-        if width % heads:
-            raise ValueError(f"num_attention_heads needs to divide hidden_size {width}, got {heads}")
+        if d % heads:
+            raise ValueError(f"num_attention_heads needs to divide hidden_size {d}, got {heads}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act needs one of {[*ACTIVATIONS]}, got {self.hidden_act!r}")
 

@@ -2,8 +2,8 @@
 
 Recorded with regex 2026.11 and a copy of openai/CLIP's simple_tokenizer.py without its call of
 ftfy: token ids of the merges that `trained()` learns, and a hash of the words that CLIP's pattern
-finds around each character of Unicode 3.2. Newer characters are left out, because the Unicode version
-differs between Pythons.
+finds around each character of Unicode 3.2. Newer characters are left out, because the version of
+Unicode differs between Pythons.
 """
 
 import hashlib
@@ -132,8 +132,9 @@ def test_truncation_keeps_the_end_token():
     assert tokenizer(["a b c"]).tolist() == [[512, A + ENDING, B + ENDING, 513]]
 
 
-def test_an_empty_text_is_start_and_end():
-    assert CLIPTokenizer([], max_length=3)([""]).tolist() == [[512, 513, 513]]
+@pytest.mark.parametrize("new", [CLIPTokenizer([]), CLIPTokenizer.train(["a"], 0)])
+def test_by_default_an_empty_text_is_start_and_76_ends(new):
+    assert new([""]).tolist() == [[512] + 76 * [513]]
 
 
 def test_start_and_end_written_in_a_text_are_single_tokens():
@@ -142,7 +143,7 @@ def test_start_and_end_written_in_a_text_are_single_tokens():
 
 def test_an_exclamation_mark_is_no_padding():
     tokenizer = CLIPTokenizer([], max_length=6, pad_with_end=False)
-    assert tokenizer.decode(tokenizer(["a!"])[0]) == "a !"
+    assert tokenizer.decode(tokenizer(["a!!"])[0]) == "a !!"  # the first is id 0
 
 
 def test_decode_inverts_encode_up_to_spaces():
