@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import call
 from PIL import Image
 
 import data
@@ -256,21 +257,16 @@ def test_check_lists_problems_of_captions_and_of_files_together(tmp_path):
     assert names == ["stray.gif", "dog/short.gif", "dog/text.gif"]
 
 
-def run_check(*arguments):
-    command = [sys.executable, "data.py", "check", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_the_check_command_lists_clips_problems_and_a_summary(tmp_path):
+def test_the_check_command_lists_clips_problems_and_a_summary(tmp_path, capsys):
     broken_folder(tmp_path)
-    result = run_check(tmp_path, "--num-frames", 3)
-    lines = result.stdout.splitlines()
+    assert call(data.main, "check", tmp_path, "--num-frames", 3) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["5", "12x8", "10", "dog/fine.gif:", "dog"]
-    assert lines[-1] == "3 clips, 7 frames, 3 problems"
-    assert len(lines) == 1 + 3 + 3 + 1 and result.returncode == 1 and result.stderr == ""
+    assert lines[-1] == "3 clips, 7 frames, 3 problems" and len(lines) == 1 + 3 + 3 + 1
 
 
 def test_the_check_command_succeeds_on_a_good_folder(tmp_path):
     make_clip(tmp_path / "dog/fine.gif")
-    result = run_check(tmp_path)
-    assert result.stdout.endswith("1 clips, 5 frames, 0 problems\n") and result.returncode == 0
+    command = [sys.executable, "data.py", "check", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("1 clips, 5 frames, 0 problems\n") and result.stderr == ""
