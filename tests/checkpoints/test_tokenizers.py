@@ -35,9 +35,11 @@ def test_a_loaded_tokenizer_gives_the_same_ids(tmp_path, pad_with_end):
     assert torch.equal(load_tokenizer(tmp_path)(texts), tokenizer(texts))
 
 
-def test_special_tokens_map_sets_the_padding_of_sd2(folder):
+def test_special_tokens_map_alone_sets_the_padding_of_sd2(folder):
+    (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!"}}')
-    assert load_tokenizer(folder).pad_id == 0
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.pad_id, tokenizer.max_length) == (0, 77)
 
 
 def tokenizer_json(folder, merges=None, **changes):
