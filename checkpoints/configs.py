@@ -59,13 +59,17 @@ def from_config(cls, values, constants, where):
         raise ValueError(f"{where}: {error}") from None
 
 
+def unet_blocks(levels):
+    """The types of a U-Net's blocks, from which of its levels have attention."""
+    kinds = ["CrossAttn" if attention else "" for attention in levels]
+    return {"down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)]}
+
+
 def unet_to_json(config):
     """The config.json of a U-Net as diffusers writes it, plus our temporal fields."""
     values = dataclasses.asdict(config)
-    levels = values.pop("attention_levels")
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in levels]
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(levels)]
-    values |= {"down_block_types": down, "up_block_types": up}
+    values |= unet_blocks(values.pop("attention_levels"))
     if config.class_embed_type is not None:  # projects the text's last hidden state
         values["projection_class_embeddings_input_dim"] = config.cross_attention_dim
     return UNET_CONSTANTS | values
@@ -74,15 +78,12 @@ def unet_to_json(config):
 def unet_from_json(values, where):
     """A UNetConfig from config.json. Raises ValueError for an architecture not built here."""
     values = UNET_ABSENT | {k: v for k, v in values.items() if k not in UNET_IGNORED}
-    down, up = values.pop("down_block_types", []), values.pop("up_block_types", [])
-    levels = [name == "CrossAttnDownBlock2D" for name in down]
-    expected = ["CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(levels)]
-    if not down or up != expected or set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
-        raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
+    levels = [kind == "CrossAttnDownBlock2D" for kind in values.get("down_block_types") or []]
     dim = values.pop("projection_class_embeddings_input_dim", None)
     if values.get("class_embed_type") and dim != values.get("cross_attention_dim"):
         raise ValueError(f"{where}: projection_class_embeddings_input_dim={dim} is not built here")
-    return from_config(UNetConfig, values | {"attention_levels": levels}, UNET_CONSTANTS, where)
+    constants = UNET_CONSTANTS | unet_blocks(levels)
+    return from_config(UNetConfig, values | {"attention_levels": levels}, constants, where)
 
 
 def vae_to_json(config):
@@ -96,9 +97,9 @@ def vae_to_json(config):
 def vae_from_json(values, where):
     """A VAEConfig from an autoencoder's config.json."""
     values = VAE_ABSENT | {k: v for k, v in values.items() if k not in VAE_IGNORED}
-    down, up = values.pop("down_block_types", []), values.pop("up_block_types", [])
-    if set(down) - {"DownEncoderBlock2D"} or set(up) - {"UpDecoderBlock2D"}:
-        raise ValueError(f"{where}: down_block_types={down}, up_block_types={up} is not built here")
+    blocks = {*values.pop("down_block_types", []), *values.pop("up_block_types", [])}
+    if others := blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise ValueError(f"{where}: {' and '.join(sorted(others))} is not built here")
     constants = VAE_CONSTANTS | {"use_quant_conv": True, "use_post_quant_conv": True}
     return from_config(VAEConfig, values, constants, where)
 
@@ -127,12 +128,10 @@ def diffusion_from_json(values, where):
 
     The options of its sampler are ignored: the model depends only on the noise it was trained with.
     """
-    kind = values.get("_class_name") or ""
+    kind = str(values.get("_class_name"))
     if kind.startswith(("FlowMatch", "EDM")):
         raise ValueError(f"{where}: _class_name={kind!r} is not built here")
-    if values.get("clip_sample") or values.get("thresholding"):
-        raise ValueError(f"{where}: clip_sample and thresholding are not built here")
-    names = {field.name for field in dataclasses.fields(Diffusion) if field.init}
+    names = {"clip_sample", "thresholding", *(f.name for f in dataclasses.fields(Diffusion))}
     known = {k: v for k, v in values.items() if k in names and v is not None}
     return from_config(Diffusion, SCHEDULE_ABSENT | known, {}, where)
 

@@ -110,20 +110,19 @@ def _read_shards(path):
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{path}: needs a weight_map from tensors to files, got {shards!r:.60}")
-    tensors = {}
+    tensors, found = {}, {}
     for shard in sorted(set(shards.values())):
         # By Windows' rules on every system: they cover every way out of a folder (/, \, C:).
         if PureWindowsPath(shard).name != shard:
             raise ValueError(f"{path}: a shard needs to be a file beside the index, got {shard!r}")
         if not (path.parent / shard).is_file():
             raise ValueError(f"{path}: the shard {shard} is missing")
-        for name, tensor in _read_file(path.parent / shard).items():
-            if shards.get(name) != shard:
-                raise ValueError(f"{path}: {shard} holds {name!r}, which the index does not list")
-            tensors[name] = tensor
-    for name, shard in shards.items():
-        if name not in tensors:
-            raise ValueError(f"{path}: {name!r} is not in {shard}, where the index lists it")
+        held = _read_file(path.parent / shard)
+        tensors, found = tensors | held, found | dict.fromkeys(held, shard)
+    for name in sorted(shards | found):
+        listed, holder = shards.get(name, "no shard"), found.get(name, "no listed shard")
+        if listed != holder:
+            raise ValueError(f"{path}: lists {name!r} in {listed}, but {holder} holds it")
     return tensors
 
 
@@ -131,24 +130,22 @@ def _read_file(path):
     """{name: tensor} of one file. Its first bytes decide the format: suffixes are often wrong."""
     with open(path, "rb") as file:
         start = file.read(64)
-    if not start:
-        raise ValueError(f"{path}: the file is empty")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise ValueError(f"{path}: a web page, not a checkpoint; download the file itself")
     if start.startswith((b"PK\3\4", b"\x80")) and start[8:9] != b"{":  # a zip or a bare pickle
-        return _flatten(path, _unpickle(path, zipped=start.startswith(b"PK")))
+        return _flatten(path, _unpickle(path))
     # "{" follows the length of a safetensors header. Without it, loading says what is wrong.
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return load_safetensors(path)
     raise ValueError(f"{path}: neither safetensors nor a torch file, it begins with {start[:16]!r}")
 
 
-def _unpickle(path, zipped):
+def _unpickle(path):
     """The object that torch.save() wrote, without calling anything that the file names."""
     try:
-        mapped = zipped and _is_mappable(path)
+        mapped = _is_mappable(path)
         with torch.serialization.safe_globals(STUBS), open(path, "rb") as file:
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True,
                               mmap=mapped)
@@ -163,14 +160,12 @@ def _unpickle(path, zipped):
 
 
 def _is_mappable(path):
-    """Whether a zip's tensors are stored uncompressed. Raises ValueError without a pickle."""
+    """Whether torch.load() can map the file: it misreads a zip whose entries are compressed."""
+    # It also refuses a path that ends in .safetensors, but not such a file once it is open.
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return False
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise ValueError("a zip without data.pkl")
-    # torch.load() refuses a path that ends in .safetensors, but not such a file once it is open.
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    return stored and path.suffix != ".safetensors"
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _flatten(path, checkpoint):

@@ -20,7 +20,7 @@ PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
 FOREIGN = {  # files that a single name identifies
     r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model; merge it into a model first",
-    r"^string_to_|^emb_params$": "a textual inversion, one token's embedding and not a model",
+    r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, one token's embedding and not a model",
     r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
     r"conditioner\.embedders\.|add_embedding\.": "Stable Diffusion XL",
     r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
@@ -29,9 +29,9 @@ FOREIGN = {  # files that a single name identifies
 }
 CHANNELS = {9: "an inpainting model", 8: "InstructPix2Pix", 5: "a depth model", 7: "an upscaler"}
 ALONE = {  # single parts of a model, in either naming
-    r"^(down_blocks|input_blocks)\.": "a U-Net",
-    r"^(encoder|decoder)\.(down|up|down_blocks|up_blocks)\.": "an autoencoder",
-    r"^(text_model\.|embeddings\.token_|token_embedding\.)": "a text encoder",
+    r"^(down_blocks|input_blocks)\.": "a U-Net alone",
+    r"^(encoder|decoder)\.(down|up|down_blocks|up_blocks)\.": "an autoencoder alone",
+    r"^(text_model\.|embeddings\.token_|token_embedding\.)": "a text encoder alone",
 }
 EMA = r"^model_ema\."
 UNUSED = {  # tensors that sampling does not need, and why
@@ -86,21 +86,15 @@ def check_known(tensors, where):
 
     check_together checks the U-Net's input channels, once its config is known.
     """
-    for pattern, kind in FOREIGN.items():
-        if any(re.search(pattern, name) for name in tensors):
-            raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
     missing = {prefix: part for prefix, part in PARTS.items() if not has(tensors, prefix)}
-    if len(missing) == len(PARTS):
-        for pattern, kind in ALONE.items():
-            if any(re.search(pattern, name) for name in tensors):
-                raise ValueError(f"{where}: needs a whole single file or a folder with unet/, vae/ "
-                                 f"and text_encoder/, got {kind} alone")
-        kind = ", ".join(sorted(tensors)[:3]) or "no tensors"
-        kind = f"one tensor, {kind} (a textual inversion?)" if len(tensors) == 1 else kind
-        raise ValueError(f"{where}: needs Stable Diffusion 1.x or 2.x, got {kind}")
+    kinds = FOREIGN if len(missing) < len(PARTS) else FOREIGN | ALONE
+    for pattern, kind in kinds.items():
+        if any(re.search(pattern, name) for name in tensors):
+            raise ValueError(f"{where}: needs a whole Stable Diffusion 1.x or 2.x, got {kind}")
     if missing:
+        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
         raise ValueError(f"{where}: has no {' and no '.join(missing.values())} "
-                         f"({', '.join(missing)}*); is it complete?")
+                         f"({', '.join(missing)}*), got {some}; is it complete?")
 
 
 def check_together(unet, vae, text, where):

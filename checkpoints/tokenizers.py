@@ -69,10 +69,7 @@ def save_tokenizer(folder, tokenizer):
 
 
 def read_merges(path, num_merges=None):
-    """The first num_merges pairs (or all) of a merges file, plain or .gz.
-
-    Raises ValueError naming the line if one is not two symbols.
-    """
+    """The first num_merges pairs (or all) of a merges file, plain or .gz."""
     data = Path(path).read_bytes()
     try:
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
@@ -81,11 +78,7 @@ def read_merges(path, num_merges=None):
     first, *lines = text.rstrip("\n").split("\n")
     if "#version" not in first:
         raise ValueError(f"{path}: line 1 needs to be the #version line, got {first[:40]!r}")
-    merges = [tuple(line.split()) for line in lines[:num_merges]]
-    for number, pair in enumerate(merges, start=2):
-        if len(pair) != 2:
-            raise ValueError(f"{path}: line {number} needs two symbols, got {lines[number - 2]!r}")
-    return merges
+    return check_merges(path, [line.split() for line in lines[:num_merges]])
 
 
 def read_tokenizer_json(path):
@@ -97,7 +90,12 @@ def read_tokenizer_json(path):
         raise ValueError(f"{path}: needs merges and vocab in its model, got {list(model)}")
     # "a b" up to transformers 4.44, ["a", "b"] after that
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return check_merges(path, merges), vocabulary
+
+
+def check_merges(path, merges):
+    """The merges. Raises ValueError with the number of one that is not a list of two symbols."""
     for number, pair in enumerate(merges, start=1):
         if not (isinstance(pair, list) and [type(symbol) for symbol in pair] == [str, str]):
             raise ValueError(f"{path}: merge {number} needs two symbols, got {pair!r}")
-    return merges, vocabulary
+    return merges

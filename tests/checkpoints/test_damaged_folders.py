@@ -139,7 +139,8 @@ def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part,
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"clip_sample": True}, "clip_sample and thresholding are not built here"),
+    ({"clip_sample": True}, "scheduler_config.json: clip_sample=True is not built here"),
+    ({"thresholding": True}, "scheduler_config.json: thresholding=True is not built here"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatch.* is not built"),
     ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule needs one of"),
     ({"prediction_type": "sample"}, "scheduler_config.json: prediction_type needs one of"),

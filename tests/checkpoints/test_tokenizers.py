@@ -76,8 +76,8 @@ def test_merges_file_of_clip_is_read_to_its_last_used_merge(tmp_path):
 @pytest.mark.parametrize(
     "merges, message",
     [
-        ("#version: 0.2\na b\nab\n", "line 3 needs two symbols, got 'ab'"),
-        ("#version: 0.2\na b\n\nb c\n", "line 3 needs two symbols, got ''"),
+        ("#version: 0.2\na b\nab\n", r"merge 2 needs two symbols, got \['ab'\]"),
+        ("#version: 0.2\na b\n\nb c\n", r"merge 2 needs two symbols, got \[\]"),
         ("#version: 0.2\na bc\n", "known symbols .* got 'a' 'bc' as number 1"),
         ("#version: 0.2\na b\na b\n", "known symbols .* as number 2"),
         ("a b\n", "#version"),
