@@ -3,8 +3,6 @@
     python -m studies.bench                 everything, on the GPU if there is one, else on the CPU
     python -m studies.bench --only tiny     one of: shift, tiny, sd1, diffusers
 
-The last needs diffusers and transformers (beside_diffusers.py).
-
 Two things that are compared take turns, A B A B ..., and the ratio is taken turn by turn: so a
 machine that slows down slows both. Each part runs in a process of its own, whose peak memory it
 reports. Single times say little on a shared machine; the ratios are what to look at.
@@ -19,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +36,13 @@ SHAPES = {  # b, t, c, h, w of a U-Net's first level, where the shift moves most
 def measure(functions, repetitions, device):
     """Seconds of each function, repetitions times in turn: {name: [seconds, ...]}."""
     seconds = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for turn in range(repetitions + 1):
         for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             if turn > 0:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -54,6 +52,13 @@ def ratio(seconds, a, b):
     """The median and the range of a's time over b's, turn by turn."""
     ratios = sorted(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
     return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+
+
+def device_name(device):
+    """The machine that the numbers are of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def row(*cells):
@@ -74,40 +79,32 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
 
 
+def repeat(function, x, gradient, times):
+    """Call function(x) so often and, if there is a gradient of its result, its backward."""
+    for _ in range(times):
+        y = function(x)
+        if gradient is not None:
+            torch.autograd.grad(y, x, gradient)
+
+
 def bench_shift(device, repetitions):
     """The shift beside x.clone(), which is one read and one write: the least that it could cost."""
     print(table(["shift over clone", "forward", "forward and backward"]))
+    functions = {"shift": temporal_shift, "clone": torch.clone}
     for name, (b, t, c, h, w) in SHAPES.items():
         for layout in (torch.contiguous_format, torch.channels_last):
             frames = torch.randn(b * t, c, h, w, device=device).to(memory_format=layout)
             x = frames.unflatten(0, (b, t)).requires_grad_()
-            inner = max(1, int(2e7 / x.numel()))  # some 10 ms a turn
-
-            def forward(function, x=x, inner=inner):
-                with torch.no_grad():
-                    for _ in range(inner):
-                        function(x)
-
-            gradient = torch.randn_like(x)
-
-            def both(function, x=x, inner=inner, gradient=gradient):
-                for _ in range(inner):
-                    torch.autograd.grad(function(x), x, gradient)
-
-            cells = []
-            for run in (forward, both):
-                pair = {
-                    "shift": lambda run=run: run(temporal_shift),
-                    "clone": lambda run=run: run(torch.clone),
-                }
-                cells.append(ratio(measure(pair, repetitions, device), "shift", "clone"))
+            times, cells = max(1, int(2e7 / x.numel())), []  # some 10 ms a turn
+            for inputs in ((x.detach(), None), (x, torch.randn_like(x))):
+                calls = {n: partial(repeat, f, *inputs, times) for n, f in functions.items()}
+                cells.append(ratio(measure(calls, repetitions, device), "shift", "clone"))
             print(row(f"{name}, {str(layout).removeprefix('torch.')}", *cells), flush=True)
 
 
 def bench_unet(preset, device, repetitions):
     """A training step's forward and backward, with the shift and without."""
-    b, t, _, h, w = SHAPES[preset]
-    config = PRESETS[preset]
+    (b, t, _, h, w), config = SHAPES[preset], PRESETS[preset]
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(b, t, 4, h, w, generator=generator).to(device)
     context = torch.randn(b, 16 if preset == "tiny" else 77, config.cross_attention_dim,
@@ -137,12 +134,13 @@ def bench_unet(preset, device, repetitions):
     ))
 
 
-def bench_diffusers(arguments):
-    """Everything of beside_diffusers.py, in processes of their own; returns the exit status."""
+def bench_diffusers(device, repetitions):
+    """Everything of beside_diffusers.py, which needs diffusers and transformers."""
     if importlib.util.find_spec("diffusers") is None:
         print("beside diffusers: not measured, diffusers and transformers are not installed")
-        return 0
-    return subprocess.call([sys.executable, "-m", "studies.beside_diffusers", *arguments])
+    else:
+        from studies.beside_diffusers import compare_all  # imports this file
+        compare_all(device, repetitions)
 
 
 def main():
@@ -158,19 +156,16 @@ def main():
     if args.only == "shift":
         bench_shift(device, args.repetitions or 31)
     elif args.only == "diffusers":
-        turns = ["--repetitions", str(args.repetitions)] if args.repetitions else []
-        sys.exit(bench_diffusers(["--device", args.device, *turns]))
+        bench_diffusers(device, args.repetitions)
     elif args.only:
         default = 3 if args.only == "sd1" and device.type == "cpu" else 15
         bench_unet(args.only, device, args.repetitions or default)
     else:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        print(f"PyTorch {torch.__version__} on {name or device}, {torch.get_num_threads()} threads")
+        print(f"PyTorch {torch.__version__} on {device_name(device)}")
         for part in PARTS:
             print(flush=True)
             command = [sys.executable, "-m", "studies.bench", *sys.argv[1:], "--only", part]
-            status = subprocess.call(command)
-            if status:
+            if status := subprocess.call(command):
                 sys.exit(status)
 
 

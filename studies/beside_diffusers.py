@@ -203,12 +203,11 @@ def compare(name, device, repetitions):
 def write_checkpoint(folder):
     """A single file of Stable Diffusion 1's full size, and the configs that diffusers wants."""
     tensors, form = {}, {f"{configs.TEXT}transformer.text_model.": None}
-    for part, (network, config, to_json, _) in PARTS.items():
-        with torch.device("meta"):
-            ours = network(config)
+    for part, (_, config, to_json, _) in PARTS.items():
+        ours, _ = make(part, torch.device("cpu"))
         state = ours.state_dict()
         for name, (place, _) in names_in_file(part, ours, form, ema=False).items():
-            tensors[place] = 0.02 * torch.randn(state[name].shape)
+            tensors[place] = state[name]
         write_json(folder / part / "config.json", to_json(config))
     save_safetensors(folder / "model.safetensors", tensors)
     save_tokenizer(folder / "tokenizer", CLIPTokenizer.train([PROMPT], 20))
@@ -233,21 +232,26 @@ def load(folder, side):
 
 def compare_loading(repetitions):
     """Print the lines of the table for a file of 4.3 GB."""
-    turns, cpu = {side: [] for side in SIDES}, torch.device("cpu")
+    turns = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))
         for _ in range(repetitions + 1):  # the first turn brings the file into the system's cache
             for side in SIDES:
                 work = partial(load, Path(folder), side)
-                times, gib = in_a_process(memory_of, work, cpu)
-                turns[side].append((*times, gib))
-    columns = {side: list(zip(*rows[1:], strict=True)) for side, rows in turns.items()}
-    ours, theirs = (columns[side][2][0] for side in SIDES)  # the sums
-    peaks = [statistics.median(columns[side][3]) for side in SIDES]
+                turns[side].append(in_a_process(memory_of, work, torch.device("cpu")))
+    peaks = [statistics.median(gib for _, gib in turns[side][1:]) for side in SIDES]
+    ours, theirs = (turns[side][0][0][2] for side in SIDES)  # the sums
     kinds = ("loading a single file of 4.3 GB", "the same, and reading every weight once")
     for i, what in enumerate(kinds):
-        seconds = {side: columns[side][i] for side in SIDES}
+        seconds = {side: [found[i] for found, _ in turns[side][1:]] for side in SIDES}
         print_row(what, seconds, peaks, abs(ours - theirs) / abs(theirs))
+
+
+def compare_all(device, repetitions):
+    """Print the whole table, each job in a process of its own."""
+    print(table(["ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference"]))
+    for name in TURNS:
+        in_a_process(compare, name, device, repetitions)
 
 
 def main():
@@ -263,9 +267,7 @@ def main():
     elif args.only:
         compare(args.only, device, args.repetitions)
     else:
-        print(table(["ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference"]))
-        for name in TURNS:
-            in_a_process(compare, name, device, args.repetitions)
+        compare_all(device, args.repetitions)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import argparse
 import dataclasses
 import multiprocessing
 import os
-import platform
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from metrics import (
 )
 from run import Run, load_image_model, open_data, read_record
 from shapes import HELD_OUT, SEEN, caption_of
+from studies.bench import device_name
 from studies.costs import measure_costs
 from studies.report import write_report, write_sheet
 from weights import load_unet
@@ -74,9 +75,8 @@ class Choices:
         if unknown:
             raise ValueError(f"--variants needs some of {', '.join(VARIANTS)}; got {unknown[0]!r}")
         for name in ("steps", "seeds", "checkpoints", "batch_size", "repetitions", "jobs"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} needs >= 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} needs >= 1, got {value}")
         if self.num_prompts <= NUM_FEATURES or self.curve_prompts < 2:
             raise ValueError(f"--num-prompts needs >= {NUM_FEATURES + 1}, more than there are "
                              "features for FVD-shapes, and --curve-prompts >= 2")
@@ -139,8 +139,8 @@ class Comparison:
 
     def references(self):
         """{name: (images right, consistency, distance)}: the values to compare with."""
-        rates = evaluate_agreement({"images": self.draw(self.model.unet, self.prompts, 1)}, {},
-                                   self.prompts)
+        drawn = {"images": self.draw(self.model.unet, self.prompts, 1)}
+        rates = evaluate_agreement(drawn, {}, self.prompts)
         return {
             "the image model": (rates["images, all"]["all"], None, None),
             "real clips": (None, *self.quality(self.real).values()),
@@ -179,11 +179,10 @@ class Comparison:
 def check_settings(path, now):
     """Keep what makes results comparable. Raises ValueError if a folder has other settings."""
     before = read_json(path) if path.exists() else now
-    different = [f"{key} {before.get(key)}, not {now[key]}" for key in now
-                 if before.get(key) != now[key]]
-    if different:
-        raise ValueError(f"{path.parent}: was made with {'; '.join(different)}; choose another "
-                         "--output")
+    for key in now:
+        if before.get(key) != now[key]:
+            raise ValueError(f"{path.parent}: was made with {key} {before.get(key)}, not "
+                             f"{now[key]}; choose another --output")
     write_json(path, now)
 
 
@@ -191,14 +190,10 @@ def train_some(run, output, choices, jobs, threads):
     """What a process does that trains a share of the jobs, (name, seed) each."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-
-    def work():
-        comparison = Comparison(run, output, choices)
-        comparison.prepare()
-        for job in jobs:
-            comparison.train(*job)
-
-    run_main(work)
+    comparison = Comparison(run, output, choices)
+    comparison.prepare()
+    for job in jobs:
+        comparison.train(*job)
 
 
 def train_all(comparison, jobs):
@@ -215,8 +210,8 @@ def train_all(comparison, jobs):
     common = comparison.path, comparison.output, comparison.choices
     threads = max(1, torch.get_num_threads() // count)
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=train_some, args=(*common, jobs[i::count], threads))
-                 for i in range(count)]
+    shares = [partial(train_some, *common, jobs[i::count], threads) for i in range(count)]
+    processes = [spawn.Process(target=run_main, args=(share,)) for share in shares]
     for process in processes:
         process.start()
     for process in processes:  # Ctrl-C reaches them, too: each saves its state and ends
@@ -259,13 +254,6 @@ def compare(run, output, choices):
     scores = {name: [read_json(results[name, seed]) for seed in range(choices.seeds)]
               for name in choices.names}
     return write_report(output, title, costs, scores, read_json(references_path))
-
-
-def device_name(device):
-    """The machine that the numbers are of."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def main():

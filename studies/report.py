@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from files import atomic, write_json, write_text
 from metrics import interval
-from media.write import contact_sheet, to_uint8
+from media.write import contact_sheet, enlarge, to_uint8
 from studies.bench import ratio, table
 from studies.costs import KINDS
 from studies.curves import plot
@@ -78,9 +78,8 @@ def curves(results, seconds=None):
 
 def write_sheet(path, prompts, clips):
     """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
-    sheets = [contact_sheet([drawn[i] for drawn in clips.values()])[0] for i in range(len(prompts))]
-    sheets = [x.repeat_interleave(ZOOM, -1).repeat_interleave(ZOOM, -2) for x in sheets]
-    blocks = [Image.fromarray(to_uint8(sheet)) for sheet in sheets]
+    sheets = [contact_sheet([drawn[i] for drawn in clips.values()]) for i in range(len(prompts))]
+    blocks = [Image.fromarray(to_uint8(enlarge(sheet, ZOOM))[0]) for sheet in sheets]
     width, height = blocks[0].size
     image = Image.new("RGB", (LABEL + width, len(blocks) * (height + HEADING)), "white")
     draw = ImageDraw.Draw(image)
