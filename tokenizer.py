@@ -24,7 +24,7 @@ import torch
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Marks the last symbol of a word. It keeps the word "art" (one token, art</w>) apart from the first
-# letters of "artist", and shows decode() where the spaces were.
+# letters of "artist".
 WORD_END = "</w>"
 
 # CLIP splits text with a pattern of the `regex` package:
@@ -32,28 +32,19 @@ WORD_END = "</w>"
 # The standard library has no \p{L} (any letter) and no \p{N} (any number, such as ½). So `re` finds
 # the fixed words, and split_words() scans for the rest.
 FIXED_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-# Unicode's White_Space, and U+0345. Not str.isspace(): it adds U+001C to U+001F, which CLIP keeps.
-# CLIP drops U+0345: with case ignored this mark equals a letter, which no class includes.
-SEPARATORS = frozenset(
-    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000\u0345"
-)
 
 
 def byte_alphabet():
     """One visible character per byte, {byte: character}, in CLIP's order."""
     # Bytes that print in Latin-1 stand for themselves and come first. The others (controls, spaces,
     # the soft hyphen) get the characters from U+0100 on: a merges file separates symbols by spaces.
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    visible += range(ord("®"), ord("ÿ") + 1)
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(256 + index) for index, byte in enumerate(hidden)
-    }
+    characters = [*visible, *range(256, 256 + len(hidden))]
+    return dict(zip(visible + hidden, map(chr, characters), strict=True))
 
 
 BYTE_TO_CHARACTER = byte_alphabet()
-CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
 def split_words(text):
@@ -77,7 +68,9 @@ def split_words(text):
 
 def character_kind(character):
     """ "L" for a letter, "N" for a number, " " for a separator, "" for any other character."""
-    if character in SEPARATORS:
+    # Not all of isspace(): CLIP keeps U+001C to U+001F. It drops U+0345: with case ignored this mark
+    # equals a letter, which no class includes.
+    if character == "\u0345" or (character.isspace() and character not in "\x1c\x1d\x1e\x1f"):
         return " "
     category = unicodedata.category(character)[0]
     return category if category in "LN" else ""
@@ -135,8 +128,6 @@ class CLIPTokenizer:
     def train(cls, captions, num_merges, max_length=77, pad_with_end=True):
         """Learn num_merges merges from a list of captions; fewer if no pair is left."""
         check_texts(captions, "captions")
-        if not captions:
-            raise ValueError("captions needs at least one caption, got an empty list")
         counts = Counter(word for caption in captions for word in split_words(caption))
         words = [(to_symbols(word), counts[word]) for word in counts if word not in (START, END)]
         merges = []
@@ -164,12 +155,9 @@ class CLIPTokenizer:
         return ids
 
     def _encode_word(self, word):
-        symbols, last = to_symbols(word), len(self.ranks)  # unknown pairs rank last
-        while pairs := list(pairwise(symbols)):
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, last))
-            if best not in self.ranks:
-                break
-            symbols = merge_pair(symbols, best)
+        symbols = to_symbols(word)
+        while known := [pair for pair in pairwise(symbols) if pair in self.ranks]:
+            symbols = merge_pair(symbols, min(known, key=self.ranks.get))  # the one learned first
         return [self.ids[symbol] for symbol in symbols]
 
     def __call__(self, texts):
@@ -181,19 +169,6 @@ class CLIPTokenizer:
             kept = self.encode(text)[: self.max_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids
-
-    def decode(self, ids):
-        """The text of ids, a list or tensor (n,), without start and up to the first end."""
-        text = ""
-        for index in map(int, ids):
-            if not 0 <= index < self.vocab_size:
-                raise ValueError(f"ids need to be in 0..{self.vocab_size - 1}, got {index}")
-            if index == self.end_id:
-                break
-            text += self.tokens[index] if index != self.start_id else ""
-        # "</w>" is ASCII, so it survives this step. An incomplete character becomes U+FFFD.
-        data = bytes(CHARACTER_TO_BYTE[character] for character in text)
-        return data.decode("utf-8", errors="replace").replace(WORD_END, " ").strip()
 
 
 def check_texts(texts, name):

@@ -143,28 +143,16 @@ def test_start_and_end_written_in_a_text_are_single_tokens():
 
 def test_an_exclamation_mark_is_no_padding():
     tokenizer = CLIPTokenizer([], max_length=6, pad_with_end=False)
-    assert tokenizer.decode(tokenizer(["a!!"])[0]) == "a !!"  # the first is id 0
-
-
-def test_decode_inverts_encode_up_to_spaces():
-    tokenizer = trained()
-    assert tokenizer.decode(tokenizer(["Green 円\U0001f600!"])[0]) == "green 円 \U0001f600!"
-
-
-def test_decode_shows_a_character_that_was_cut():
-    tokenizer = CLIPTokenizer([], max_length=4)
-    assert tokenizer.decode(tokenizer(["円"])[0]) == "\ufffd"
+    assert tokenizer(["a!!"]).tolist() == [[512, A + ENDING, 0, ENDING, 513, 0]]
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: CLIPTokenizer.train([], 9), "captions needs at least one caption"),
         (lambda: CLIPTokenizer.train(["a", None], 9), r"captions\[1\] .* NoneType"),
         (lambda: CLIPTokenizer([])("a red square"), "texts needs a list of str, got str"),
         (lambda: CLIPTokenizer([])(["a", 7]), r"texts\[1\] .* int"),
         (lambda: CLIPTokenizer([], max_length=1), "max_length .* got 1"),
-        (lambda: CLIPTokenizer([]).decode([514]), r"0\.\.513, got 514"),
     ],
 )
 def test_a_wrong_argument_is_named(call, message):
