@@ -29,8 +29,11 @@ CLIP_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".npy")
 MAX_CLIP_BYTES = 4 * 2**30  # of decoded frames: 14 minutes of 256 x 256 at 25 frames per second
 REMEDY = "export or download it again, or remove it"
 
-# What the decoders of Pillow and numpy raise on damaged files; caught around calls of them only.
-DAMAGED = (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, struct.error)
+# What Pillow and numpy raise on files that are damaged, of another format or gigantic; caught
+# around calls of them only.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, OverflowError,
+              struct.error, tokenize.TokenError, Image.DecompressionBombWarning,
+              Image.DecompressionBombError)
 
 
 def natural_key(name):
@@ -41,21 +44,15 @@ def natural_key(name):
 
 @contextlib.contextmanager
 def _reading(path):
-    """Turn what Pillow raises on a damaged or a gigantic image into one line about the file."""
+    """Turn what a decoder raises into one line about the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"needs images of <= {Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise ValueError(f"{path}: {limit}, got a larger one; resize it") from None
-    except Image.UnidentifiedImageError:
-        needs = "needs a GIF, WebP, PNG or JPEG, got other content"
-        raise ValueError(f"{path}: {needs}; {REMEDY}") from None
     except PermissionError:  # its own message is clear, and the file may be complete
         raise
-    except DAMAGED as error:
-        raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {REMEDY}") from None
 
 
 def _rgb(image):
@@ -72,9 +69,8 @@ def _image_frames(path):
     """The frames of a GIF, WebP, PNG or JPEG, animated or still."""
     with _reading(path):
         opened = Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG"))
+        num_frames = getattr(opened, "n_frames", 1)
     with opened:
-        with _reading(path):
-            num_frames = getattr(opened, "n_frames", 1)
         for index in range(num_frames):
             with _reading(path):
                 opened.seek(index)
@@ -96,12 +92,9 @@ def _folder_frames(path):
 
 def _array_frames(path):
     """The frames of a .npy array, (t, h, w, 3) or gray (t, h, w), uint8 or float in [0, 1]."""
-    try:
+    with _reading(path):
         # Mapped, not loaded: a header that promises terabytes is an error, not an allocation.
         array = np.lib.format.open_memmap(path, mode="r")
-    except (*DAMAGED, OverflowError, tokenize.TokenError) as error:
-        problem = f"damaged, or not an array of numbers ({error}); save it again"
-        raise ValueError(f"{path}: {problem}") from None
     gray = array.ndim == 3 and array.shape[-1] != 3  # (h, w, 3) is an image without an axis t
     if not (gray or array.ndim == 4 and array.shape[-1] == 3) or array.size == 0:
         raise ValueError(f"{path}: needs shape (t, h, w, 3) or (t, h, w), got {array.shape}")
@@ -142,27 +135,20 @@ def _video_frames(path):
     with tempfile.TemporaryFile() as log, subprocess.Popen(
         [*command, *filters, *output], stdout=subprocess.PIPE, stderr=log
     ) as process:
-        # A caller that stops early closes the pipe, which ends ffmpeg.
-        yield from ((image, duration) for image in _ppm_images(path, process.stdout))
+        # PPM: lines P6, "width height" and 255, then the pixels. A caller that stops early closes
+        # the pipe, which ends ffmpeg.
+        while process.stdout.readline() == b"P6\n":
+            width, height = map(int, process.stdout.readline().split())
+            process.stdout.readline()
+            pixels = process.stdout.read(3 * width * height)
+            if len(pixels) == 3 * width * height:  # fewer if ffmpeg failed, and its log says why
+                yield Image.frombytes("RGB", (width, height), pixels), duration
         process.wait()
         log.seek(0)
         errors = log.read().decode(errors="replace").strip().splitlines() or ["no frames"]
     # ffmpeg returns 0 for a Matroska file that is cut off, but its log says so.
     if process.returncode or "prematurely" in errors[-1]:
         raise ValueError(f"{path}: damaged, or not a video ({errors[-1]}); {REMEDY}")
-
-
-def _ppm_images(path, stream):
-    """The images of a stream of PPMs: lines P6, "width height" and 255, then the pixels."""
-    while stream.readline() == b"P6\n":
-        width, height = map(int, stream.readline().split())
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            limit = f"needs images of <= {Image.MAX_IMAGE_PIXELS:,} pixels"
-            raise ValueError(f"{path}: {limit}, got {width} x {height}; resize it")
-        stream.readline()
-        pixels = stream.read(3 * width * height)
-        if len(pixels) == 3 * width * height:  # fewer if ffmpeg failed, and its log says why
-            yield Image.frombytes("RGB", (width, height), pixels)
 
 
 def _decode(path):

@@ -91,9 +91,7 @@ def _write_webp(file, clip, frames_per_second):
 
 def _write_png(file, clip, frames_per_second):
     """One frame as an image; up to eight in a row; more in a near-square grid."""
-    if len(clip) > 1:
-        columns = len(clip) if len(clip) <= 8 else math.ceil(math.sqrt(len(clip)))
-        clip = contact_sheet(clip.split(columns))
+    clip = contact_sheet([clip]) if len(clip) <= 8 else side_by_side(clip[:, None])
     Image.fromarray(to_uint8(clip)[0]).save(file, "PNG")
 
 
@@ -163,9 +161,10 @@ def write_samples(clips, prompts, output, suffix, rate):
     """Write clips to the folder `output`, one file each, or to the one file. Returns the paths."""
     if output.suffix.lower() in WRITERS:
         clips = torch.stack(list(clips))  # n t 3 h w
-        one = side_by_side(clips) if len(clips) > 1 else clips[0]
-        if output.suffix.lower() == ".png" and clips.shape[:2] != (1, 1):
+        if output.suffix.lower() == ".png":  # a row for each clip, or eight images in a row
             one = contact_sheet(clips if clips.shape[1] > 1 else clips[:, 0].split(8))
+        else:
+            one = side_by_side(clips)
         write_clip(output, one, rate)
         return [output]
     paths = [output / name for name in file_names(prompts, suffix)]

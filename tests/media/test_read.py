@@ -1,6 +1,5 @@
 """Every file here is made by its test; those of videos need ffmpeg and are skipped without it."""
 
-import io
 import itertools
 import shutil
 import struct
@@ -78,18 +77,6 @@ def test_a_rotated_video_is_read_upright(tmp_path):
 def test_pixels_that_are_not_square_are_made_square(tmp_path):
     encode(tmp_path / "a.mp4", gray_frames(), "-vf", "setsar=2")
     assert read_clip(tmp_path / "a.mp4")[0].shape == (6, HEIGHT, 2 * WIDTH, 3)
-
-
-def test_a_stream_of_images_is_read_up_to_the_limit_of_pixels(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6)
-    pixels = bytes(range(18))
-    stream = io.BytesIO(2 * (b"P6\n3 2\n255\n" + pixels) + b"P6\n7 1\n255\n" + bytes(21))
-    images = read._ppm_images("a.mp4", stream)
-    for image in itertools.islice(images, 2):
-        assert image.size == (3, 2) and image.tobytes() == pixels
-    with pytest.raises(ValueError, match="a.mp4: needs images of <= 6 pixels, got 7 x 1"):
-        next(images)
-    assert list(read._ppm_images("a.mp4", io.BytesIO(b"P6\n3 2\n255\n" + pixels[:17]))) == []
 
 
 def test_a_folder_of_frames_is_sorted_as_people_count(tmp_path):
@@ -231,9 +218,9 @@ def broken_files(folder):
     save_animation(folder / "whole.gif", np.random.default_rng(0).integers(
         0, 255, (3, 40, 40, 3), dtype=np.uint8), duration=100)
     (folder / "cut.gif").write_bytes((folder / "whole.gif").read_bytes()[:3000])
-    yield "cut.gif", "damaged"
+    yield "cut.gif", "cannot be read"
     (folder / "text.gif").write_text("hello")
-    yield "text.gif", "needs a GIF, WebP, PNG or JPEG"
+    yield "text.gif", "cannot be read .cannot identify image file"
     (folder / "empty.webp").touch()
     yield "empty.webp", "an empty file"
     (folder / "folder.gif").mkdir()
@@ -244,9 +231,9 @@ def broken_files(folder):
         screen = struct.pack("<6sHHBBB", b"GIF89a", side, side, 0, 0, 0)
         frame = struct.pack("<cHHHHBB", b",", 0, 0, side, side, 0, 2)
         (folder / f"bomb{side}.gif").write_bytes(screen + frame + b"\0;")
-        yield f"bomb{side}.gif", "needs images of <= 89,478,485 pixels"
+        yield f"bomb{side}.gif", "cannot be read .Image size .* exceeds limit of"
     np.save(folder / "pickle.npy", np.array([{}]), allow_pickle=True)
-    yield "pickle.npy", "damaged, or not an array of numbers"
+    yield "pickle.npy", "cannot be read"
     np.save(folder / "rank.npy", np.zeros((4, 5), np.uint8))
     yield "rank.npy", r"needs shape \(t, h, w, 3\) or \(t, h, w\), got \(4, 5\)"
     np.save(folder / "image.npy", np.zeros((4, 5, 3), np.uint8))
@@ -258,7 +245,7 @@ def broken_files(folder):
     with open(folder / "lies.npy", "wb") as file:  # a terabyte, says the header
         header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 600, 600, 3)}
         np.lib.format.write_array_header_1_0(file, header)
-    yield "lies.npy", "damaged, or not an array of numbers"
+    yield "lies.npy", "cannot be read"
 
 
 def test_a_bad_file_is_one_line_with_its_name(tmp_path):
