@@ -188,25 +188,17 @@ def _zero_terminal_snr(alphas_cumprod):
     return root**2
 
 
-def randn(shape, generator=None, shared_noise=0.0):
+def randn(shape, generator=None):
     """Gaussian noise (b, t, ...) drawn on the CPU, so a seed means the same on every device.
 
     `generator` is None, a CPU generator, or a list with one for each clip: then a clip's noise does
-    not depend on the clips beside it. `shared_noise` is the part of the variance that all frames of
-    a clip have in common (the mixed noise of PYoCo, Ge et al. 2023, section 3.2); 0 for none.
+    not depend on the clips beside it.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator needs one of each clip, {shape[0]}, got {len(generator)}")
-        return torch.cat([randn((1, *shape[1:]), one, shared_noise) for one in generator])
-    if not 0 <= shared_noise <= 1:
-        raise ValueError(f"shared_noise needs to lie in [0, 1], got {shared_noise}")
-    noise = torch.randn(shape, generator=generator)
-    if shared_noise == 0:
-        return noise
-    common = torch.randn((shape[0], 1, *shape[2:]), generator=generator)  # b 1 ...
-    # Weights whose squares add up to 1, so each frame's noise keeps unit variance.
-    return math.sqrt(shared_noise) * common + math.sqrt(1 - shared_noise) * noise
+        return torch.cat([randn((1, *shape[1:]), one) for one in generator])
+    return torch.randn(shape, generator=generator)
 
 
 def classifier_free_guidance(unconditional, conditional, guidance_scale):

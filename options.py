@@ -64,7 +64,6 @@ class TrainOptions:
                                   choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
     snr_divisor: float = option(4.0, "divide signal-to-noise ratios: few latents need more noise")
-    shared_noise: float = option(0.0, "part of the noise's variance that a clip's frames share")
     early_noise: float = option(3.0, "how much the first half of the video steps prefers noise")
     caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
     max_tokens: int = option(16, "tokens of a caption, with start and end")
@@ -94,7 +93,7 @@ class TrainOptions:
             if not getattr(self, name) >= least:  # written as not >=, so that NaN fails
                 raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, "
                                  f"got {getattr(self, name)}")
-        for name in ("shared_noise", "caption_dropout", "ema_decay"):
+        for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} needs to lie in [0, 1], "
                                  f"got {getattr(self, name)}")
@@ -136,7 +135,6 @@ class TrainOptions:
         return Sampling(
             num_frames=num_frames, image_size=self.image_size, num_steps=self.num_steps,
             frames_per_second=self.frames_per_second, guidance_scale=self.guidance_scale,
-            shared_noise=self.shared_noise,
         )
 
     def diffusion(self):

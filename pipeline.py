@@ -32,12 +32,11 @@ class Sampling:
     guidance_scale: float = option(7.5, "weight of the text; 1 switches guidance off")
     sampler: str = option("ddim", "ddim or ddpm", choices=("ddim", "ddpm"))
     eta: float = option(0.0, "part of DDPM's noise that a DDIM step adds")
-    shared_noise: float = option(0.0, "part of the noise's variance that frames have in common")
 
     def __post_init__(self):
         limits = {
             "num_frames": (1, math.inf), "image_size": (1, math.inf), "num_steps": (1, math.inf),
-            "frames_per_second": (0.1, 50), "eta": (0, 1), "shared_noise": (0, 1),
+            "frames_per_second": (0.1, 50), "eta": (0, 1),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -106,8 +105,7 @@ class Pipeline:
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
         # A generator for each clip, so that it does not depend on the clips beside it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shared = sampling.shared_noise if sampling.num_frames > 1 else 0.0
-        x_t = randn(shape, generators, shared).to(context)  # b t c h w, on the context's device
+        x_t = randn(shape, generators).to(context)  # b t c h w, on the context's device
         yield from sample_loop(self.diffusion, model, x_t, sampling.num_steps, sampling.sampler,
                                sampling.eta, generators)
 

@@ -27,7 +27,7 @@ from pipeline import Pipeline
 from shapes import MovingShapes
 
 PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
-REMOVED = ("weight_decay", "gradient_clip")  # options of older runs, constants of trainer.py now
+REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only older runs have
 
 
 class Run:

@@ -202,7 +202,7 @@ def train_video(run, image_model, latents, captions, preview=None):
         if options.image_every and step % options.image_every == options.image_every - 1:
             t, b = 1, b * t  # images, so that it stays an image model; about as much work
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
-        noise = randn(x0.shape, generator, options.shared_noise if t > 1 else 0.0)
+        noise = randn(x0.shape, generator)
         # Where a shape goes is decided at the noisiest timesteps, so the first half of the training
         # prefers them. It is a choice of the tiny recipe, not of the paper.
         early = max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)

@@ -66,7 +66,7 @@ def fresh_pipeline():
     diffusion = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                           timestep_spacing="trailing")
     sampling = Sampling(num_frames=5, image_size=40, frames_per_second=12.0, num_steps=7,
-                        guidance_scale=3.0, sampler="ddpm", eta=0.5, shared_noise=0.25)
+                        guidance_scale=3.0, sampler="ddpm", eta=0.5)
     return Pipeline(model.UNet(unet), vae.AutoencoderKL(autoencoder), CLIPTextModel(config),
                     tokenizer, diffusion, sampling)
 

@@ -49,6 +49,12 @@ def test_options_that_are_not_given_are_the_runs_own(stopped):
     assert options == OPTIONS
 
 
+def test_options_that_only_older_runs_have_are_passed_over(tmp_path):
+    older = {"weight_decay": 0.01, "gradient_clip": 1.0, "shared_noise": 0.0}
+    write_json(tmp_path / "train.json", {"options": {"seed": 5} | older, "finished": ["vae"]})
+    assert read_record(tmp_path) == (TrainOptions(seed=5), ["vae"])
+
+
 def test_a_preset_brings_its_own_defaults(tmp_path):
     options, finished = merge_options(tmp_path / "run", {"preset": "small", "seed": 5})
     assert options == dataclasses.replace(RECIPES["small"], seed=5) and finished == []

@@ -107,13 +107,6 @@ def test_guidance_of_one_is_no_other_clip_than_guidance_near_one(pipeline):
     assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_frames_share_the_part_of_the_first_noise_asked_for(pipeline, monkeypatch):
-    seen = []
-    monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: seen.append(x) or x)
-    draw(pipeline, PROMPTS[:1], shared_noise=1.0, guidance_scale=1.0)
-    assert torch.equal(seen[0][:, 0], seen[0][:, 2])
-
-
 # Files
 
 

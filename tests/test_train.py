@@ -72,11 +72,6 @@ def test_without_image_every_all_steps_see_clips(batches):
     assert {tuple(x0.shape[:2]) for x0, *_ in batches(image_every=0)} == {(2, 3)}
 
 
-def test_frames_of_a_clip_share_the_part_of_the_noise_asked_for(batches):
-    clips = [noise for _, noise, *_ in batches(shared_noise=1.0) if noise.shape[1] > 1]
-    assert clips and all(torch.equal(noise[:, 0], noise[:, 2]) for noise in clips)
-
-
 def test_the_first_half_of_the_video_steps_prefers_noisy_timesteps(batches):
     seen = batches(video_steps=30, video_batch_size=20, early_noise=9.0, image_every=0)
     means = [timesteps.float().mean().item() for _, _, timesteps, _ in seen]

@@ -153,6 +153,14 @@ def test_a_tokenizer_can_be_given_to_a_folder(folder, tmp_path):
     assert loaded.vocab_size == fresh_pipeline().tokenizer.vocab_size and loaded.pad_id == 0
 
 
+def test_a_setting_that_only_older_models_have_is_let_pass_while_it_is_off(folder):
+    change(folder / "sampling.json", shared_noise=0.0)
+    assert load_pipeline(folder).sampling == fresh_pipeline().sampling
+    change(folder / "sampling.json", shared_noise=0.5)
+    with pytest.raises(ValueError, match="shared_noise=0.5 is not built here"):
+        load_pipeline(folder)
+
+
 def test_a_model_without_our_settings_draws_a_picture_of_its_size(folder):
     (folder / "sampling.json").unlink()
     change(folder / "unet/config.json", sample_size=10)
