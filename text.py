@@ -57,22 +57,6 @@ PRESETS = {  # training replaces the vocabulary of "tiny" and "small" by that of
 }
 
 
-class TextEmbeddings(nn.Module):
-    """Ids (b, n) to tokens (b, n, d): a learned vector per id plus one per position."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        # PyTorch's default, std 1, is much larger than what attention adds. Then the last token, an
-        # end or padding in every text, would hardly depend on the words before it.
-        nn.init.normal_(self.token_embedding.weight, std=0.1)
-        nn.init.normal_(self.position_embedding.weight, std=0.03)
-
-    def forward(self, ids):
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
 class TextAttention(nn.Module):
     """Causal self-attention: a token sees itself and those before it. (b, n, d) -> (b, n, d)."""
 
@@ -127,24 +111,30 @@ class CLIPTextModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # A learned vector per id plus one per position.
+        embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
+            "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size),
+        })
+        # PyTorch's default, std 1, is much larger than what attention adds. Then the last token, an
+        # end or padding in every text, would hardly depend on the words before it.
+        nn.init.normal_(embeddings.token_embedding.weight, std=0.1)
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.03)
+        layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         # The dicts give the parameters their names in a checkpoint: text_model.encoder.layers.0...
         self.text_model = nn.ModuleDict({
-            "embeddings": TextEmbeddings(config),
-            "encoder": nn.ModuleDict({
-                "layers": nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers)),
-            }),
+            "embeddings": embeddings,
+            "encoder": nn.ModuleDict({"layers": layers}),
             "final_layer_norm": nn.LayerNorm(config.hidden_size, config.layer_norm_eps),
         })
 
     def forward(self, ids):
-        """Raises ValueError for ids outside the vocabulary or more tokens than positions."""
-        vocab_size, positions = self.config.vocab_size, self.config.max_position_embeddings
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= positions:
-            raise ValueError(f"ids needs shape (b, n), 0 < n <= {positions}, got {[*ids.shape]}")
-        # Only on a CPU: on CUDA reading a value makes every training step wait.
-        if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= vocab_size):
-            raise ValueError(f"ids need to be in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
-        x = self.text_model.embeddings(ids)  # b n -> b n d
+        """Raises ValueError for more tokens than positions."""
+        positions, embeddings = self.config.max_position_embeddings, self.text_model.embeddings
+        if ids.ndim != 2 or ids.shape[1] > positions:
+            raise ValueError(f"ids needs shape (b, n), n <= {positions}, got {[*ids.shape]}")
+        x = embeddings.token_embedding(ids)  # b n -> b n d
+        x = x + embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.text_model.encoder.layers:
             x = layer(x)
         return self.text_model.final_layer_norm(x)

@@ -111,8 +111,6 @@ def test_standardised_new_models_tell_captions_apart_by_the_last_token():
 @pytest.mark.parametrize(
     "ids, message",
     [
-        (torch.tensor([[1, 11]]), r"0\.\.10, got 1\.\.11"),
-        (torch.tensor([[-1, 2]]), r"0\.\.10, got -1\.\.2"),
         (torch.zeros(1, 6, dtype=torch.int64), r"n <= 5, got \[1, 6\]"),
         (torch.tensor([1, 2]), r"\(b, n\)"),
     ],

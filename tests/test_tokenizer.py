@@ -132,6 +132,10 @@ def test_truncation_keeps_the_end_token():
     assert tokenizer(["a b c"]).tolist() == [[512, A + ENDING, B + ENDING, 513]]
 
 
+def test_the_shortest_ids_are_start_and_end():
+    assert CLIPTokenizer([], max_length=2)(["a b"]).tolist() == [[512, 513]]
+
+
 @pytest.mark.parametrize("new", [CLIPTokenizer([]), CLIPTokenizer.train(["a"], 0)])
 def test_by_default_an_empty_text_is_start_and_76_ends(new):
     assert new([""]).tolist() == [[512] + 76 * [513]]
