@@ -20,7 +20,7 @@ PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
 FOREIGN = {  # files that a single name identifies
     r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model; merge it into a model first",
-    r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, one token's embedding and not a model",
+    r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, the embedding of one token",
     r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
     r"conditioner\.embedders\.|add_embedding\.": "Stable Diffusion XL",
     r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
@@ -148,38 +148,31 @@ def vae_name(name, config):
 
 
 def openclip_name(name):
-    """(the single file's name, which third of that tensor or None) of a text encoder parameter."""
+    """The single file's name of a text encoder parameter; q, k and v share a tensor there."""
     name = replace_words(name.removeprefix("text_model."), OPENCLIP_WORDS)
-    if match := re.search(r"([qkv])_proj\.(weight|bias)$", name):  # in the file one tensor of three
-        return f"{name[: match.start()]}in_proj_{match[2]}", "qkv".index(match[1])
-    return name, None
+    return re.sub(r"[qkv]_proj\.(weight|bias)$", r"in_proj_\1", name)
 
 
 def names_in_file(part, network, tensors, ema):
-    """{our name: (the file's name, which third of that tensor or None)} of a part's parameters."""
-    openclips, clip = openclip(tensors), clip_prefix(tensors)
-    found = {}
-    for name in network.state_dict():
-        third = None
-        if part == "unet":
-            theirs = UNET + unet_name(name, network.config)
-            if ema:
-                theirs = "model_ema." + theirs.removeprefix("model.").replace(".", "")
-        elif part == "vae":
-            theirs = VAE + vae_name(name, network.config)
-        elif openclips:
-            theirs, third = openclip_name(name)
-            theirs = f"{TEXT}model.{theirs}"
-        else:
-            theirs = clip + name.removeprefix("text_model.")
-        found[name] = theirs, third
-    return found
+    """{our name: the file's name} of a part's parameters."""
+    ours = network.state_dict()
+    if part == "unet":
+        theirs = [UNET + unet_name(name, network.config) for name in ours]
+        if ema:  # model.diffusion_model.out.2.bias: model_ema.diffusion_modelout2bias
+            theirs = [f"model_ema.{name[len('model.'):].replace('.', '')}" for name in theirs]
+    elif part == "vae":
+        theirs = [VAE + vae_name(name, network.config) for name in ours]
+    elif openclip(tensors):
+        theirs = [f"{TEXT}model.{openclip_name(name)}" for name in ours]
+    else:
+        theirs = [clip_prefix(tensors) + name.removeprefix("text_model.") for name in ours]
+    return dict(zip(ours, theirs, strict=True))
 
 
-def view_of(tensor, third, ndim):
-    """A file's tensor as our parameter: one third of it, and 1x1 convolutions as matrices."""
-    if third is not None and tensor.ndim and len(tensor) % 3 == 0:
-        tensor = tensor.chunk(3)[third]
+def view_of(tensor, ours, theirs, ndim):
+    """A file's tensor as our parameter: a third of q, k, v, and 1x1 convolutions as matrices."""
+    if ".in_proj_" in theirs and tensor.ndim and len(tensor) % 3 == 0:
+        tensor = tensor.chunk(3)["qkv".index(ours.rpartition("_proj.")[0][-1])]
     return tensor.flatten(1) if (tensor.ndim, tensor.shape[2:], ndim) == (4, (1, 1), 2) else tensor
 
 
@@ -220,10 +213,10 @@ def convert(tensors, networks, ema, where):
     parts, expected, found = {part: {} for part in networks}, {}, {}
     for part, network in networks.items():
         state = network.state_dict()
-        for name, (theirs, third) in names_in_file(part, network, tensors, ema).items():
+        for name, theirs in names_in_file(part, network, tensors, ema).items():
             expected[theirs] = tuple(state[name].shape)
             if theirs in tensors:
-                tensor = view_of(tensors[theirs], third, state[name].ndim)
+                tensor = view_of(tensors[theirs], name, theirs, state[name].ndim)
                 parts[part][name], found[theirs] = tensor, tuple(tensor.shape)
     last = networks["text_encoder"].config.num_hidden_layers
     ignored, unexpected = sort_out(tensors.keys() - expected.keys(), last, ema)
@@ -239,7 +232,7 @@ def current_names(tensors):
     for name, tensor in tensors.items():
         if old.search(name):
             name = old.sub(lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.", name)
-            tensor = view_of(tensor, None, 2)
+            tensor = view_of(tensor, name, name, 2)
         if not name.endswith("position_ids"):
             current["text_model." + name if bare else name] = tensor
     return current, len(tensors) - len(current)

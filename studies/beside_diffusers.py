@@ -206,7 +206,7 @@ def write_checkpoint(folder):
     for part, (_, config, to_json, _) in PARTS.items():
         ours, _ = make(part, torch.device("cpu"))
         state = ours.state_dict()
-        for name, (place, _) in names_in_file(part, ours, form, ema=False).items():
+        for name, place in names_in_file(part, ours, form, ema=False).items():
             tensors[place] = state[name]
         write_json(folder / part / "config.json", to_json(config))
     save_safetensors(folder / "model.safetensors", tensors)

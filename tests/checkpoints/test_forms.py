@@ -46,17 +46,17 @@ def test_the_names_of_stable_diffusions_own_files_are_known():
         names_in_file(part, network, here, False)
         for part, network in [("unet", unet), ("vae", autoencoder), ("text_encoder", encoder)]
     )
-    assert {unet[f"down_blocks.{i}.downsamplers.0.conv.bias"][0] for i in range(3)} == {
+    assert {unet[f"down_blocks.{i}.downsamplers.0.conv.bias"] for i in range(3)} == {
         UNET + f"input_blocks.{n}.0.op.bias" for n in (3, 6, 9)
     }
-    assert [unet[f"up_blocks.{i}.upsamplers.0.conv.bias"][0] for i in range(3)] == [
+    assert [unet[f"up_blocks.{i}.upsamplers.0.conv.bias"] for i in range(3)] == [
         UNET + f"output_blocks.{block}.conv.bias" for block in ("2.1", "5.2", "8.2")
     ]
     assert autoencoder["decoder.up_blocks.0.resnets.2.norm1.bias"] == (
-        VAE + "decoder.up.3.block.2.norm1.bias", None
+        VAE + "decoder.up.3.block.2.norm1.bias"
     )
     assert encoder["text_model.encoder.layers.22.self_attn.v_proj.weight"] == (
-        TEXT + "model.transformer.resblocks.22.attn.in_proj_weight", 2
+        TEXT + "model.transformer.resblocks.22.attn.in_proj_weight"
     )
 
 
@@ -70,9 +70,9 @@ def test_the_full_size_is_read_off_the_tensors(family):
     tensors = {prefix + "x": torch.empty(0)}
     for part, network in networks.items():
         full = network.state_dict()
-        for name, (place, third) in names_in_file(part, network, {prefix: None}, False).items():
-            tensor = full[name]
-            tensors[place] = tensor if third is None else tensor.repeat_interleave(3, 0)
+        for name, place in names_in_file(part, network, {prefix: None}, False).items():
+            thirds = 3 if "in_proj" in place else 1
+            tensors[place] = full[name].repeat_interleave(thirds, 0)
     size = model.PRESETS[family].sample_size * 8
     unet, autoencoder, encoder = configs_of(tensors, size, "here")
     expected = model.PRESETS[family]
