@@ -187,7 +187,8 @@ def print_row(what, seconds, peaks, difference):
 def compare(name, device, repetitions):
     """Print a line of the table: ratio of times with its range, seconds, memory, difference."""
     if name == "loading":
-        return compare_loading(repetitions or TURNS[name])
+        compare_loading(repetitions or TURNS[name])
+        return
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     what, make_sides = JOBS[name]
@@ -197,7 +198,7 @@ def compare(name, device, repetitions):
         seconds = measure(sides, repetitions or TURNS[name], device)
     sides.clear()  # the processes that measure memory need it
     peaks = [in_a_process(job_memory, name, side, device) for side in SIDES]
-    return print_row(what, seconds, peaks, ((a - b).abs().max() / b.abs().max()).item())
+    print_row(what, seconds, peaks, ((a - b).abs().max() / b.abs().max()).item())
 
 
 def write_checkpoint(folder):
@@ -249,7 +250,8 @@ def compare_loading(repetitions):
 
 def compare_all(device, repetitions):
     """Print the whole table, each job in a process of its own."""
-    print(table(["ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference"]))
+    columns = ["ours over diffusers'", "time", "seconds", "peak memory, GiB", "difference"]
+    print(table(columns), flush=True)
     for name in TURNS:
         in_a_process(compare, name, device, repetitions)
 
