@@ -4,8 +4,7 @@ To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images; frames stand b
 that view is free. Only one line lets information pass between frames: the temporal shift in front
 of the convolutions of a ResnetBlock (Latent-Shift, An et al. 2023, figure 3).
 
-Names and layout are those of diffusers, so that a Stable Diffusion checkpoint loads without a
-table.
+Names and layout are those of diffusers, so Stable Diffusion's checkpoints load without a table.
 """
 
 import math

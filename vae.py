@@ -8,8 +8,8 @@ Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift,
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,7 @@ CHUNK_PIXELS = 2**18
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The shape of an autoencoder, in diffusers' names. Each level but the last halves the size.
-
-    `scaling_factor` brings latents to unit variance: the U-Net sees latents * scaling_factor.
-    """
+    """The shape of an autoencoder, in diffusers' names. Each level but the last halves the size."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -37,7 +34,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
-    scaling_factor: float = 0.18215  # Stable Diffusion's: 1 / the deviation of its latents
+    scaling_factor: float = 0.18215  # latents times this have variance 1, as the U-Net sees them
     sample_size: int = 512  # pixels it was trained on; a note, not a limit
 
     def __post_init__(self):
@@ -88,28 +85,19 @@ class DiagonalGaussian:
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, then a step to the next one (`sampler`), if there is one.
-
-    The encoder and the decoder both have a list of these; one half has downsamplers, the other
-    upsamplers.
-    """
+    """The blocks of one resolution, then a step "down" or "up" to the next one, if any."""
 
     def __init__(self, in_channels, out_channels, num_layers, groups, step=None):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            ResnetBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nn.Sequential(*(ResnetBlock(a, b, groups, EPS) for a, b in pairwise(widths)))
+        # An empty Sequential is the identity, so forward needs no case for what a level lacks.
         down = [Downsample(out_channels, asymmetric=True)] if step == "down" else []
-        self.downsamplers = nn.ModuleList(down)
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if step == "up" else [])
+        self.downsamplers = nn.Sequential(*down)
+        self.upsamplers = nn.Sequential(*[Upsample(out_channels)] if step == "up" else [])
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        for step in [*self.downsamplers, *self.upsamplers]:  # one, or none at the last level
-            x = step(x)
-        return x
+        return self.upsamplers(self.downsamplers(self.resnets(x)))
 
 
 class MidBlock(nn.Module):
@@ -118,13 +106,10 @@ class MidBlock(nn.Module):
     def __init__(self, channels, groups, attention):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
-        self.attentions = nn.ModuleList([PlaceAttention(channels, groups)] if attention else [])
+        self.attentions = nn.Sequential(*[PlaceAttention(channels, groups)] if attention else [])
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
 class PlaceAttention(Attention):
@@ -147,20 +132,18 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
+        self.down_blocks = nn.Sequential(*(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block, groups,
                   "down" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
-        )
+        ))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)  # n c h w -> n c' h/2 w/2
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # n 2c h/f w/f
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))  # n 3 h w -> n c h/f w/f
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -171,18 +154,17 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
+        # One block more a level than in the encoder, as in DDPM's U-Net, where it reads a skip.
+        self.up_blocks = nn.Sequential(*(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
                   "up" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
-        )
+        ))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)  # n c h w -> n c' 2h 2w
+        x = self.up_blocks(self.mid_block(self.conv_in(z)))  # n 4 h w -> n c fh fw
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -207,28 +189,20 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """The Gaussian over latents of frames x (n, 3, h, w) in [-1, 1].
 
-        Raises:
-            ValueError: if x has another shape, or h or w is no multiple of config.downscale.
+        Raises ValueError if x has another shape, or h or w is no multiple of config.downscale.
         """
         f, c = self.config.downscale, self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        chunk = max(1, CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
         # In parts of a few frames: the largest activations have 128 channels at full size.
+        chunk = max(1, CHUNK_PIXELS // x.shape[2:].numel())
         moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
-        return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))
+        return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
-        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w).
-
-        Raises:
-            ValueError: if z has another shape.
-        """
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"decode needs latents (n, {self.config.latent_channels}, h, w), "
-                             f"got {tuple(z.shape)}")
-        pixels = z.shape[2] * z.shape[3] * self.config.downscale**2
+        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
+        pixels = z.shape[2:].numel() * self.config.downscale**2  # of a frame
         chunk = max(1, CHUNK_PIXELS // pixels)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])
 
@@ -254,7 +228,7 @@ def standardise(vae, latents):
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     # One deviation for all channels: it is a single number in every config.json.
     deviation = (latents - mean[:, None, None]).square().mean().sqrt().item()
-    vae.config = dataclasses.replace(vae.config, scaling_factor=1 / deviation)
+    vae.config = replace(vae.config, scaling_factor=1 / deviation)
 
 
 @torch.no_grad()
