@@ -23,9 +23,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-CLIP_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".npy")
-
 MAX_CLIP_BYTES = 4 * 2**30  # of decoded frames: 14 minutes of 256 x 256 at 25 frames per second
 REMEDY = "export or download it again, or remove it"
 
@@ -151,20 +148,22 @@ def _video_frames(path):
         raise ValueError(f"{path}: damaged, or not a video ({errors[-1]}); {REMEDY}")
 
 
+DECODERS = dict.fromkeys(IMAGE_SUFFIXES, _image_frames)
+DECODERS |= dict.fromkeys((".mp4", ".avi", ".mkv", ".webm", ".mov"), _video_frames)
+DECODERS |= {".npy": _array_frames}
+CLIP_SUFFIXES = tuple(DECODERS)
+
+
 def _decode(path):
     """A generator of (RGB image, duration or None) for every frame of a file or folder."""
-    suffix = path.suffix.lower()
     if path.is_dir():
         return _folder_frames(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: an empty file; {REMEDY}")
-    if suffix in IMAGE_SUFFIXES:
-        return _image_frames(path)
-    if suffix in VIDEO_SUFFIXES:
-        return _video_frames(path)
-    if suffix == ".npy":
-        return _array_frames(path)
-    raise ValueError(f"{path}: needs a folder or one of {' '.join(CLIP_SUFFIXES)}, got {suffix!r}")
+    if (suffix := path.suffix.lower()) not in DECODERS:
+        known = " ".join(CLIP_SUFFIXES)
+        raise ValueError(f"{path}: needs a folder or one of {known}, got {suffix!r}")
+    return DECODERS[suffix](path)
 
 
 def _resample(path, frames, frame_rate):

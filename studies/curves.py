@@ -5,7 +5,6 @@
 Colours are those of Okabe and Ito, which the colour-blind tell apart; markers differ as well.
 """
 
-import math
 import sys
 
 from files import atomic
@@ -24,14 +23,7 @@ def plot(path, series, title, x_label, y_label):
 
     A point is (x, y, low, high), y with its interval, drawn as a band along the line; a series of
     one point gets a bar.
-
-    Raises:
-        ValueError: if there is nothing to draw or a number is not finite.
     """
-    if not series or not all(series.values()):
-        raise ValueError("plot needs a series, and a point in each")
-    if not all(math.isfinite(x) for points in series.values() for point in points for x in point):
-        raise ValueError("plot needs finite numbers")
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(series.items()):
