@@ -29,12 +29,8 @@ import torch
 class Diffusion:
     """A noise schedule; its fields are those of a Stable Diffusion scheduler_config.json.
 
-    `alphas_cumprod` (num_train_timesteps,) is alpha_bar in float64. `trained_betas` overrides
-    beta_schedule by a list of betas.
-
-    Raises:
-        ValueError: if a field names no schedule, or if zero terminal SNR is asked for together with
-            epsilon (at alpha_bar = 0 the noise says nothing about x0: the first step divides by 0).
+    `alphas_cumprod` (num_train_timesteps,) is alpha_bar in float64. `trained_betas` are used in
+    place of beta_schedule. Raises ValueError for fields that make no schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -50,29 +46,28 @@ class Diffusion:
     alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        choices = {
-            "prediction_type": ("epsilon", "v_prediction"),
-            "timestep_spacing": ("leading", "trailing", "linspace"),
-        }
-        for name, known in choices.items():
+        for name, known in (("prediction_type", ("epsilon", "v_prediction")),
+                            ("timestep_spacing", ("leading", "trailing", "linspace"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
-        least = 2 if self.rescale_betas_zero_snr else 1
-        if self.num_train_timesteps < least or self.steps_offset < 0:
-            raise ValueError(f"num_train_timesteps needs >= {least} and steps_offset >= 0, got "
+        if self.num_train_timesteps < 2 or self.steps_offset < 0:
+            raise ValueError("num_train_timesteps needs >= 2 and steps_offset >= 0, got "
                              f"{self.num_train_timesteps} and {self.steps_offset}")
         betas = self._betas()
-        if not bool(((betas > 0) & (betas <= 1)).all()):
+        if not ((betas > 0) & (betas <= 1)).all():  # written as not ..., so that NaN fails
             raise ValueError("betas need to lie in (0, 1]; look at beta_start, beta_end and "
                              "trained_betas")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
             # Stable Diffusion's last timestep still shows 7 % of the latents, by which a model
             # learns their mean brightness; a sampler that starts from pure noise lacks this hint.
-            alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+            # Shifted and scaled, sqrt(alpha_bar) ends at 0, not above. Lin et al., algorithm 1.
+            root = alphas_cumprod.sqrt()
+            alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        # Where alpha_bar = 0 the noise says nothing about x0: the first step would divide by 0.
         if self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
-            raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR, where "
-                             "the noise says nothing about x0; use 'v_prediction'")
+            raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR; use "
+                             "'v_prediction'")
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
 
     def _betas(self):
@@ -96,7 +91,7 @@ class Diffusion:
 
     def _coefficients(self, timesteps, like):
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (b,), shaped to multiply `like`."""
-        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]  # b
         alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))  # b -> b 1 1 1 1
         # Roots of float64 numbers, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
@@ -125,14 +120,11 @@ class Diffusion:
     def timestep_pairs(self, num_steps):
         """Exactly num_steps pairs (t, t_prev) from noisy to clean; the last t_prev is -1.
 
+        Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
         The spacings are those of Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
         the noisiest timestep, trailing begins at it, linspace takes both ends.
-
-        Raises:
-            ValueError: if not 1 <= num_steps <= num_train_timesteps.
         """
         total = self.num_train_timesteps
-        # Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
         if self.timestep_spacing == "leading":
@@ -147,13 +139,7 @@ class Diffusion:
         return list(zip(steps, steps[1:] + [-1], strict=True))
 
     def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
-        """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise.
-
-        `generator` is one CPU generator, or one for each clip; used if eta > 0. Raises ValueError
-        if eta does not lie in [0, 1].
-        """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta needs to lie in [0, 1], got {eta}")
+        """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise."""
         alpha_bar = self.alphas_cumprod[t].item()
         # Stable Diffusion stops at alpha_bar[0], which keeps a trace of noise, and not at 1.
         final = 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
@@ -179,13 +165,6 @@ class Diffusion:
         if variance == 0:  # the last step: nothing is left to be random
             return mean
         return mean + math.sqrt(variance) * randn(x_t.shape, generator).to(x_t)
-
-
-def _zero_terminal_snr(alphas_cumprod):
-    """Shift and scale sqrt(alpha_bar) so that its last value is 0. Lin et al. 2023, algorithm 1."""
-    root = alphas_cumprod.sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))  # the first value stays
-    return root**2
 
 
 def randn(shape, generator=None):
@@ -216,7 +195,7 @@ def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, gener
     if sampler not in ("ddim", "ddpm"):
         raise ValueError(f"sampler needs to be 'ddim' or 'ddpm', got {sampler!r}")
     for t, t_prev in diffusion.timestep_pairs(num_steps):
-        timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)
+        timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)  # b, all the same
         output = model(x_t, timesteps)
         if sampler == "ddim":
             x_t = diffusion.ddim_step(output, x_t, t, t_prev, eta, generator)

