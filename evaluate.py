@@ -5,14 +5,12 @@
 
 `recognise` reads colour, shape and direction off the pixels of a clip by thresholds and geometry. A
 network could have the same weaknesses as the model that it judges. Half of the prompts are
-combinations that were held out of training. The table also shows what the reader says of real
-clips, of real clips that went through the autoencoder (the best that any U-Net can reach) and of
-noise.
+combinations that were held out of training. The table also has rows for real clips, for real clips
+that went through the autoencoder (the best that any U-Net can reach) and for noise.
 
 A second table needs no text (metrics.py): how steady clips are and what the autoencoder loses; with
---fvd also FVD-shapes and CLIPSIM-shapes, whose net is trained first, half a minute on two cores,
-and kept. The distance of real clips to other real clips is the lowest that a model can reach. Both
-tables are saved as RUN/evaluation.json.
+--fvd also FVD-shapes and CLIPSIM-shapes, whose net is trained first, half a minute on two cores.
+A model's distance can at best reach that of real clips. RUN/evaluation.json keeps both tables.
 """
 
 import argparse
@@ -29,7 +27,7 @@ from metrics import NUM_FEATURES, accuracy, evaluate_quality, load_feature_net, 
 from run import read_record
 from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, coverage
-from vae import decode_clips, encode_clip
+from vae import encode_clip
 from weights import load_pipeline
 
 MAX_COLOUR_DISTANCE = 0.35  # in RGB of [0, 1]; red, the nearest neighbour of magenta, is 0.85 away
@@ -78,21 +76,19 @@ def recognise_shape(covered, x, y, area):
         # A triangle's centre of mass lies below the middle of its height, where coverage() has it.
         lift = 0.389 * radius if shape == "triangle" else 0.0
         ideal = coverage(shape, across, below + lift, radius)
-        together = np.minimum(covered, ideal).sum((1, 2)), np.maximum(covered, ideal).sum((1, 2))
-        overlaps[shape] = (together[0] / together[1]).mean()  # intersection over union
+        both, either = np.minimum(covered, ideal), np.maximum(covered, ideal)  # t h w
+        overlaps[shape] = (both.sum((1, 2)) / either.sum((1, 2))).mean()
     shape = max(overlaps, key=overlaps.get)
     return shape if overlaps[shape] > MIN_OVERLAP else None
 
 
 def recognise_direction(x, y, size):
     """The direction of centres x, y (t,): far enough, straight and without turning back."""
-    centres = np.stack([x, y], axis=1)
-    moved = centres[-1] - centres[0]
-    for name, towards in DIRECTIONS.items():
+    for name, (dx, dy) in DIRECTIONS.items():
         # Swapping x and y of a direction gives the one across it.
-        along, across = moved @ np.array(towards), abs(moved @ np.array(towards[::-1]))
-        forward = np.diff(centres @ np.array(towards)) > 0  # t - 1 steps
-        if along > MIN_TRAVEL * size and across < along / 2 and forward.mean() > 0.7:
+        along, across = np.diff(dx * x + dy * y), np.diff(dy * x + dx * y)  # t - 1 steps
+        straight = abs(across.sum()) < along.sum() / 2
+        if along.sum() > MIN_TRAVEL * size and straight and (along > 0).mean() > 0.7:
             return name
     return None
 
@@ -100,25 +96,21 @@ def recognise_direction(x, y, size):
 def agreement(clips, combinations):
     """Which of colour, shape, direction of clips (t, 3, h, w) in [-1, 1] are right: (n, 3) bool."""
     seen = [recognise((clip.double().numpy() + 1) / 2) for clip in clips]
-    return np.array([
-        [a == b for a, b in zip(is_, should, strict=True)]
-        for is_, should in zip(seen, combinations, strict=True)
-    ])
+    return np.array(seen, dtype=object) == np.array(combinations, dtype=object)
 
 
 def rates(right, image=False):
     """Agreement (n, 3) as percentages. An image has no direction, and is right without one."""
-    colour, shape, direction = (round(100 * part, 1) for part in right.mean(0).tolist())
-    result = {"count": len(right), "colour": colour, "shape": shape}
-    if not image:
-        result["direction"] = direction
-    considered = right[:, :2] if image else right
-    return result | {"all": round(100 * considered.all(1).mean().item(), 1)}
+    names = ("colour", "shape") if image else ("colour", "shape", "direction")
+    right = right[:, : len(names)]
+    columns = dict(zip(names, right.T, strict=True)) | {"all": right.all(1)}
+    percent = {name: round(100 * column.mean().item(), 1) for name, column in columns.items()}
+    return {"count": len(right)} | percent
 
 
 def choose_prompts(num_prompts):
     """Combinations to draw: held-out ones, then as many of those seen in training."""
-    held_out = num_prompts // 2  # the first half
+    held_out = num_prompts // 2
     prompts = [HELD_OUT[i % len(HELD_OUT)] for i in range(held_out)]
     # In strides of 7 through SEEN, so that few prompts, too, have all colours, shapes, directions.
     return prompts + [SEEN[7 * i % len(SEEN)] for i in range(num_prompts - held_out)]
@@ -131,28 +123,25 @@ def draw(pipeline, prompts, num_frames, seed, batch_size):
     return torch.stack(list(generate(pipeline, texts, sampling, seed, batch_size)))
 
 
-def references(vae, sampling, prompts, seed):
+def references(pipeline, prompts, seed):
     """{name: clips (n, t, 3, h, w)} that show what the numbers mean, of the same combinations."""
+    sampling = pipeline.sampling
     real = real_clips(len(prompts), sampling.num_frames, sampling.image_size, seed, prompts)
-    device = next(vae.parameters()).device
-    coded = [
-        decode_clips(vae, encode_clip(vae, ((clip + 1) * 127.5).to(device))[None])[0].float().cpu()
-        for clip in real
-    ]
+    latents = [encode_clip(pipeline.vae, (clip + 1) * 127.5) for clip in real]  # t c h/f w/f
+    coded = torch.cat([pipeline.decode(clip[None]) for clip in latents])
     # Noise has neither colour nor shape: a reader that finds some in it is too generous.
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-    return {"real clips": real, "real, autoencoded": torch.stack(coded), "noise": noise}
+    return {"real clips": real, "real, autoencoded": coded, "noise": noise}
 
 
 def evaluate_agreement(drawn, others, prompts):
     """The first table. drawn: {"clips" or "images": clips of prompts}, others: `references`."""
-    result, held_out = {}, len(prompts) // 2
+    result, held_out = {}, len(prompts) // 2  # choose_prompts has these first
     for kind, clips in drawn.items():
         right = agreement(clips, prompts)
         parts = {"seen": right[held_out:], "held out": right[:held_out], "all": right}
         for name, part in parts.items():
-            if len(part):
-                result[f"{kind}, {name}"] = rates(part, image=clips.shape[1] == 1)
+            result[f"{kind}, {name}"] = rates(part, image=clips.shape[1] == 1)
     for name, clips in others.items():
         result[name] = rates(agreement(clips, prompts), image=clips.shape[1] == 1)
     return result
@@ -161,53 +150,36 @@ def evaluate_agreement(drawn, others, prompts):
 def evaluate(pipeline, num_prompts, seed, batch_size, net=None):
     """All that the tables show, {"agreement": rows, "quality": rows}, rows dicts of dicts."""
     prompts, num_frames = choose_prompts(num_prompts), pipeline.sampling.num_frames
-    kinds = {"clips": num_frames} if num_frames > 1 else {}  # no video stage yet: images only
-    kinds["images"] = 1
+    # A run without a video stage draws images only.
+    kinds = {"clips": num_frames, "images": 1} if num_frames > 1 else {"images": 1}
     drawn = {name: draw(pipeline, prompts, t, seed, batch_size) for name, t in kinds.items()}
-    others = references(pipeline.vae, pipeline.sampling, prompts, seed)
+    others = references(pipeline, prompts, seed)
     sources = {"clips, all": drawn["clips"], **others} if num_frames > 1 else others
-    return {
-        "agreement": evaluate_agreement(drawn, others, prompts),
-        "quality": evaluate_quality(sources, prompts, seed, net),
-    }
+    return {"agreement": evaluate_agreement(drawn, others, prompts),
+            "quality": evaluate_quality(sources, prompts, seed, net)}
 
 
-def print_table(title, rows, columns):
-    print(f"{title:28}" + "".join(f"{name:>{max(11, len(name) + 2)}}" for name in columns))
-    for name, row in rows.items():
+def print_table(title, rows):
+    """Rows {name: {column: value}}, one a line, with a dash where a row lacks a column."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    for name, row in {title: {column: column for column in columns}, **rows}.items():
         cells = [f"{row.get(column, '-'):>{max(11, len(column) + 2)}}" for column in columns]
         print(f"{name:28}" + "".join(cells))
 
 
-def print_report(result):
-    """Both tables, and how far to trust the feature net."""
-    print_table("agreement with the text, %", result["agreement"],
-                ("count", "colour", "shape", "direction", "all"))
-    names = {column: None for row in result["quality"].values() for column in row}
-    order = [name for name in names if name not in ("PSNR", "SSIM")] + ["PSNR", "SSIM"]
-    print()
-    print_table("quality", result["quality"], order)
-    if "feature_net" in result:
-        right = result["feature_net"]["accuracy"]
-        right = ", ".join(f"{name} {value}" for name, value in right.items())
-        print(f"\nheld-out clips that the feature net gets right, %: {right}")
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Measure how well clips of MovingShapes agree with their text.",
-        allow_abbrev=False)
+        description="Measure how clips of MovingShapes agree with their text.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     parser.add_argument("--num-prompts", type=int, default=128, help="clips to draw (default: 128)")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--fvd", action="store_true",
-                        help="also FVD-shapes and CLIPSIM-shapes, with a net that is trained first "
-                        "and kept as RUN/feature_net.safetensors")
+                        help="also FVD-shapes, CLIPSIM-shapes; net: RUN/feature_net.safetensors")
     parser.add_argument("--feature-net", type=Path, metavar="FILE",
-                        help="the same with the net in FILE, made if need be; the numbers of two "
-                        "runs compare only with the same net")
+                        help="the same with the net in FILE, trained and written if missing; "
+                        "only numbers of one net compare")
     args = parser.parse_args()
     if args.num_prompts < 2 or args.batch_size < 1 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2, --batch-size >= 1, --seed >= 0")
@@ -221,7 +193,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    known = (args.run / "train.json").exists()
+    known = (args.run / "train.json").exists()  # not so for Stable Diffusion's folders
     data = read_record(args.run)[0].data if known else "other data"
     if data != "shapes":
         raise ValueError(f"{args.run}: trained on {data}; only of MovingShapes (--data shapes) "
@@ -236,13 +208,17 @@ def main():
         net = load_feature_net(args.feature_net, sampling.num_frames, sampling.image_size, device,
                                lambda steps: tqdm(steps, "feature net", leave=False))
     result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size, net)
-    if net is not None:
-        result["feature_net"] = {"file": str(args.feature_net), "accuracy": accuracy(net)}
-    print_report(result)
-    write_json(args.run / "evaluation.json", {
-        "num_prompts": args.num_prompts, "seed": args.seed,
-        "sampling": dataclasses.asdict(sampling), **result,
-    })
+    print_table("agreement with the text, %", result["agreement"])
+    print()
+    print_table("quality", result["quality"])
+    if net is not None:  # its accuracy shows how far to trust its numbers
+        right = accuracy(net)
+        result["feature_net"] = {"file": str(args.feature_net), "accuracy": right}
+        print("\nheld-out clips that the feature net gets right, %:",
+              ", ".join(f"{name} {value}" for name, value in right.items()))
+    settings = {"num_prompts": args.num_prompts, "seed": args.seed,
+                "sampling": dataclasses.asdict(sampling)}
+    write_json(args.run / "evaluation.json", settings | result)
 
 
 if __name__ == "__main__":
