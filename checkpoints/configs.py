@@ -31,9 +31,8 @@ VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 # These do not change the network. Upcasting computes in float32 where SD 2.1 overflows in float16;
 # this project computes in float32 or bfloat16, which do not overflow there.
-UNET_IGNORED = ("upcast_attention", "addition_embed_type_num_heads")
-VAE_IGNORED = ("force_upcast",)
-COMMENTS = ("_diffusers_version", "_name_or_path")
+IGNORED = ("upcast_attention", "force_upcast", "addition_embed_type_num_heads",
+           "_diffusers_version", "_name_or_path")
 
 # Defaults of diffusers' classes that differ from ours.
 UNET_ABSENT = {"cross_attention_dim": 1280}
@@ -48,7 +47,7 @@ def from_config(cls, values, constants, where):
     """A config dataclass from the values of a config.json. Lists become tuples."""
     names = {field.name for field in dataclasses.fields(cls) if field.init}
     for name, value in values.items():
-        known = name in names or name in COMMENTS
+        known = name in names or name in IGNORED
         if not known and value not in ([constants[name]] if name in constants else [None, False]):
             raise ValueError(f"{where}: {name}={value!r} is not built here")
     chosen = {k: tuple(v) if isinstance(v, list) else v
@@ -77,7 +76,7 @@ def unet_to_json(config):
 
 def unet_from_json(values, where):
     """A UNetConfig from config.json. Raises ValueError for an architecture not built here."""
-    values = UNET_ABSENT | {k: v for k, v in values.items() if k not in UNET_IGNORED}
+    values = UNET_ABSENT | values
     levels = [kind == "CrossAttnDownBlock2D" for kind in values.get("down_block_types") or []]
     dim = values.pop("projection_class_embeddings_input_dim", None)
     if values.get("class_embed_type") and dim != values.get("cross_attention_dim"):
@@ -96,7 +95,7 @@ def vae_to_json(config):
 
 def vae_from_json(values, where):
     """A VAEConfig from an autoencoder's config.json."""
-    values = VAE_ABSENT | {k: v for k, v in values.items() if k not in VAE_IGNORED}
+    values = VAE_ABSENT | values
     blocks = {*values.pop("down_block_types", []), *values.pop("up_block_types", [])}
     if others := blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise ValueError(f"{where}: {' and '.join(sorted(others))} is not built here")

@@ -113,10 +113,8 @@ def _read_shards(path):
     tensors, found = {}, {}
     for shard in sorted(set(shards.values())):
         # By Windows' rules on every system: they cover every way out of a folder (/, \, C:).
-        if PureWindowsPath(shard).name != shard:
+        if PureWindowsPath(shard).name != shard or not (path.parent / shard).is_file():
             raise ValueError(f"{path}: a shard needs to be a file beside the index, got {shard!r}")
-        if not (path.parent / shard).is_file():
-            raise ValueError(f"{path}: the shard {shard} is missing")
         held = _read_file(path.parent / shard)
         tensors, found = tensors | held, found | dict.fromkeys(held, shard)
     for name in sorted(shards | found):
@@ -185,6 +183,5 @@ def _flatten(path, checkpoint):
                 raise ValueError(f"{path}: {name!r} is nested, quantized, sparse or without values")
             tensors[name] = tensor
     if not tensors:
-        names = [name for name in checkpoint if isinstance(name, str)]
-        raise ValueError(f"{path}: needs tensors, got {names[:5]}")
+        raise ValueError(f"{path}: needs tensors, got {list(checkpoint)[:5]}")
     return tensors

@@ -199,7 +199,7 @@ def test_reads_shards_of_pickles(tmp_path):
 @pytest.mark.parametrize(
     "weight_map, message",
     [
-        ({"a": FIRST, "b": "model-00003-of-00003.safetensors"}, "shard model-00003.* is missing"),
+        ({"a": FIRST, "b": "model-00003-of-00003.safetensors"}, "beside the index, got 'model-00003"),
         ({"a": FIRST, "b": FIRST}, "lists 'b' in model-00001.*, but no listed shard holds it"),
         ({"a": FIRST, "b": SECOND, "c": SECOND}, "lists 'c' in model-00002.*, but no listed shard holds it"),
         ({"a": FIRST}, None),
@@ -208,10 +208,10 @@ def test_reads_shards_of_pickles(tmp_path):
         ({"a": "/etc/passwd"}, "beside the index"),
         ({"a": "..\\outside.bin"}, "beside the index"),
         ({"a": "C:outside.bin"}, "beside the index"),
-        ({"a": ".."}, "missing"),
+        ({"a": ".."}, "beside the index"),
         ({"a": "."}, "beside the index"),
-        ({"a": ""}, "missing|beside"),
-        ({"a": "nul\0"}, "missing"),
+        ({"a": ""}, "beside the index"),
+        ({"a": "nul\0"}, "beside the index"),
         ({"a": 5}, "needs a weight_map"),
         ([FIRST], "needs a weight_map"),
         (None, "needs a weight_map"),
