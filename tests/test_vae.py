@@ -89,6 +89,11 @@ def test_stable_diffusions_autoencoder_has_the_names_and_shapes_of_diffusers():
     assert signature(network) == SIGNATURE
 
 
+def test_the_scale_of_latents_is_known_for_stable_diffusion_alone():
+    scales = {name: config.scaling_factor for name, config in PRESETS.items()}
+    assert scales == {"tiny": 1, "small": 1, "sd": 0.18215}  # training measures the others
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_encoded_picture_is_smaller_by_the_downscale(name):
     with torch.device("meta"):
