@@ -23,7 +23,6 @@ from data import ClipFolder
 from files import read_json, write_json
 from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
-from pipeline import Pipeline
 from shapes import MovingShapes
 
 PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
@@ -65,12 +64,9 @@ class Run:
         """Write parts of the model: networks, (encoder, tokenizer), (diffusion, sampling)."""
         if not processes.is_main():
             return
-        if unet is not None:
-            weights.save_unet(self.path / "unet", unet)
-        if image_unet is not None:
-            weights.save_unet(self.path / "image_unet", image_unet)
-        if vae is not None:
-            weights.save_vae(self.path / "vae", vae)
+        for part, network in (("unet", unet), ("image_unet", image_unet), ("vae", vae)):
+            if network is not None:
+                weights.save_network(self.path / part, network)
         if text is not None:
             weights.save_text(self.path, *text)
         if schedule is not None:
@@ -94,7 +90,7 @@ class Run:
         if options.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {options.image_size}")
         if processes.is_main():
-            weights.save_unet(self.path / "image_unet", model.unet)
+            weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
         self.finish("image")
 
@@ -115,11 +111,10 @@ def load_image_model(path, device):
 
     The U-Net stays mapped from its file: training copies its weights and then needs it no more.
     """
-    unet = weights.load_unet(Path(path) / "image_unet", "none")
-    encoder, tokenizer = weights.load_text(path)
-    diffusion, sampling = weights.load_schedule(path)
-    vae = load_vae(path, device)
-    return Pipeline(unet, vae, encoder.to(device), tokenizer, diffusion, sampling)
+    model = weights.load_folder(Path(path), "none", unet="image_unet")
+    model.vae.to(device, memory_format=torch.channels_last)
+    model.text_encoder.to(device)
+    return model
 
 
 def open_data(options):

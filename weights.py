@@ -8,14 +8,12 @@
     scheduler/              scheduler_config.json
     sampling.json           ours: frames, steps and guidance that suit the model
 
-A run and a diffusers folder are one and the same layout. Single files of Stable Diffusion 1.x and
-2.x are read (checkpoints/), never written. Nothing is loaded in part: a tensor is used, or ignored
-for a reason that the report gives, or an error.
+Single files of Stable Diffusion 1.x and 2.x are read (checkpoints/), never written. Nothing is
+loaded in part: a tensor is used, or ignored for a reason that the report gives, or an error.
 
-A folder's networks are copied to memory where a tensor does not begin at a multiple of 64 bytes, so
-a run gives the same bits before it is saved and after it is loaded: the kernels' sums depend on
-where a tensor begins. A single file stays mapped, whatever its offsets, because gigabytes are not
-copied for that; its results may differ in the last digits.
+Files stay mapped. A folder's tensors that do not begin at a multiple of 64 bytes are copied, because
+the kernels' sums depend on where a tensor begins: a run gives the same bits before it is saved and
+after it is loaded. Single files are too large for that; results may differ in the last digits.
 
     python weights.py v1-5-pruned.safetensors                     # what is it?
     python weights.py v2-1_768-ema-pruned.ckpt --merges bpe.txt.gz --convert models/sd21
@@ -46,94 +44,80 @@ ASSUMED = ("prediction type: v_prediction, which no file of Stable Diffusion 2 s
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def save_network(folder, config, network, weights):
-    """Write a part's config.json (a dict) and its weights."""
-    write_json(Path(folder) / "config.json", config)
+# Of each network: how its config.json is written and read, and the name of its weights' file.
+FORMS = {
+    UNet: (configs.unet_to_json, configs.unet_from_json, UNET_WEIGHTS),
+    AutoencoderKL: (configs.vae_to_json, configs.vae_from_json, UNET_WEIGHTS),
+    CLIPTextModel: (configs.text_to_json, configs.text_from_json, TEXT_WEIGHTS),
+}
+
+
+def save_network(folder, network):
+    """Write a network's config.json and its weights."""
+    to_json, _, weights = FORMS[type(network)]
+    write_json(Path(folder) / "config.json", to_json(network.config))
     save_safetensors(Path(folder) / weights, network.state_dict())
 
 
 def fill(network, tensors, dtype, align):
     """Give a network on the meta device its tensors, emptying the dict.
 
-    Tensors of the dtype (None: of any) are used as they lie in the mapping of their file, others
-    are cast one by one: a model is never in memory twice. `align` copies those that do not begin
-    at a multiple of 64 bytes.
+    Tensors of another dtype are cast one by one, so that a model is never in memory twice. `align`
+    copies those that do not begin at a multiple of 64 bytes.
     """
     state = {}
     for name in list(tensors):
-        tensor = tensors.pop(name)
-        tensor = tensor if dtype is None else tensor.to(dtype)
+        tensor = tensors.pop(name).to(dtype)
         state[name] = tensor.clone() if align and tensor.data_ptr() % 64 else tensor
     network.load_state_dict(state, assign=True)
     return network
 
 
-def shapes_of(tensors):
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def build(network, config, where):
+def build(kind, config, where):
     """A network on the meta device, where a tensor is a shape without memory."""
     try:
         with torch.device("meta"):
-            return network(config)
+            return kind(config)
     except TypeError as error:  # a number where a list should be, or the other way round
         raise ValueError(f"{where}: describes no network that is built here ({error})") from None
 
 
-def load_network(folder, parse, network, dtype=torch.float32):
-    """(the network in a part's folder, how many tensors were ignored), filled strictly."""
+def load_network(folder, kind, temporal=None, dtype=torch.float32):
+    """(the network of that class in a folder, how many tensors were ignored).
+
+    temporal: the temporal variant of a U-Net, in place of the one that its config.json names.
+    """
     folder = Path(folder)
     where = folder / "config.json"
     if not where.is_file():
         raise ValueError(f"{folder}: has no config.json; is the folder half written or incomplete?")
-    network = build(network, parse(read_json(where), where), where)
+    _, from_json, _ = FORMS[kind]
+    config = from_json(read_json(where), where)
+    if temporal is not None:
+        config = dataclasses.replace(config, temporal=temporal)
+    network = build(kind, config, where)
     path = find_weights(folder)
     tensors, ignored = names.current_names(read_checkpoint(path))
-    expected, found = shapes_of(network.state_dict()), shapes_of(tensors)
-    unexpected = found.keys() - expected.keys()
-    names.check_fit(expected, found, unexpected, f"{path}: does not fit its config.json")
+    expected, found = ({name: tensor.shape for name, tensor in each.items()}
+                       for each in (network.state_dict(), tensors))
+    names.check_fit(expected, found, found.keys() - expected.keys(),
+                    f"{path}: does not fit its config.json")
     return fill(network, tensors, dtype, align=True), ignored
 
 
-def save_unet(folder, unet):
-    save_network(folder, configs.unet_to_json(unet.config), unet, UNET_WEIGHTS)
-
-
-def _parse_unet(temporal):
-    def parse(values, where):
-        config = configs.unet_from_json(values, where)
-        return config if temporal is None else dataclasses.replace(config, temporal=temporal)
-
-    return parse
-
-
 def load_unet(folder, temporal=None):
-    """The U-Net in a folder, with the temporal variant that it names or with another one."""
-    return load_network(folder, _parse_unet(temporal), UNet)[0]
-
-
-def save_vae(folder, vae):
-    save_network(folder, configs.vae_to_json(vae.config), vae, UNET_WEIGHTS)
+    return load_network(folder, UNet, temporal)[0]
 
 
 def load_vae(folder):
-    return load_network(folder, configs.vae_from_json, AutoencoderKL)[0]
+    return load_network(folder, AutoencoderKL)[0]
 
 
 def save_text(folder, text_encoder, tokenizer):
     """Write text_encoder/ and, if there is one, tokenizer/ into a folder."""
-    config = configs.text_to_json(text_encoder.config)
-    save_network(Path(folder) / "text_encoder", config, text_encoder, TEXT_WEIGHTS)
+    save_network(Path(folder) / "text_encoder", text_encoder)
     if tokenizer is not None:
         save_tokenizer(Path(folder) / "tokenizer", tokenizer)
-
-
-def load_text(folder):
-    """(text encoder, tokenizer) of a model's folder."""
-    folder = Path(folder)
-    encoder, _ = load_network(folder / "text_encoder", configs.text_from_json, CLIPTextModel)
-    return encoder, load_tokenizer(folder / "tokenizer")
 
 
 def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
@@ -154,19 +138,10 @@ def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
     })
 
 
-def load_schedule(folder):
-    """(Diffusion, Sampling) of a model's folder; without sampling.json it draws images."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    diffusion = configs.diffusion_from_json(read_json(path), path)
-    path = Path(folder) / "sampling.json"
-    values = read_json(path) if path.exists() else {"num_frames": 1}
-    return diffusion, configs.from_config(Sampling, values, {}, path)
-
-
 def save_pipeline(pipeline, folder):
     """Write a whole model as a folder that diffusers opens, too."""
-    save_unet(Path(folder) / "unet", pipeline.unet)
-    save_vae(Path(folder) / "vae", pipeline.vae)
+    save_network(Path(folder) / "unet", pipeline.unet)
+    save_network(Path(folder) / "vae", pipeline.vae)
     save_text(folder, pipeline.text_encoder, pipeline.tokenizer)
     has_tokenizer = pipeline.tokenizer is not None
     save_schedule(folder, pipeline.diffusion, pipeline.sampling, has_tokenizer)
@@ -190,8 +165,13 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; check the path")
-    load = _load_file if path.is_file() else _load_folder
-    pipeline = load(path, temporal, prediction_type, ema, dtype)
+    if path.is_file():
+        pipeline = _load_file(path, temporal, prediction_type, ema, dtype)
+    elif ema:
+        raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
+                         "weights beside them")
+    else:
+        pipeline = load_folder(path, temporal, prediction_type, dtype)
     if merges is not None:
         pipeline.tokenizer = tokenizer_for(merges, pipeline.text_encoder.config)
     tokenizer, size = pipeline.tokenizer, pipeline.text_encoder.config.vocab_size
@@ -213,26 +193,28 @@ def tokenizer_for(path, config):
     return tokenizer_from_merges(path, config.vocab_size - 2 * 256 - 2, length, pad_with_end)
 
 
-def _load_folder(path, temporal, prediction_type, ema, dtype):
-    for part in ("unet", "vae", "text_encoder", "scheduler"):
+def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet="unet"):
+    """load_pipeline for a folder, with the U-Net in the part that `unet` names."""
+    for part in (unet, "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or "
                              "a diffusers folder")
-    if ema:
-        raise ValueError(f"{path}: a folder holds one set of weights; only single files have EMA "
-                         "weights beside them")
-    diffusion, sampling = load_schedule(path)
-    unet, *ignored = load_network(path / "unet", _parse_unet(temporal), UNet, dtype)
-    vae, more = load_network(path / "vae", configs.vae_from_json, AutoencoderKL, dtype)
-    text, most = load_network(path / "text_encoder", configs.text_from_json, CLIPTextModel, dtype)
+    where = path / "scheduler" / "scheduler_config.json"
+    diffusion = configs.diffusion_from_json(read_json(where), where)
+    if prediction_type is not None:
+        diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
+    unet, *ignored = load_network(path / unet, UNet, temporal, dtype)
+    vae, more = load_network(path / "vae", AutoencoderKL, None, dtype)
+    text, most = load_network(path / "text_encoder", CLIPTextModel, None, dtype)
     names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()
     tokenizer = load_tokenizer(path / "tokenizer") if has_tokenizer else None
-    if prediction_type is not None:
-        diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
-    if not (path / "sampling.json").exists():
+    where = path / "sampling.json"
+    if where.exists():
+        sampling = configs.from_config(Sampling, read_json(where), {}, where)
+    else:  # not ours: it draws images of the size that it was trained on
         size = unet.config.sample_size * vae.config.downscale
-        sampling = dataclasses.replace(sampling, image_size=size)
+        sampling = Sampling(num_frames=1, image_size=size)
     used = sum(len(network.state_dict()) for network in (unet, vae, text))
     positions = sum([*ignored, more, most])
     report = names.Report(used, {"numbers of positions": positions} if positions else {})
@@ -251,10 +233,8 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
     names.check_together(unet, vae, text, path)
     if temporal is not None:
         unet = dataclasses.replace(unet, temporal=temporal)
-    networks = {
-        "unet": build(UNet, unet, path), "vae": build(AutoencoderKL, vae, path),
-        "text_encoder": build(CLIPTextModel, text, path),
-    }
+    networks = {"unet": build(UNet, unet, path), "vae": build(AutoencoderKL, vae, path),
+                "text_encoder": build(CLIPTextModel, text, path)}
     parts, report = names.convert(tensors, networks, ema, path)
     tensors.clear()
     for name, network in networks.items():
@@ -267,31 +247,20 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
 
 def describe(pipeline):
     """What a model is, in lines to read."""
-    unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
-    form = "2.x" if unet.use_linear_projection else "1.x"
+    unet, tokenizer = pipeline.unet.config, pipeline.tokenizer
     ours = unet.class_embed_type or unet.resnet_time_scale_shift != "default"
-    joined = [", ".join(map(str, x)) for x in (unet.block_out_channels, unet.num_heads,
-                                               vae.block_out_channels)]
-    lines = {
-        "family": "this project's own" if ours else f"Stable Diffusion {form}",
-        "prediction": pipeline.diffusion.prediction_type,
-        "U-Net": f"levels of {joined[0]} channels, {joined[1]} heads, context of width "
-                 f"{unet.cross_attention_dim}, temporal {unet.temporal}",
-        "autoencoder": f"levels of {joined[2]} channels, {vae.latent_channels} latent channels at "
-                       f"1/{vae.downscale} of the size",
-        "text encoder": f"{text.num_hidden_layers} layers of width {text.hidden_size}, "
-                        f"{text.num_attention_heads} heads, {text.max_position_embeddings} tokens",
-        "tokenizer": "none: --merges PATH names one" if pipeline.tokenizer is None
-                     else f"{pipeline.tokenizer.vocab_size} tokens",
-    }
-    networks = {"U-Net": pipeline.unet, "autoencoder": pipeline.vae,
-                "text encoder": pipeline.text_encoder}
-    for name, network in networks.items():
+    form = "2.x" if unet.use_linear_projection else "1.x"
+    lines = [
+        "this project's own" if ours else f"Stable Diffusion {form}",
+        f"predicts {pipeline.diffusion.prediction_type}",
+        f"{tokenizer.vocab_size} tokens" if tokenizer else "no tokenizer: --merges PATH names one",
+    ]
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         parameters = list(network.parameters())
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
         millions = sum(p.numel() for p in parameters) / 1e6
-        lines[name] += f"; {millions:.1f} M parameters, {' and '.join(dtypes)}"
-    return "\n".join(f"{name:13}{line}" for name, line in lines.items())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        lines.append(f"{millions:.1f} M parameters, {' and '.join(dtypes)}: {network.config}")
+    return "\n".join(lines)
 
 
 def add_checkpoint_flags(parser):

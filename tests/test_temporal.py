@@ -16,10 +16,11 @@ from temporal import (
     FrameAdaptor,
     TemporalAttention,
     TemporalConvolution,
+    start_as_shift,
     temporal_state,
 )
 from transformer import TransformerBlock
-from weights import load_unet, save_unet
+from weights import load_unet, save_network
 
 SMALL = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
@@ -297,14 +298,14 @@ def test_with_a_causal_shift_a_later_frame_changes_nothing_earlier():
 @torch.no_grad()
 def test_a_folder_of_each_loads_again(tmp_path, temporal):
     unet = trained(temporal)
-    save_unet(tmp_path, unet)
+    save_network(tmp_path, unet)
     loaded = load_unet(tmp_path)
     assert loaded.config == unet.config
     assert torch.equal(loaded(*inputs()), unet(*inputs()))
 
 
 def test_a_folder_with_temporal_layers_is_no_image_model(tmp_path):
-    save_unet(tmp_path, variant("conv"))
+    save_network(tmp_path, variant("conv"))
     with pytest.raises(ValueError, match="32 unexpected: .*temporal_after1"):
         load_unet(tmp_path, "none")
 
@@ -325,5 +326,5 @@ def test_a_run_learns_new_layers_in_its_video_stage_alone(tmp_path):
 
 def test_a_convolution_over_time_can_start_as_the_shift():
     convolution, x = TemporalConvolution(7), normal(2, 3, 7, 5, 6)
-    convolution.start_as_shift()
+    start_as_shift(convolution)
     assert torch.equal(convolution(x), temporal_shift(x))
