@@ -11,7 +11,6 @@ from torch import nn
 import layers
 import text
 from checkpoints.tokenizers import save_tokenizer
-from files import load_safetensors, save_safetensors
 from pipeline import Sampling
 from tokenizer import CLIPTokenizer
 from weights import load_pipeline

@@ -39,5 +39,6 @@ def test_both_sides_of_a_job_give_the_same_numbers(make_sides, monkeypatch):
 
 def test_both_sides_load_the_same_weights(tmp_path):
     beside_diffusers.write_checkpoint(tmp_path)
-    (*_, ours), (*_, theirs) = (beside_diffusers.load(tmp_path, side) for side in ("ours", "theirs"))
+    *_, ours = beside_diffusers.load(tmp_path, "ours")  # the sum of all weights
+    *_, theirs = beside_diffusers.load(tmp_path, "theirs")
     assert ours == pytest.approx(theirs)
