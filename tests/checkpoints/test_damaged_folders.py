@@ -116,7 +116,7 @@ def test_truncated_weights_are_named(folder):
     ("unet", {"projection_class_embeddings_input_dim": 7}, "embeddings_input_dim=7 is not built"),
     ("unet", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "AttnDownBlock2D.* is not"),
     ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types=.* is not built here"),
-    ("unet", {"attention_head_dim": 5}, r"unet/config.json: block_out_channels needs .* heads \(?5"),
+    ("unet", {"attention_head_dim": 5}, r"unet/config.json: block_out_channels .* heads \(?5"),
     ("unet", {"temporal": "telepathy"}, "temporal needs one of"),
     ("unet", {"layers_per_block": [1, 2]}, "unet/config.json: "),
     ("unet", {"block_out_channels": "wide"}, "unet/config.json: "),
