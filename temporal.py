@@ -26,17 +26,17 @@ VARIANTS = ("none", "shift", "attention", "directed", "conv")
 
 def add_temporal_layers(unet):
     """Put the layers of the config's variant into a new U-Net; nothing for "none" and "shift"."""
-    config, modules = unet.config, list(unet.modules())
-    for block in [module for module in modules if isinstance(module, ResnetBlock)]:
-        channels = block.conv2.out_channels
-        if config.temporal == "conv":
-            block.temporal_after1 = TemporalConvolution(channels)
-            block.temporal_after2 = TemporalConvolution(channels)
-        elif config.temporal == "directed":
-            block.temporal_after1 = FrameAdaptor(channels, config.max_frames)
-            block.temporal_after2 = FrameAdaptor(channels, config.max_frames)
-    if config.temporal == "directed":
-        for block in [module for module in modules if isinstance(module, TransformerBlock)]:
+    config = unet.config
+    for block in list(unet.modules()):  # a list, since the loop adds modules
+        if isinstance(block, ResnetBlock):
+            channels = block.conv2.out_channels
+            if config.temporal == "conv":
+                block.temporal_after1 = TemporalConvolution(channels)
+                block.temporal_after2 = TemporalConvolution(channels)
+            elif config.temporal == "directed":
+                block.temporal_after1 = FrameAdaptor(channels, config.max_frames)
+                block.temporal_after2 = FrameAdaptor(channels, config.max_frames)
+        elif isinstance(block, TransformerBlock) and config.temporal == "directed":
             channels, num_heads = block.norm1.normalized_shape[0], block.attn1.num_heads
             block.temporal = DirectedAttention(channels, num_heads)
     if config.temporal == "attention":
@@ -56,11 +56,16 @@ def temporal_state(unet):
     return {name: value for name, value in unet.state_dict().items() if "temporal" in name}
 
 
+@torch.no_grad()
 def start_as_shift(unet):
-    """Initialise the temporal convolutions of a U-Net as the shift instead of the identity."""
-    for module in unet.modules():
-        if isinstance(module, TemporalConvolution):
-            module.start_as_shift()
+    """Initialise a U-Net's temporal convolutions as the shift, a third of the channels each way."""
+    for layer in unet.modules():
+        if isinstance(layer, TemporalConvolution):
+            c, fold = layer.out_channels, layer.out_channels // 3
+            # Tap 0 of the kernel looks at the frame before, tap 1 at the frame itself, 2 after it.
+            taps = torch.tensor([0] * fold + [2] * fold + [1] * (c - 2 * fold))
+            layer.weight.zero_()
+            layer.weight[torch.arange(c), torch.arange(c), taps, 0] = 1
 
 
 def first_frames(table, num_frames):
@@ -81,15 +86,6 @@ class TemporalConvolution(nn.Conv2d):
         super().__init__(channels, channels, (3, 1), padding=(1, 0))
         nn.init.dirac_(self.weight)  # 1 at the middle tap of each channel's own kernel
         nn.init.zeros_(self.bias)
-
-    @torch.no_grad()
-    def start_as_shift(self):
-        """Copy the frame before in a third of the channels, the frame after in another third."""
-        c = self.out_channels
-        # Tap 0 of the kernel looks at the frame before, tap 1 at the frame itself, tap 2 after it.
-        taps = torch.tensor([0] * (c // 3) + [2] * (c // 3) + [1] * (c - 2 * (c // 3)))
-        self.weight.zero_()
-        self.weight[torch.arange(c), torch.arange(c), taps, 0] = 1
 
     def forward(self, x):
         if x.shape[1] == 1:
@@ -114,10 +110,7 @@ class FrameAdaptor(nn.Module):
 
 
 class AttentionOverTime(Attention):
-    """Self-attention of each place over the frames of tokens (b, t, n, c); 0 until it is trained.
-
-    With outputs of zero around a residual connection the layer is the identity at first.
-    """
+    """Self-attention of each place over the frames of tokens (b, t, n, c); 0 before training."""
 
     def __init__(self, channels, num_heads):
         super().__init__(channels, num_heads)
@@ -154,10 +147,7 @@ class TemporalAttention(nn.Module):
 
 
 class DirectedAttention(AttentionOverTime):
-    """Attention over time in which a frame sees itself and earlier ones. MagicVideo.
-
-    Takes the tokens (b, t, n, c) of the spatial attention, whose result gets this one added.
-    """
+    """A frame's attention to itself and earlier ones, added to the spatial one's. MagicVideo."""
 
     def forward(self, x):
         t = x.shape[1]
