@@ -8,10 +8,8 @@
     PSNR, SSIM         of an image and its reconstruction (SSIM: Wang et al. 2004)
     consistency        of a clip: how little successive frames differ
 
-The first two depend on the network that computes the features, and values of different networks do
-not compare. So its name is part of the metric's name: `FeatureNet`, a small CLIP for MovingShapes,
-gives FVD-shapes and CLIPSIM-shapes. Another network is any callable with a `name` that maps clips
-(b, t, 3, h, w) in [-1, 1] to features (b, d).
+Values of different feature networks do not compare, so the network's name is part of the metric's
+name: `FeatureNet`, a small CLIP for MovingShapes, gives FVD-shapes and CLIPSIM-shapes.
 """
 
 import math
@@ -42,7 +40,7 @@ def interval(values):
     """(mean, low, high) of one value per seed: Student's 95 % interval of the mean.
 
     It assumes that values scatter like a Gaussian. Equal values (three times 100 %) give width 0,
-    which is not certainty. Beyond 21 values it is slightly too wide. Raises ValueError below 3.
+    which is not certainty. Beyond 21 values it is slightly too wide.
     """
     if len(values) < 3:
         raise ValueError(f"interval needs values of >= 3 seeds, got {len(values)}")
@@ -63,7 +61,7 @@ def ssim(a, b):
 
     Means, variances and covariance under a Gaussian window of 11 x 11 pixels, deviation 1.5, at all
     positions inside the image; averaged over positions and channels. Wang et al. 2004, eq. 13 and
-    section III.C. Raises ValueError if images are smaller than the window.
+    section III.C.
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"ssim needs images of >= 11 x 11 pixels, got {tuple(a.shape)}")
@@ -88,7 +86,7 @@ def consistency(clips):
 
     1 - mean |f_{i+1} - f_i|^2 / (2 variance), with the variance of all pixels around the clip's
     mean colour: 1 if nothing changes, 0 if frames are independent. The value of real clips is the
-    target: less is flicker, and a frozen clip has 1. Raises ValueError for clips of one frame.
+    target: less is flicker, and a frozen clip has 1.
     """
     if clips.shape[1] < 2:
         raise ValueError(f"consistency needs clips of >= 2 frames, got {tuple(clips.shape)}")
@@ -102,11 +100,9 @@ def frechet_distance(a, b):
     """Squared Frechet distance of the Gaussians fitted to features a (n, d) and b (m, d).
 
     With C_a = A'A and C_b = B'B, where A and B are d x d (from the QR of the centred features), the
-    eigenvalues of C_a C_b are the squared singular values of A B', and their sum is the trace of
-    the root. This needs no matrix root, gives no negative eigenvalue and is exact for any rank.
-    With few samples it is too large, by about the distance of two halves of one set.
-
-    Raises ValueError if a set has <= d samples, because its covariance is then singular.
+    eigenvalues of C_a C_b are the squared singular values of A B', whose sum is the trace of the
+    root: no matrix root, no negative eigenvalue, exact for any rank. With few samples the distance
+    is too large, by about that of two halves of one set; <= d samples have a singular covariance.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
     d = a.shape[1]
@@ -126,8 +122,7 @@ def frechet_distance(a, b):
 
 def text_similarity(clip_features, text_features):
     """Mean cosine of the features of clips and of their texts, both (n, d): in [-1, 1]."""
-    clip_features, text_features = clip_features.double(), text_features.double()
-    return F.cosine_similarity(clip_features, text_features, dim=1).mean().item()
+    return F.cosine_similarity(clip_features.double(), text_features.double()).mean().item()
 
 
 class FeatureNet(nn.Module):
@@ -140,24 +135,25 @@ class FeatureNet(nn.Module):
 
     name = "shapes"
 
-    def __init__(self, num_frames, image_size, width=NUM_FEATURES):
+    def __init__(self, num_frames, image_size):
         super().__init__()
         self.register_buffer("trained_for", torch.tensor([num_frames, image_size]))
-        widths, layers = (3, 16, 32, 64), []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-            stride = (1 if i == 0 else 2, 2, 2)  # layer 0 keeps all frames, to see each motion step
-            layers += [nn.Conv3d(a, b, 3, stride, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+        layers = []
+        for a, b, stride in (3, 16, 1), (16, 32, 2), (32, 64, 2):  # 1: to see each step of a motion
+            conv = nn.Conv3d(a, b, 3, (stride, 2, 2), padding=1)
+            layers += [conv, nn.GroupNorm(8, b), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
-        self.project = nn.Linear(widths[-1], width)
-        self.words = nn.Parameter(torch.randn(len(WORDS), width) / math.sqrt(width))
+        self.project = nn.Linear(64, NUM_FEATURES)
+        words = torch.randn(len(WORDS), NUM_FEATURES)
+        self.words = nn.Parameter(words / math.sqrt(NUM_FEATURES))
 
     def forward(self, clips):
-        """Features (b, width) of clips (b, t, 3, h, w) in [-1, 1] on any device."""
+        """Features (b, d) of clips (b, t, 3, h, w) in [-1, 1] on any device."""
         x = self.layers(clips.to(self.words).transpose(1, 2))  # b t c h w -> b c t h w
         return self.project(x.mean((2, 3, 4)))
 
     def text_features(self, texts):
-        """Features (n, width) of n texts. Raises ValueError if one has none of the known words."""
+        """Features (n, d) of n texts, each with at least one of the known words."""
         known = [[WORDS.index(word) for word in text.split() if word in WORDS] for text in texts]
         if [] in known:
             text = texts[known.index([])]
@@ -186,7 +182,7 @@ def real_clips(num_clips, num_frames, image_size, seed, combinations=COMBINATION
 def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu", progress=iter):
     """Train a FeatureNet to classify clips by caption, all 72 of them, with CLIP's loss.
 
-    Half a minute on two cores at 8 frames of 32 x 32. `progress` wraps the steps, as tqdm does.
+    `progress` wraps the steps, as tqdm does.
     """
     if num_frames < 2:
         raise ValueError(f"train_feature_net needs num_frames >= 2, got {num_frames}")
@@ -219,34 +215,29 @@ def accuracy(net, num_clips=720):
     """Percentage of held-out clips whose colour, shape, direction or all three a net recognises."""
     num_frames, image_size = net.trained_for.tolist()
     clips = real_clips(num_clips, num_frames, image_size, HELD_OUT_SEED)
-    best = torch.cat([net.similarity(part).argmax(1).cpu() for part in clips.split(64)]).tolist()
-    right = np.array([
-        [a == b for a, b in zip(COMBINATIONS[i], COMBINATIONS[n % len(COMBINATIONS)], strict=True)]
-        for n, i in enumerate(best)
-    ])
+    best = torch.cat([net.similarity(part).argmax(1).cpu() for part in clips.split(64)])
+    words = np.array(COMBINATIONS)  # 72 x (colour, shape, direction)
+    right = words[best] == words[np.arange(num_clips) % len(words)]
     parts = [*right.mean(0), right.all(1).mean()]
     names = ("colour", "shape", "direction", "all")
     return {name: round(100 * float(part), 1) for name, part in zip(names, parts, strict=True)}
 
 
 def load_feature_net(path, num_frames, image_size, device="cpu", progress=iter):
-    """The FeatureNet of a safetensors file; trains and writes it if the file does not exist.
-
-    Raises ValueError if the file holds something else, or a net for clips of another size.
-    """
+    """The FeatureNet of a safetensors file; trains and writes it if the file does not exist."""
     if not Path(path).exists():
         net = train_feature_net(num_frames, image_size, device=device, progress=progress)
         save_safetensors(path, net.state_dict())
         return net
     net, tensors = FeatureNet(num_frames, image_size), load_safetensors(path)
-    shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ValueError(f"{path}: not a feature net; remove it or name another file")
-    size = tensors["trained_for"].tolist()
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError:  # other names or shapes
+        raise ValueError(f"{path}: not a feature net; remove it or name another file") from None
+    size = net.trained_for.tolist()
     if size != [num_frames, image_size]:
         raise ValueError(f"{path}: needs a net for {num_frames} frames of {image_size} pixels, got "
                          f"{size[0]} of {size[1]}; name another file")
-    net.load_state_dict(tensors)
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -256,24 +247,20 @@ def mean_over_clips(measure, *clips):
 
 
 def evaluate_quality(sources, prompts, seed, net=None):
-    """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)} of combinations.
+    """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)}.
 
     `prompts` are their n combinations. Sources include "real clips" and "real, autoencoded". With a
     net, adds the distance to other real clips of the same combinations and the text similarity.
-
-    Raises ValueError if there are too few clips for a distance.
     """
     result = {name: {} for name in sources}
     real, coded = sources["real clips"], sources["real, autoencoded"]
     num_clips, num_frames, _, image_size, _ = real.shape
-    for name, clips in sources.items():
-        if num_frames > 1:
+    if num_frames > 1:
+        for name, clips in sources.items():
             steady = mean_over_clips(consistency, clips[:, None])  # [:, None]: batches of one clip
             result[name]["consistency"] = round(steady, 4)
-    result["real, autoencoded"] |= {
-        "PSNR": round(mean_over_clips(psnr, real, coded), 2),
-        "SSIM": round(mean_over_clips(ssim, real, coded), 4),
-    }
+    result["real, autoencoded"] |= {"PSNR": round(mean_over_clips(psnr, real, coded), 2),
+                                    "SSIM": round(mean_over_clips(ssim, real, coded), 4)}
     if net is not None:
         others = features_of(net, real_clips(num_clips, num_frames, image_size, seed + 1, prompts))
         texts = net.text_features([caption_of(*prompt) for prompt in prompts]).cpu()
