@@ -14,6 +14,7 @@ under the same names: that is how an image model becomes a video model in Latent
 
 from dataclasses import dataclass
 from functools import partial
+from math import lcm
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class UNetConfig:
     max_frames: int = 16
 
     def __post_init__(self):
+        def check(name, right, need):
+            if not right:
+                raise ValueError(f"{name} needs {need}, got {getattr(self, name)!r}")
+
         choices = {
             "temporal": VARIANTS,
             "shift_before": ("conv1", "conv2", "both"),
@@ -72,23 +77,20 @@ class UNetConfig:
             "class_embed_type": (None, "simple_projection"),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
-        levels = len(self.block_out_channels)
-        if min(levels, self.layers_per_block, self.norm_num_groups, *self.num_heads) < 1:
-            raise ValueError("block_out_channels needs a level; layers_per_block, norm_num_groups "
-                             "and the numbers of heads need >= 1")
-        if len(self.attention_levels) != levels or len(self.num_heads) != levels:
-            raise ValueError(f"attention_levels and attention_head_dim need {levels} values, one a "
-                             f"level, got {self.attention_levels}, {self.num_heads}")
-        if not 2 <= self.shift_fold <= min(self.block_out_channels) or self.max_frames < 1:
-            raise ValueError("shift_fold needs >= 2 and at most the channels of a level, max_frames"
-                             f" >= 1, got {self.shift_fold}, {self.max_frames}")
-        for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
-            if channels % self.norm_num_groups or channels % heads or channels % 2:
-                raise ValueError("block_out_channels needs even multiples of norm_num_groups="
-                                 f"{self.norm_num_groups} and of the number of heads {heads}, got "
-                                 f"{channels}")
+            check(name, getattr(self, name) in known, f"one of {known}")
+        for name in ("layers_per_block", "norm_num_groups", "max_frames"):
+            check(name, getattr(self, name) >= 1, ">= 1")
+        widths, heads, groups = self.block_out_channels, self.num_heads, self.norm_num_groups
+        check("block_out_channels", min(widths, default=0) >= 1, "one level or more, >= 1 channels")
+        check("attention_levels", len(self.attention_levels) == len(widths),
+              f"{len(widths)} values, one a level")
+        check("attention_head_dim", len(heads) == len(widths) and min(heads) >= 1,
+              f"one number >= 1, or {len(widths)}, one a level")
+        # GroupNorm and attention split the channels, sinusoids halve them.
+        divided = all(c % lcm(2, groups, n) == 0 for c, n in zip(widths, heads, strict=True))
+        check("block_out_channels", divided,
+              f"even multiples of norm_num_groups={groups} and of the numbers of heads {heads}")
+        check("shift_fold", 2 <= self.shift_fold <= min(widths), f"2 to {min(widths)} (channels)")
 
     @property
     def num_heads(self):
@@ -133,64 +135,39 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def make_resnet(in_channels, out_channels, config):
-    """A ResnetBlock of the U-Net, with the shift if the config has it."""
-    both = config.shift_before == "both"
-    shift_before = ("conv1", "conv2") if both else (config.shift_before,)
-    return ResnetBlock(
-        in_channels, out_channels, config.norm_num_groups, eps=1e-5,
-        time_channels=4 * config.block_out_channels[0],
-        scale_shift=config.resnet_time_scale_shift == "scale_shift",
-        shift_before=shift_before if config.temporal == "shift" else (),
-        shift_fold=config.shift_fold, shift_causal=config.shift_causal,
-    )
-
-
-def make_transformer(channels, num_heads, config):
-    """A Transformer2D of the U-Net."""
-    return Transformer2D(channels, num_heads, config.cross_attention_dim, config.norm_num_groups,
-                         linear=config.use_linear_projection)
-
-
 class Level(nn.Module):
-    """The layers of one resolution: pairs of a ResnetBlock and, perhaps, a Transformer2D.
+    """The layers of one resolution: ResnetBlocks, each followed by a Transformer2D or by none.
 
-    `widths` are the channels that enter each ResnetBlock. A level has `downsamplers` if it halves
-    the size behind its layers, `upsamplers` if it doubles it.
+    `i` is its place in the config, `widths` are the channels that enter each ResnetBlock. Behind
+    its layers, `downsample` halves the size and `upsample` doubles it.
     """
 
-    def __init__(self, widths, channels, num_heads, config, attention, step=None):
+    def __init__(self, config, i, widths, num_transformers, downsample=False, upsample=False):
         super().__init__()
-        self.resnets = nn.ModuleList(make_resnet(width, channels, config) for width in widths)
-        count = len(widths) if attention else 0
-        self.attentions = nn.ModuleList(make_transformer(channels, num_heads, config)
-                                        for _ in range(count))
-        self.temporal = nn.ModuleList()  # behind each layer, in one variant of temporal.py
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if step == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if step == "up" else [])
+        channels, groups = config.block_out_channels[i], config.norm_num_groups
+        shift_before = [name for name in ("conv1", "conv2")
+                        if config.temporal == "shift" and config.shift_before in (name, "both")]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(width, channels, groups, eps=1e-5,
+                        time_channels=4 * config.block_out_channels[0],
+                        scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                        shift_before=shift_before, shift_fold=config.shift_fold,
+                        shift_causal=config.shift_causal)
+            for width in widths)
+        self.attentions = nn.ModuleList(
+            Transformer2D(channels, config.num_heads[i], config.cross_attention_dim, groups,
+                          linear=config.use_linear_projection)
+            for _ in range(num_transformers))
+        self.temporal = nn.ModuleList()  # behind its layers, in one variant of temporal.py
+        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
     def layer(self, i, x, time, context):
         """The i-th ResnetBlock and what follows it, (b, t, c, h, w) to (b, t, channels, h, w)."""
         x = self.resnets[i](x, time)
-        if self.attentions:
+        if i < len(self.attentions):
             x = self.attentions[i](x, context)
-        return self.temporal[i](x) if self.temporal else x
-
-
-class MidBlock(nn.Module):
-    """At the lowest resolution: block, transformer, block."""
-
-    def __init__(self, channels, num_heads, config):
-        super().__init__()
-        self.resnets = nn.ModuleList(make_resnet(channels, channels, config) for _ in range(2))
-        self.attentions = nn.ModuleList([make_transformer(channels, num_heads, config)])
-        self.temporal = nn.ModuleList()
-
-    def forward(self, x, time, context):
-        x = self.attentions[0](self.resnets[0](x, time), context)
-        for temporal in self.temporal:
-            x = temporal(x)
-        return self.resnets[1](x, time)
+        return self.temporal[i](x) if i < len(self.temporal) else x
 
 
 class UNet(nn.Module):
@@ -200,9 +177,8 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # keep little of each layer, compute the rest again
-        widths, heads = config.block_out_channels, config.num_heads
-        levels, last = list(range(len(widths))), len(widths) - 1
-        time_width = 4 * widths[0]
+        widths, num_layers = config.block_out_channels, config.layers_per_block
+        last, time_width = len(widths) - 1, 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_width)
         self.class_embedding = None
@@ -210,18 +186,19 @@ class UNet(nn.Module):
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
         skips = [widths[0]]  # channels of what the way down sets aside; a stack, as in forward()
         self.down_blocks = nn.ModuleList()
-        for i in levels:
-            enters = [widths[max(i - 1, 0)]] + [widths[i]] * (config.layers_per_block - 1)
-            attention, step = config.attention_levels[i], "down" if i < last else None
-            self.down_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
-            skips += [widths[i]] * (config.layers_per_block + (i < last))
-        self.mid_block = MidBlock(widths[-1], heads[-1], config)
+        for i in range(len(widths)):
+            enters = [widths[max(i - 1, 0)]] + [widths[i]] * (num_layers - 1)
+            transformers = len(enters) if config.attention_levels[i] else 0
+            self.down_blocks.append(Level(config, i, enters, transformers, downsample=i < last))
+            skips += [widths[i]] * (num_layers + (i < last))
+        # Two ResnetBlocks at the lowest resolution, and a transformer between them.
+        self.mid_block = Level(config, last, [widths[-1]] * 2, num_transformers=1)
         self.up_blocks = nn.ModuleList()
-        for i in reversed(levels):
-            enters = [widths[min(i + 1, last)]] + [widths[i]] * config.layers_per_block
+        for i in reversed(range(len(widths))):
+            enters = [widths[min(i + 1, last)]] + [widths[i]] * num_layers
             enters = [width + skips.pop() for width in enters]  # concatenated channels
-            attention, step = config.attention_levels[i], "up" if i > 0 else None
-            self.up_blocks.append(Level(enters, widths[i], heads[i], config, attention, step))
+            transformers = len(enters) if config.attention_levels[i] else 0
+            self.up_blocks.append(Level(config, i, enters, transformers, upsample=i > 0))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         add_temporal_layers(self)
@@ -249,7 +226,8 @@ class UNet(nn.Module):
             for downsample in level.downsamplers:
                 x = downsample(x)  # b t c h w -> b t c h/2 w/2
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, context)
+        for i in range(len(self.mid_block.resnets)):
+            x = self._run(self.mid_block.layer, i, x, time, context)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 x = torch.cat([x, skips.pop()], dim=2)  # b t c h w -> b t (c + c') h w
@@ -267,13 +245,10 @@ class UNet(nn.Module):
 
     def _check(self, latents, timesteps, context):
         b, config = len(latents), self.config
-        if latents.ndim != 5 or latents.shape[2] != config.in_channels or any(
-            size % config.downscale for size in latents.shape[3:]
-        ):
-            raise ValueError(f"latents need the shape (b, t, {config.in_channels}, h, w) with h "
-                             f"and w multiples of {config.downscale}, got {tuple(latents.shape)}")
-        if tuple(timesteps.shape) != (b,):
-            raise ValueError(f"timesteps need the shape ({b},), got {tuple(timesteps.shape)}")
-        if context.ndim != 3 or len(context) != b or context.shape[2] != config.cross_attention_dim:
-            raise ValueError(f"context needs the shape ({b}, n, {config.cross_attention_dim}), got "
-                             f"{tuple(context.shape)}")
+        c, f, d = config.in_channels, config.downscale, config.cross_attention_dim
+        if latents.ndim != 5 or latents.shape[2] != c or any(n % f for n in latents.shape[3:]):
+            raise ValueError(f"latents need the shape (b, t, {c}, h, w) with h and w multiples of "
+                             f"{f}, got {tuple(latents.shape)}")
+        if timesteps.shape != (b,) or context.shape != (b, context.shape[1], d):
+            raise ValueError(f"timesteps and context need the shapes ({b},) and ({b}, n, {d}), got "
+                             f"{tuple(timesteps.shape)} and {tuple(context.shape)}")

@@ -86,14 +86,12 @@ class Transformer2D(nn.Module):
         self.linear = linear  # only in this: 2 has linear projections, 1 has 1x1 convolutions
         project = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList([
-            TransformerBlock(channels, num_heads, context_channels)
-        ])
+        block = TransformerBlock(channels, num_heads, context_channels)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = project(channels, channels)
 
     def forward(self, x, context):
         """x (b, t, c, h, w) and hidden states (b, n, d) to (b, t, c, h, w)."""
-        height_width = x.shape[-2:]
         tokens = per_frame(self.norm, x)
         if not self.linear:
             tokens = per_frame(self.proj_in, tokens)
@@ -103,5 +101,5 @@ class Transformer2D(nn.Module):
         tokens = self.transformer_blocks[0](tokens, context)
         if self.linear:
             tokens = self.proj_out(tokens)
-        tokens = tokens.transpose(2, 3).unflatten(3, height_width)  # b t (h w) c -> b t c h w
+        tokens = tokens.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
         return x + (tokens if self.linear else per_frame(self.proj_out, tokens))

@@ -240,17 +240,23 @@ def test_bfloat16_goes_through():
 
 @pytest.mark.parametrize("options, message", [
     ({"temporal": "telepathy"}, "temporal needs one of .* got 'telepathy'"),
-    ({"shift_fold": 1}, "shift_fold needs >= 2 .* got 1"),
-    ({"shift_fold": 9}, "shift_fold needs .* at most the channels of a level, .* got 9"),
-    ({"max_frames": 0}, "max_frames >= 1, got 3, 0"),
+    ({"shift_fold": 1}, "shift_fold needs 2 to 8 .* got 1"),
+    ({"shift_fold": 9}, "shift_fold needs 2 to 8 .* got 9"),
+    ({"max_frames": 0}, "max_frames needs >= 1, got 0"),
+    ({"layers_per_block": 0}, "layers_per_block needs >= 1, got 0"),
+    ({"norm_num_groups": 0}, "norm_num_groups needs >= 1, got 0"),
     ({"shift_before": "conv3"}, "shift_before needs one of .* got 'conv3'"),
     ({"resnet_time_scale_shift": "scale"}, "resnet_time_scale_shift needs one of .* got 'scale'"),
     ({"class_embed_type": "timestep"}, "class_embed_type needs one of .* got 'timestep'"),
-    ({"attention_levels": (True, True)}, "need 3 values, one a level"),
-    ({"attention_head_dim": (2, 2)}, "need 3 values, one a level"),
-    ({"block_out_channels": (8, 16, 30)}, "norm_num_groups=4 .* got 30"),
-    ({"attention_head_dim": (1, 2, 5)}, "number of heads 5, got 32"),
-    ({"norm_num_groups": 1, "attention_head_dim": 1, "block_out_channels": (8, 16, 33)}, "got 33"),
+    ({"block_out_channels": ()}, r"block_out_channels needs one level or more, .* got \(\)"),
+    ({"block_out_channels": (8, 16, 0)}, "block_out_channels needs .* >= 1 channels, got"),
+    ({"attention_levels": (True, True)}, "attention_levels needs 3 values, one a level"),
+    ({"attention_head_dim": (2, 2)}, "attention_head_dim needs .* 3, one a level"),
+    ({"attention_head_dim": (2, 0, 2)}, r"attention_head_dim needs .* >= 1, .* got \(2, 0, 2\)"),
+    ({"block_out_channels": (8, 16, 30)}, "norm_num_groups=4 .* got .*30"),
+    ({"attention_head_dim": (1, 2, 5)}, r"numbers of heads \(1, 2, 5\), got .*32"),
+    ({"norm_num_groups": 1, "attention_head_dim": 1, "block_out_channels": (8, 16, 33)},
+     "even multiples .* got .*33"),
 ])
 def test_impossible_networks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -262,11 +268,11 @@ def test_impossible_networks_are_refused(options, message):
     ((2, 4, 3, 8, 12), (2,), (2, 5, 20), r"latents need the shape \(b, t, 4, h, w\)"),
     ((2, 3, 4, 6, 12), (2,), (2, 5, 20), "h and w multiples of 4"),
     ((2, 3, 4, 8, 10), (2,), (2, 5, 20), "h and w multiples of 4"),
-    ((2, 3, 4, 8, 12), (), (2, 5, 20), r"timesteps need the shape \(2,\), got \(\)"),
-    ((2, 3, 4, 8, 12), (6,), (2, 5, 20), r"timesteps need the shape \(2,\), got \(6,\)"),
-    ((2, 3, 4, 8, 12), (2,), (1, 5, 20), r"context needs the shape \(2, n, 20\), got \(1, 5, 20\)"),
-    ((2, 3, 4, 8, 12), (2,), (2, 5, 21), r"context needs the shape \(2, n, 20\), got \(2, 5, 21\)"),
-    ((2, 3, 4, 8, 12), (2,), (2, 20), r"context needs the shape \(2, n, 20\), got \(2, 20\)"),
+    ((2, 3, 4, 8, 12), (), (2, 5, 20), r"shapes \(2,\) and .*, got \(\) and"),
+    ((2, 3, 4, 8, 12), (6,), (2, 5, 20), r"shapes \(2,\) and .*, got \(6,\) and"),
+    ((2, 3, 4, 8, 12), (2,), (1, 5, 20), r"and \(2, n, 20\), got .* and \(1, 5, 20\)"),
+    ((2, 3, 4, 8, 12), (2,), (2, 5, 21), r"and \(2, n, 20\), got .* and \(2, 5, 21\)"),
+    ((2, 3, 4, 8, 12), (2,), (2, 20), r"and \(2, n, 20\), got .* and \(2, 20\)"),
 ])
 def test_inputs_that_do_not_fit_are_refused(latents, timesteps, context, message):
     with pytest.raises(ValueError, match=message):
