@@ -34,10 +34,9 @@ class Sampling:
     eta: float = option(0.0, "part of DDPM's noise that a DDIM step adds")
 
     def __post_init__(self):
-        limits = {
-            "num_frames": (1, math.inf), "image_size": (1, math.inf), "num_steps": (1, math.inf),
-            "frames_per_second": (0.1, 50), "eta": (0, 1),
-        }
+        limits = {"num_frames": (1, math.inf), "image_size": (1, math.inf),
+                  "num_steps": (1, math.inf), "eta": (0, 1),
+                  "frames_per_second": (0.1, 50)}  # 50: browsers slow faster GIFs down
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -67,23 +66,18 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, texts):
-        """Texts to their context (len(texts), n, d), on the text encoder's device.
-
-        Raises:
-            ValueError: if there is no tokenizer: the single files of Stable Diffusion hold none.
-        """
-        if self.tokenizer is None:
+        """Texts to their context (b, n, d), on the text encoder's device."""
+        if self.tokenizer is None:  # the single files of Stable Diffusion hold none
             raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), "
                              "which any diffusers folder has in tokenizer/")
-        ids = self.tokenizer(list(texts))  # b n
+        ids = self.tokenizer(texts)  # b n
         return self.text_encoder(ids.to(next(self.text_encoder.parameters()).device))  # b n d
 
     @torch.no_grad()
     def sample(self, prompts, seeds, sampling=None):
-        """Yield latents (b, t, c, h, w) after each denoising step, one clip for each prompt.
+        """Yield latents (b, t, c, h, w) after each denoising step: a clip per prompt and its seed.
 
-        seeds are ints, one a prompt: a clip depends on its own seed and prompt, not on its
-        neighbours. `decode` turns the last latents, or any before, into pixels.
+        `decode` turns the last latents, or any before, into pixels.
         """
         sampling = sampling or self.sampling
         f = self.vae.config.downscale

@@ -1,0 +1,158 @@
+"""Sampling from text: what a clip depends on, guidance, and the limits of the settings."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import fresh_pipeline
+from recorded.rule import fill, normal
+
+from pipeline import Sampling
+from vae import encode_clip
+
+PROMPTS = ["a red circle", "a blue square", "a red square"]
+SAMPLING = Sampling(num_frames=3, image_size=16, num_steps=2, guidance_scale=2.5)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """An untrained model whose output layer is not zero: texts and timesteps change its answers."""
+    pipeline = fresh_pipeline()
+    fill(pipeline.unet)
+    return pipeline.to("cpu")
+
+
+@pytest.fixture
+def calls(pipeline, monkeypatch):
+    """(clips, timesteps, context) of each call of the U-Net."""
+    seen, forward = [], type(pipeline.unet).forward
+    monkeypatch.setattr(type(pipeline.unet), "forward", lambda self, x, timesteps, context: (
+        seen.append((x, timesteps, context)) or forward(self, x, timesteps, context)
+    ))
+    return seen
+
+
+def last(pipeline, prompts, seeds, **options):
+    *_, latents = pipeline.sample(prompts, seeds, dataclasses.replace(SAMPLING, **options))
+    return latents
+
+
+# Settings
+
+
+def test_other_models_draw_16_frames_at_256_pixels_with_stable_diffusions_steps_and_guidance():
+    assert Sampling() == Sampling(
+        num_frames=16, image_size=256, frames_per_second=8.0, num_steps=50, guidance_scale=7.5,
+        sampler="ddim", eta=0.0,
+    )
+
+
+@pytest.mark.parametrize("name, values", [
+    ("num_frames", (1, 10**6)), ("image_size", (1, 10**6)), ("num_steps", (1, 10**6)),
+    ("frames_per_second", (0.1, 50)), ("eta", (0, 1)),
+])
+def test_settings_may_take_their_limits(name, values):
+    for value in values:
+        assert getattr(Sampling(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("num_frames", 0, ">= 1, got 0"), ("image_size", 0, ">= 1"), ("num_steps", 0, ">= 1"),
+    ("frames_per_second", 0.09, r"to lie in \[0.1, 50\], got 0.09"),
+    ("frames_per_second", 50.1, "to lie in"), ("eta", -0.01, r"to lie in \[0, 1\], got -0.01"),
+    ("eta", 1.01, "to lie in"),
+])
+def test_settings_beyond_their_limits_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=f"{name} needs {message}"):
+        Sampling(**{name: value})
+
+
+def test_without_settings_a_model_samples_with_its_own(pipeline):
+    steps = list(pipeline.sample(PROMPTS[:1], [0]))  # those of fresh_pipeline
+    assert len(steps) == 7 and steps[0].shape == (1, 5, 4, 10, 10)
+
+
+def test_a_size_that_the_autoencoder_cannot_divide_is_refused(pipeline):
+    with pytest.raises(ValueError, match="image_size needs a multiple of 4, got 18"):
+        last(pipeline, PROMPTS[:1], [0], image_size=18)
+
+
+# Text and guidance
+
+
+def test_a_model_without_a_tokenizer_names_the_remedy(pipeline):
+    with pytest.raises(ValueError, match="has no tokenizer; name a merges file"):
+        dataclasses.replace(pipeline, tokenizer=None).encode_text(["a cat"])
+
+
+def test_one_guided_step_equals_the_formula(pipeline):
+    guided = last(pipeline, PROMPTS[:1], [4], num_steps=1)
+    x_t = torch.randn((1, 3, 4, 4, 4), generator=torch.Generator().manual_seed(4))
+    t = pipeline.diffusion.timestep_pairs(1)[0][0]
+    with torch.no_grad():
+        text, none = (
+            pipeline.unet(x_t, torch.tensor([t]), pipeline.encode_text([prompt]))
+            for prompt in (PROMPTS[0], "")
+        )
+    assert (text - none).abs().max() > 1e-4
+    expected = pipeline.diffusion.ddim_step(none + 2.5 * (text - none), x_t, t, -1)
+    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=0)
+
+
+def test_without_guidance_the_network_sees_a_clip_with_its_text_once_a_step(pipeline, calls):
+    last(pipeline, PROMPTS[:1], [0], guidance_scale=1.0)
+    text = pipeline.encode_text(PROMPTS[:1])
+    assert [len(x) for x, _, _ in calls] == [1, 1]
+    assert all(torch.equal(context, text) for _, _, context in calls)
+
+
+def test_with_guidance_the_network_sees_each_clip_twice_without_its_text_and_with_it(
+    pipeline, calls
+):
+    last(pipeline, PROMPTS[:2], [0, 1], guidance_scale=2.0)
+    none, *texts = pipeline.encode_text(["", *PROMPTS[:2]])
+    for x, timesteps, context in calls:
+        assert torch.equal(x[:2], x[2:]) and len(set(timesteps.tolist())) == 1
+        torch.testing.assert_close(context, torch.stack([none, none, *texts]), atol=1e-6, rtol=0)
+
+
+# What a clip depends on
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance_scale": 1.0},
+], ids=["ddim", "ddpm", "eta 1", "no guidance"])
+def test_a_clip_depends_on_its_own_prompt_and_seed(pipeline, options):
+    together = last(pipeline, PROMPTS, [5, 9, 7], **options)
+    for i, seed in enumerate([5, 9, 7]):
+        alone = last(pipeline, PROMPTS[i : i + 1], [seed], **options)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddpm"}, {"eta": 0.5}])
+def test_sampler_and_eta_reach_the_steps(pipeline, options):
+    a, b = (last(pipeline, PROMPTS[:1], [5], **chosen) for chosen in ({}, options))
+    assert (a - b).abs().max() > 1e-3
+
+
+# Networks and pixels
+
+
+def test_networks_of_a_pipeline_are_set_up_for_sampling():
+    pipeline = fresh_pipeline()
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert network.training and all(p.requires_grad for p in network.parameters())
+    pipeline.to("cpu")
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_sampling_records_no_gradients():
+    assert not last(fresh_pipeline(), PROMPTS[:1], [0]).requires_grad
+
+
+def test_decoding_undoes_the_encoding_and_its_scale(pipeline):
+    clip = (normal(3, 3, 16, 16).clamp(-1, 1) + 1) * 127.5
+    latents = encode_clip(pipeline.vae, clip)
+    expected = pipeline.vae.decode(latents / 0.7).clamp(-1, 1)  # 0.7: its scaling_factor
+    assert torch.equal(pipeline.decode(latents[None])[0], expected)
