@@ -44,7 +44,7 @@ def quick_gelu(x):
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
-PRESETS = {  # training replaces the vocabulary of "tiny" and "small" by that of its own tokenizer
+PRESETS = {  # training sets vocabulary and positions of "tiny" and "small" by its own tokenizer
     "tiny": TextConfig(vocab_size=1024, hidden_size=64, intermediate_size=256,
                        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=24),
     "small": TextConfig(vocab_size=1024, hidden_size=256, intermediate_size=1024,
