@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import itertools
 import json
 import math
 import mmap
@@ -66,7 +67,7 @@ def read_json(path):
     return value
 
 
-def save_safetensors(path, tensors, metadata=None):
+def save_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, atomically and one tensor at a time.
 
     CPU kernels sum in an order that depends on where a tensor begins, and PyTorch's own memory
@@ -74,11 +75,9 @@ def save_safetensors(path, tensors, metadata=None):
     size is not one come last. The header lists the tensors in the order given.
     """
     order, end = sorted(tensors, key=lambda name: tensors[name].nbytes % 64 != 0), 0  # stable
-    header = {"__metadata__": {"format": "pt", **(metadata or {})}} | dict.fromkeys(tensors)
+    header = {"__metadata__": {"format": "pt"}} | dict.fromkeys(tensors)
     for name in order:
         tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"{path}: {name} needs a dtype of safetensors, got {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
@@ -108,10 +107,9 @@ def load_safetensors(path):
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if entries else b""
     tensors = {}
     for name, (dtype, shape, begin) in entries.items():
-        count = math.prod(shape)
-        flat = torch.empty(0, dtype=dtype)
-        if count:
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + length + begin)
+        count, offset = math.prod(shape), 8 + length + begin
+        flat = (torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count
+                else torch.empty(0, dtype=dtype))
         tensors[name] = flat.reshape(shape)
     return tensors
 
@@ -130,21 +128,21 @@ def _parse_header(path, header, data_size):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the safetensors header is damaged ({error})") from None
     entries.pop("__metadata__", None)
-    parsed, spans = {}, {}
+    parsed, spans = {}, []
     for name, entry in entries.items():
         try:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             begin, end = entry["data_offsets"]
             whole = all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end])
-            whole = whole and isinstance(shape, list)
+            if not whole or not isinstance(shape, list):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path}: the header's {name!r} is damaged or has an unknown dtype")
+            raise ValueError(f"{path}: the header's {name!r} is damaged or has an unknown "
+                             "dtype") from None
         if end - begin != math.prod(shape) * dtype.itemsize or end > data_size:
             raise ValueError(f"{path}: {name!r} does not fit into the file (truncated download?)")
-        parsed[name], spans[name] = (dtype, shape, begin), (begin, end)
-    spans = sorted(spans.values())
-    if any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+        parsed[name] = dtype, shape, begin
+        spans.append((begin, end))
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans))):
         raise ValueError(f"{path}: two tensors share bytes; the header is damaged")
     return parsed

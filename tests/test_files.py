@@ -95,7 +95,7 @@ def test_odd_tensors_come_back(path, kind):
 
 
 def test_metadata_is_no_tensor(path):
-    save_safetensors(path, {"x": torch.ones(1)}, metadata={"from": "here"})
+    write(path, {"__metadata__": {"from": "here"}, "x": entry()}, EIGHT)
     assert list(load_safetensors(path)) == ["x"]
 
 
