@@ -124,35 +124,27 @@ class TrainOptions:
 
     def temporal_fields(self):
         """The fields of UNetConfig that choose the temporal variant."""
-        return {
-            "temporal": self.temporal, "shift_before": self.shift_before,
-            "shift_fold": self.shift_fold, "shift_causal": self.shift_causal,
-            "max_frames": self.num_frames,
-        }
+        same = ("temporal", "shift_before", "shift_fold", "shift_causal")
+        return {name: getattr(self, name) for name in same} | {"max_frames": self.num_frames}
 
     def sampling(self, num_frames):
         """The defaults of sample.py for the run."""
-        return Sampling(
-            num_frames=num_frames, image_size=self.image_size, num_steps=self.num_steps,
-            frames_per_second=self.frames_per_second, guidance_scale=self.guidance_scale,
-        )
+        return Sampling(num_frames=num_frames, image_size=self.image_size, num_steps=self.num_steps,
+                        frames_per_second=self.frames_per_second,
+                        guidance_scale=self.guidance_scale)
 
     def diffusion(self):
         """The noise schedule of the run."""
-        plain = Diffusion(prediction_type=self.prediction_type)
-        if not self.zero_terminal_snr and self.snr_divisor == 1:
-            return plain
         zero = self.zero_terminal_snr
+        if not zero and self.snr_divisor == 1:
+            return Diffusion(prediction_type=self.prediction_type)
         base = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=zero).alphas_cumprod
         # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). The betas are rebuilt from
         # it, because a scheduler_config.json holds betas, which diffusers can read.
         alpha_bar = base / (base + self.snr_divisor * (1 - base))
         betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
-        return Diffusion(
-            prediction_type=self.prediction_type,
-            timestep_spacing="trailing" if zero else "leading",
-            trained_betas=tuple(betas.tolist()),
-        )
+        return Diffusion(prediction_type=self.prediction_type, trained_betas=tuple(betas.tolist()),
+                         timestep_spacing="trailing" if zero else "leading")
 
 
 RECIPES = {
@@ -167,12 +159,11 @@ RECIPES = {
     ),
     "sd1": TrainOptions(
         preset="sd1", num_frames=16, image_size=256, num_clips=20000, max_tokens=77,
-        vae_steps=100000, vae_batch_size=16, vae_learning_rate=1e-4, kl_weight=1e-6,
-        motion_weight=0.0,
+        vae_steps=100000, vae_batch_size=16, vae_learning_rate=1e-4,
+        kl_weight=1e-6, motion_weight=0.0,
         image_steps=100000, image_batch_size=32, image_learning_rate=1e-4,
         video_steps=100000, video_batch_size=1, video_learning_rate=1e-5, image_every=8,
-        prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0,
-        early_noise=0.0,
+        prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0, early_noise=0.0,
         warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=True,
         save_every=5000, preview_every=5000, guidance_scale=7.5, num_steps=50,
     ),
