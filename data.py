@@ -189,28 +189,6 @@ def random_window(num_available, num_frames, generator):
     return int(torch.randint(num_available - num_frames + 1, (), generator=generator))
 
 
-def _examine(clips, num_frames, image_size, stride, frame_rate):
-    """Yield (path, caption, frames read, image size, frame rate, problem or None) of each clip."""
-    for path, caption in clips:
-        count, size, rate, problem = 0, (0, 0), None, None
-        try:
-            for image, _ in iter_clip(path, max_frames=1):
-                size = image.size
-            frames, rate = read_clip(path, stride, frame_rate, image_size=image_size)
-            count = len(frames)
-            _check_length(path, count, num_frames, stride, frame_rate)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-        yield path, caption, count, size, rate, problem
-
-
-def check(folder, num_frames, image_size, stride=1, frame_rate=None):
-    """Every problem of a folder, one line each: of its captions and of reading its clips."""
-    clips, problems = find_clips(folder)
-    rows = _examine(clips, num_frames, image_size, stride, frame_rate)
-    return problems + [problem for *_, problem in rows if problem]
-
-
 @dataclass(frozen=True)
 class CheckOptions:
     num_frames: int = option(1, "frames that each clip needs to have")
@@ -231,10 +209,19 @@ def main():
     clips, problems = find_clips(args.folder)
     total = 0
     print("frames       size    fps  file: caption")
-    for path, caption, count, (width, height), rate, problem in _examine(clips, **vars(options)):
+    for path, caption in clips:
+        count, size, rate = 0, "-", None
+        try:
+            for image, _ in iter_clip(path, max_frames=1):
+                size = f"{image.width}x{image.height}"
+            frames, rate = read_clip(path, options.stride, options.frame_rate,
+                                     image_size=options.image_size)
+            count = len(frames)
+            _check_length(path, count, options.num_frames, options.stride, options.frame_rate)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
         total += count
-        problems += [problem] if problem else []
-        size, rate = f"{width}x{height}", "-" if rate is None else f"{rate:.4g}"
+        rate = "-" if rate is None else f"{rate:.4g}"
         print(f"{count:6} {size:>10} {rate:>6}  {path.relative_to(args.folder)}: {caption:.50}")
     print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0

@@ -12,7 +12,7 @@ from helpers import call
 from PIL import Image
 
 import data
-from data import ClipFolder, check, find_clips, random_window
+from data import ClipFolder, find_clips, random_window
 
 ROOT = Path(data.__file__).parent
 
@@ -243,25 +243,16 @@ def test_a_window_needs_one_frame_to_all_of_the_clip(num_frames):
     assert random_window(3, 3, torch.Generator()) == 0
 
 
-def broken_folder(folder):
-    make_clip(folder / "dog/fine.gif")
-    make_clip(folder / "dog/short.gif", num_frames=2)
-    (folder / "dog/text.gif").write_text("hello")
-    make_clip(folder / "stray.gif")
-
-
-def test_check_lists_problems_of_captions_and_of_files_together(tmp_path):
-    broken_folder(tmp_path)
-    problems = check(tmp_path, num_frames=3, image_size=8)
-    names = [problem.split(":")[0].removeprefix(f"{tmp_path}/") for problem in problems]
-    assert names == ["stray.gif", "dog/short.gif", "dog/text.gif"]
-
-
 def test_the_check_command_lists_clips_problems_and_a_summary(tmp_path, capsys):
-    broken_folder(tmp_path)
+    make_clip(tmp_path / "dog/fine.gif")
+    make_clip(tmp_path / "dog/short.gif", num_frames=2)
+    (tmp_path / "dog/text.gif").write_text("hello")
+    make_clip(tmp_path / "stray.gif")
     assert call(data.main, "check", tmp_path, "--num-frames", 3) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["5", "12x8", "10", "dog/fine.gif:", "dog"]
+    names = [line.split(":")[0].removeprefix(f"{tmp_path}/") for line in lines[4:7]]
+    assert names == ["stray.gif", "dog/short.gif", "dog/text.gif"]  # of captions, then of files
     assert lines[-1] == "3 clips, 7 frames, 3 problems" and len(lines) == 1 + 3 + 3 + 1
 
 
