@@ -138,8 +138,11 @@ def test_every_input_matters(changed):
 # Numbers of Stable Diffusion
 
 
-@pytest.mark.parametrize("name, parameters", [("sd1", 859_520_964), ("sd2", 865_910_724)])
-def test_stable_diffusion_has_the_known_number_of_parameters(name, parameters):
+@pytest.mark.parametrize("name, parameters", [
+    ("sd1", 859_520_964), ("sd2", 865_910_724),
+    ("tiny", 1_063_812), ("small", 66_633_988),  # older runs have to load
+])
+def test_presets_have_their_number_of_parameters(name, parameters):
     assert signature(on_meta(PRESETS[name]))["parameters"] == parameters
 
 

@@ -79,8 +79,10 @@ def test_quick_gelu_at_a_point_worked_out_by_hand():
     torch.testing.assert_close(quick_gelu(x), 0.75 * x)
 
 
-@pytest.mark.parametrize("preset, count", [("sd1", 123_060_480), ("sd2", 340_387_840)])
-def test_presets_of_stable_diffusion_have_its_number_of_parameters(preset, count):
+@pytest.mark.parametrize("preset, count", [
+    ("sd1", 123_060_480), ("sd2", 340_387_840), ("tiny", 167_168), ("small", 3_433_984),
+])
+def test_presets_have_their_number_of_parameters(preset, count):
     with torch.device("meta"):  # without memory for the values
         model = CLIPTextModel(PRESETS[preset])
     assert sum(parameter.numel() for parameter in model.parameters()) == count

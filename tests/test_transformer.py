@@ -7,7 +7,8 @@ from helpers import TOLERANCE, build_unet, unet_inputs
 
 import layers
 import transformer
-from transformer import FeedForward, TransformerBlock
+from transformer import FeedForward, Transformer2D, TransformerBlock
+
 
 def calls_of(unet, ending, rows):
     """Add to rows the number of rows (b * n) that each call of the layers with a name is given."""
@@ -49,6 +50,21 @@ def test_a_block_equals_its_three_parts_frame_by_frame():
         y = y + block.attn2(block.norm2(y), context)
         y = y + block.ff(block.norm3(y))
         torch.testing.assert_close(block(x, context)[:, i], y, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@torch.no_grad()
+def test_a_transformer_adds_to_images_what_its_block_makes_of_their_tokens(linear):
+    layer = fill(Transformer2D(6, num_heads=2, context_channels=5, groups=3, linear=linear))
+    x, context = normal(2, 3, 6, 4, 7), normal(2, 7, 5, seed=2)
+
+    def project(projection, tokens):
+        return tokens @ projection.weight.view(6, 6).T + projection.bias
+
+    tokens = torch.stack([layer.norm(frame) for frame in x.unbind(1)], 1).flatten(3).mT
+    tokens = layer.transformer_blocks[0](project(layer.proj_in, tokens), context)
+    expected = x + project(layer.proj_out, tokens).mT.unflatten(3, (4, 7))
+    torch.testing.assert_close(layer(x, context), expected, atol=1e-6, rtol=0)
 
 
 # The feed-forward layers
