@@ -27,8 +27,8 @@ from weights import add_checkpoint_flags, load_pipeline
 
 def read_prompts(path):
     """The prompts of a text file, one a line; empty lines are skipped."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    try:  # utf-8-sig drops the mark that some Windows editors write in front
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -54,14 +54,12 @@ def main():
     parser = argparse.ArgumentParser(
         description="Draw clips from text.", allow_abbrev=False,
         epilog="Defaults of the drawing are the run's own (sampling.json); other models draw an "
-               "image (one frame) of the size that they were trained on.",
-    )
+               "image (one frame) of the size that they were trained on.")
     parser.add_argument("path", type=Path, metavar="PATH",
                         help="a run, a diffusers folder or a single file")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     parser.add_argument("--prompts-file", type=Path, help="a text file with a prompt on each line")
-    parser.add_argument("--output", type=Path,
-                        help="file or folder (default: samples, of a run its own)")
+    parser.add_argument("--output", type=Path, help="file or folder (default: samples, in the run)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="of files in a folder (default: gif; png for one frame)")
     parser.add_argument("--zoom", type=int, default=1, help="enlarge every pixel (default: 1)")
@@ -86,16 +84,15 @@ def main():
     is_run = (args.path / "train.json").exists()
     output = args.output or (args.path / "samples" if is_run else Path("samples"))
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
-    one_file = output.suffix and not output.is_dir()
+    one_file = output.suffix and not output.is_dir()  # or else a file per prompt in this folder
     if one_file and args.format not in (None, output.suffix[1:].lower()):
         raise ValueError(f"--format {args.format} contradicts --output {output}")
     require_writer(output if one_file else f"x{suffix}")  # an unknown suffix fails before the work
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
-    # Generators: each clip is written before the next one is drawn.
+    # Generators: in a folder, each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
     clips = (enlarge(clip, args.zoom) for clip in clips)
-    rate = sampling.frames_per_second
-    for path in write_samples(clips, prompts, output, suffix, rate):
+    for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second):
         print(path)
 
 

@@ -10,8 +10,6 @@ from PIL import Image
 
 import sample
 from media.read import read_clip
-from model import UNet
-from pipeline import Sampling
 from sample import generate
 from weights import load_pipeline
 
@@ -32,11 +30,8 @@ def draw(pipeline, prompts, seed=0, batch_size=8, **options):
 # What a clip depends on
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"sampler": "ddpm"}, {"eta": 1.0}, {"guidance_scale": 1.0},
-], ids=["ddim", "ddpm", "eta 1", "no guidance"])
-def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline, options):
-    alone, together = (draw(pipeline, PROMPTS, 5, size, **options) for size in (1, 2))
+def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline):
+    alone, together = (draw(pipeline, PROMPTS, 5, size, eta=1.0) for size in (1, 2))
     for a, b in zip(alone, together, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -65,41 +60,6 @@ def test_drawing_does_not_touch_the_global_random_state(pipeline):
     state = torch.get_rng_state()
     draw(pipeline, PROMPTS[:1], eta=1.0)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# Guidance
-
-
-def rows_of(pipeline, monkeypatch, **options):
-    """(clips, texts) in each call of the U-Net while one clip is drawn."""
-    rows, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, x, timesteps, text: (
-        rows.append((len(x), len(text))) or forward(self, x, timesteps, text)
-    ))
-    draw(pipeline, PROMPTS[:1], num_steps=3, **options)
-    return rows
-
-
-def test_without_guidance_the_network_sees_a_clip_with_its_text_once_a_step(pipeline, monkeypatch):
-    assert rows_of(pipeline, monkeypatch, guidance_scale=1.0) == [(1, 1)] * 3
-
-
-def test_with_guidance_the_network_sees_it_twice_with_two_texts(pipeline, monkeypatch):
-    assert rows_of(pipeline, monkeypatch, guidance_scale=2.0) == [(2, 2)] * 3
-
-
-def test_one_guided_step_equals_the_formula(pipeline):
-    sampling = Sampling(num_frames=3, image_size=16, num_steps=1, guidance_scale=2.5)
-    (guided,) = pipeline.sample(PROMPTS[:1], [4], sampling)
-    x_t = torch.randn((1, 3, 4, 4, 4), generator=torch.Generator().manual_seed(4))
-    t = pipeline.diffusion.timestep_pairs(1)[0][0]
-    with torch.no_grad():
-        text, none = (
-            pipeline.unet(x_t, torch.tensor([t]), pipeline.encode_text([prompt]))
-            for prompt in (PROMPTS[0], "")
-        )
-    expected = pipeline.diffusion.ddim_step(none + 2.5 * (text - none), x_t, t, -1)
-    assert torch.allclose(guided, expected, atol=1e-5)
 
 
 def test_guidance_of_one_is_no_other_clip_than_guidance_near_one(pipeline):
