@@ -52,14 +52,6 @@ class Run:
             write_json(self.path / "train.json", {"options": options, "finished": self.finished})
         processes.barrier()
 
-    def take_state(self, stage):
-        """The training state of the stage, once. Raises ValueError if it is another stage's."""
-        state, self.state = self.state, None
-        if state["stage"] != stage:
-            raise ValueError(f"{self.path / 'training_state.pt'}: is of the {state['stage']} "
-                             "stage; finish that one first")
-        return state
-
     def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
         """Write parts of the model: networks, (encoder, tokenizer), (diffusion, sampling)."""
         if not processes.is_main():
@@ -83,13 +75,13 @@ class Run:
         """Take the model that --init names as stages one and two."""
         options = self.options
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
-        for note in model.report.notes if processes.is_main() else ():
-            print(note, file=sys.stderr)
         model.encode_text([""])  # a model without a tokenizer is refused now
         factor = model.vae.config.downscale * model.unet.config.downscale
         if options.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {options.image_size}")
         if processes.is_main():
+            for note in model.report.notes:
+                print(note, file=sys.stderr)
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
         self.finish("image")

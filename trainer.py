@@ -19,7 +19,6 @@ import os
 import signal
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -58,10 +57,9 @@ class Average:
     """
 
     def __init__(self, parameters, decay):
-        self.parameters, self.decay = parameters, decay
-        self.values = [parameter.detach().clone() for parameter in parameters]
+        self.parameters, self.decay = [p.detach() for p in parameters], decay
+        self.values = [parameter.clone() for parameter in self.parameters]
 
-    @torch.no_grad()
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
@@ -75,40 +73,25 @@ class Average:
         finally:
             self._swap()
 
-    @torch.no_grad()
     def _swap(self):  # one by one, since a second copy of all might not fit
         for parameter, value in zip(self.parameters, self.values, strict=True):
             kept = parameter.clone()
             parameter.copy_(value)
             value.copy_(kept)
 
-    @torch.no_grad()
-    def copy(self, values):
-        """Give the parameters these values."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
 
-
-class Metrics:
-    """metrics.jsonl: a line per log interval; lines of steps that a resume repeats are dropped."""
-
-    def __init__(self, path, stage, step):
-        self.path, self.stage = Path(path), stage
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if not self._repeated(line, step)]
-            write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def _repeated(self, line, step):
+def drop_repeated(path, stage, step):
+    """Remove from metrics.jsonl the lines of a stage's later steps, which a resume repeats."""
+    def keep(line):
         try:
             entry = json.loads(line)
-            return entry["stage"] == self.stage and entry["step"] > step
+            return entry["stage"] != stage or entry["step"] <= step
         except (ValueError, TypeError, KeyError):  # a line that a kill cut short
-            return True
+            return False
 
-    def log(self, values):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, **values}) + "\n")
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        write_text(path, "".join(line + "\n" for line in lines if keep(line)))
 
 
 @contextmanager
@@ -138,6 +121,7 @@ class Trainer:
     def __init__(self, run, stage, groups):
         options = self.options = run.options
         self.run_dir, self.device, self.stage, self.step = run.path, run.device, stage, 0
+        self.state_path = run.path / "training_state.pt"
         self.num_steps = getattr(options, f"{stage}_steps")
         self.learning_rate = getattr(options, f"{stage}_learning_rate")
         groups = [{"params": list(parameters), "part": part} for parameters, part in groups]
@@ -148,7 +132,8 @@ class Trainer:
         self.wrapped = []
         self.loss_sum, self.loss_count = torch.zeros((), device=self.device), 0
         if run.state is not None:
-            self.load_state(run.take_state(stage))
+            self.load_state(run.state)
+            run.state = None  # the stages after this one start from their beginning
 
     def wrap(self, network):
         """A network as a step calls it: compiled if asked for, one with other processes' copies."""
@@ -168,8 +153,8 @@ class Trainer:
         preview(step) draws with the average's weights in place. At the end the parameters are the
         average's. Raises Stopped after Ctrl-C, when the state is saved.
         """
-        options = self.options
-        metrics = Metrics(self.run_dir / "metrics.jsonl", self.stage, self.step)
+        options, metrics = self.options, self.run_dir / "metrics.jsonl"
+        drop_repeated(metrics, self.stage, self.step)
         with stop_signals() as received, self._bar() as bar:
             started, first = time.perf_counter(), self.step
             while self.step < self.num_steps:
@@ -185,8 +170,11 @@ class Trainer:
                     self.loss_count = 0
                     bar.set_postfix(loss=f"{loss:.4f}", rate=f"{rate:.1e}")
                     if processes.is_main():
-                        metrics.log({"step": self.step, "loss": loss, "learning_rate": rate,
-                                     "steps_per_second": (self.step - first) / (now - started)})
+                        entry = {"stage": self.stage, "step": self.step, "loss": loss,
+                                 "learning_rate": rate,
+                                 "steps_per_second": (self.step - first) / (now - started)}
+                        with open(metrics, "a", encoding="utf-8") as file:
+                            file.write(json.dumps(entry) + "\n")
                     started, first = now, self.step
                 stopping = self._stopping(received)
                 if self.step % options.save_every == 0 or last or stopping:
@@ -198,7 +186,7 @@ class Trainer:
                 if previewing and processes.is_main():
                     with self.average.swapped():
                         preview(self.step)
-        self.average.copy(self.average.values)
+        torch._foreach_copy_(self.average.parameters, self.average.values)
 
     def backward(self, loss):
         """Add the gradients of a batch's loss to those of its step."""
@@ -234,18 +222,13 @@ class Trainer:
             return False
         return processes.mean(torch.tensor(float(len(received)), device=self.device)) > 0
 
-    @property
-    def state_path(self):
-        return self.run_dir / "training_state.pt"
-
     def save_state(self):
         """Everything that the next step needs, in one file, if loss and weights are finite."""
         self.check_loss()
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             self._refuse("model")
         state = {
-            "stage": self.stage, "step": self.step,
-            "processes": processes.rank_and_count()[1],
+            "stage": self.stage, "step": self.step, "processes": processes.rank_and_count()[1],
             "parameters": [p.detach() for p in self.parameters],
             "average": self.average.values, "optimizer": self.optimizer.state_dict(),
         }
@@ -259,14 +242,12 @@ class Trainer:
         if state.get("processes", count) != count:  # states of older versions do not say
             raise ValueError(f"{self.state_path}: is of a training with {state['processes']} "
                              f"processes, this one has {count}; resume it with as many")
-        shapes = [tuple(p.shape) for p in self.parameters]
-        if [tuple(p.shape) for p in state["parameters"]] != shapes:
+        if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters]:
             raise ValueError(f"{self.state_path}: belongs to a model of another configuration")
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average.copy(state["parameters"])
-        for value, saved in zip(self.average.values, state["average"], strict=True):
-            value.copy_(saved)
+        torch._foreach_copy_(self.average.parameters, state["parameters"])
+        torch._foreach_copy_(self.average.values, state["average"])
 
     def check_loss(self):
         """The mean loss since the last look at it. Reading it waits for the device."""

@@ -11,9 +11,9 @@
 Single files of Stable Diffusion 1.x and 2.x are read (checkpoints/), never written. Nothing is
 loaded in part: a tensor is used, or ignored for a reason that the report gives, or an error.
 
-Files stay mapped. A folder's tensors that do not begin at a multiple of 64 bytes are copied, because
-the kernels' sums depend on where a tensor begins: a run gives the same bits before it is saved and
-after it is loaded. Single files are too large for that; results may differ in the last digits.
+Files stay mapped. But a folder's tensors that do not begin at a multiple of 64 bytes are copied,
+because the kernels' sums depend on where a tensor begins: so a run gives the same bits before it is
+saved and after it is loaded. Single files are too large for that; their last digits may differ.
 
     python weights.py v1-5-pruned.safetensors                     # what is it?
     python weights.py v2-1_768-ema-pruned.ckpt --merges bpe.txt.gz --convert models/sd21
@@ -41,8 +41,6 @@ UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"
 ASSUMED = ("prediction type: v_prediction, which no file of Stable Diffusion 2 says; 2-base needs "
            "prediction_type='epsilon' (--prediction-type epsilon)")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 # Of each network: how its config.json is written and read, and the name of its weights' file.
 FORMS = {
@@ -132,8 +130,7 @@ def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"] if has_tokenizer else [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
+        "safety_checker": [None, None], "feature_extractor": [None, None],
         "requires_safety_checker": False,
     })
 
@@ -158,9 +155,6 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     dtype: of the networks; None leaves each tensor as the file has it.
 
     Its `report` says what was used and what was ignored. `tokenizer` is None if there is none.
-
-    Raises:
-        ValueError: naming what is absent, damaged, too much or not built here.
     """
     path = Path(path)
     if not path.exists():
@@ -280,14 +274,15 @@ def main():
     add_checkpoint_flags(parser)
     parser.add_argument("--convert", type=Path, metavar="FOLDER",
                         help="write it in the layout of diffusers")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                        help="of the weights (default: as they are)")
     args = parser.parse_args()
     if args.convert and args.convert.exists() and (
         not args.convert.is_dir() or any(args.convert.iterdir())
     ):
         raise ValueError(f"--convert {args.convert}: exists already; name a new folder")
-    pipeline = load_pipeline(args.path, merges=args.merges, prediction_type=args.prediction_type,
-                             ema=args.ema, dtype=DTYPES.get(args.dtype))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema, dtype)
     print(f"{describe(pipeline)}\n{pipeline.report}")
     if args.convert:
         save_pipeline(pipeline, args.convert)

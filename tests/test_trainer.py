@@ -13,7 +13,7 @@ from torch import nn
 import processes
 import trainer
 from options import TrainOptions
-from trainer import Average, Metrics, Trainer, learning_rate_at, step_generator
+from trainer import Average, Trainer, drop_repeated, learning_rate_at, step_generator
 
 
 def points(generator):
@@ -134,7 +134,7 @@ def test_a_resume_drops_the_lines_of_the_steps_that_it_repeats(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"stage": "image", "st')  # cut by a kill
-    Metrics(tmp_path / "metrics.jsonl", "image", 2)
+    drop_repeated(tmp_path / "metrics.jsonl", "image", 2)
     assert metrics_of(tmp_path) == lines[:2]
 
 
