@@ -1,10 +1,9 @@
 """Metrics of clips: distances between features, fidelity of images, consistency over time.
 
-    Frechet distance   of two sets of clips: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)), the
-                       distance of two Gaussians fitted to their features (FID, Heusel et al. 2017,
-                       eq. 6; on clips FVD, Unterthiner et al. 2018)
-    text similarity    of clips and their texts: the cosine of their features (CLIPSIM, Wu et al.
-                       2021, there with OpenAI's CLIP)
+    Frechet distance   of two sets of clips: |mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)) of
+                       Gaussians fitted to their features (FID, Heusel et al. 2017, eq. 6; on clips
+                       FVD, Unterthiner et al. 2018)
+    text similarity    the cosine of features of clips and texts (CLIPSIM, Wu et al. 2021)
     PSNR, SSIM         of an image and its reconstruction (SSIM: Wang et al. 2004)
     consistency        of a clip: how little successive frames differ
 
@@ -110,10 +109,8 @@ def frechet_distance(a, b):
         raise ValueError(f"frechet_distance needs >= {d + 1} samples of {d} features in both sets, "
                          f"got {a.shape} and {b.shape}")
 
-    def root(x):
-        return np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r")
-
-    root_a, root_b = root(a), root(b)
+    root_a, root_b = (np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r")
+                      for x in (a, b))
     trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()
     distance = means + (root_a**2).sum() + (root_b**2).sum() - 2 * trace
@@ -184,8 +181,6 @@ def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu
 
     `progress` wraps the steps, as tqdm does.
     """
-    if num_frames < 2:
-        raise ValueError(f"train_feature_net needs num_frames >= 2, got {num_frames}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FeatureNet(num_frames, image_size).to(device)
@@ -204,9 +199,9 @@ def train_feature_net(num_frames, image_size, seed=0, num_steps=800, device="cpu
         schedule.step()
     net.eval().requires_grad_(False)
     # The loss ignores the length of features. Variance 1 makes distances of two nets comparable.
-    features = features_of(net, real_clips(720, num_frames, image_size, seed))
-    net.project.weight /= features.std()
-    net.project.bias /= features.std()
+    deviation = features_of(net, real_clips(720, num_frames, image_size, seed)).std()
+    net.project.weight /= deviation
+    net.project.bias /= deviation
     return net
 
 

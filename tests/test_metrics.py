@@ -288,12 +288,6 @@ def test_the_seed_decides_the_net_and_nothing_else_does():
     assert torch.equal(a.words, b.words) and not torch.equal(a.words, c.words)
 
 
-def test_a_net_needs_clips_of_two_frames():
-    with pytest.raises(ValueError, match="num_frames >= 2, got 1"):
-        train_feature_net(1, 16)
-    assert train_feature_net(2, 16, num_steps=1).trained_for.tolist() == [2, 16]
-
-
 def test_a_net_is_trained_once_and_kept(tmp_path, net, monkeypatch):
     calls = []
     monkeypatch.setattr(metrics, "train_feature_net", lambda *a, **k: calls.append(a) or net)
