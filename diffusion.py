@@ -21,6 +21,7 @@ et al. 2023. Latent-Shift changes none of this: its clips are noised frame by fr
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -136,7 +137,7 @@ class Diffusion:
         else:
             ends = torch.linspace(0, total - 1, num_steps, dtype=torch.float64)
             steps = [round(step) for step in reversed(ends.tolist())]
-        return list(zip(steps, steps[1:] + [-1], strict=True))
+        return list(pairwise([*steps, -1]))
 
     def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
         """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise."""
