@@ -88,6 +88,13 @@ def test_presets_have_their_number_of_parameters(preset, count):
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+def test_new_embeddings_have_the_small_spread_that_lets_attention_matter():
+    torch.manual_seed(0)
+    embeddings = CLIPTextModel(PRESETS["tiny"]).text_model.embeddings
+    assert embeddings.token_embedding.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert embeddings.position_embedding.weight.std().item() == pytest.approx(0.03, rel=0.05)
+
+
 @torch.no_grad()
 def test_standardised_last_tokens_have_mean_0_and_variance_1_in_every_channel():
     ids = CLIPTokenizer.train(CAPTIONS, num_merges=60, max_length=12)(CAPTIONS)
