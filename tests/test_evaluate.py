@@ -92,6 +92,11 @@ def test_to_and_fro_is_no_direction(order):
     assert recognise(clip[order])[2] is None
 
 
+def test_a_clip_that_stands_still_and_jumps_has_no_direction():
+    clip = clips_of([("green", "circle", "right")])[0]
+    assert recognise(clip[[0, 0, 0, 0, 7, 7, 7, 7]])[2] is None
+
+
 def test_a_diagonal_is_no_direction():
     right, down = clips_of([("green", "circle", "right"), ("green", "circle", "down")])
     steps = [np.roll(right[0], (2 * i, 2 * i), (1, 2)) for i in range(-2, 3)]
@@ -228,6 +233,17 @@ def test_a_damaged_record_is_refused_by_name(run):
     (run / "train.json").write_text('{"options": {}')
     with pytest.raises(ValueError, match="train.json: not a JSON file"):
         call(evaluate.main, run)
+
+
+def test_the_smallest_numbers_are_two_prompts_one_clip_at_a_time_and_seed_0():
+    words = ("run", "--num-prompts", 2, "--batch-size", 1, "--seed", 0)
+    args = call(evaluate.parse_arguments, *words)
+    assert (args.num_prompts, args.batch_size, args.seed) == (2, 1, 0)
+
+
+def test_a_distance_needs_one_prompt_more_than_there_are_features():
+    args = call(evaluate.parse_arguments, "run", "--num-prompts", 33, "--fvd")
+    assert args.feature_net == evaluate.Path("run/feature_net.safetensors")
 
 
 @pytest.mark.parametrize("words", [

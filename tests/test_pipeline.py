@@ -147,6 +147,12 @@ def test_networks_of_a_pipeline_are_set_up_for_sampling():
         assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
+def test_channels_lie_innermost_except_on_a_cpu():
+    for device, layout in (("cpu", torch.contiguous_format), ("meta", torch.channels_last)):
+        weight = fresh_pipeline().to(device).unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=layout)
+
+
 def test_sampling_records_no_gradients():
     assert not last(fresh_pipeline(), PROMPTS[:1], [0]).requires_grad
 
