@@ -24,15 +24,13 @@ def add_flags(parser, options):
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         flag, default = "--" + field.name.replace("_", "-"), getattr(options, field.name)
-        kwargs = {"help": f"{field.metadata['help']} (default: {default})", "default": None}
-        kind = hints[field.name]
+        text, kind = f"{field.metadata['help']} (default: {default})", hints[field.name]
         if isinstance(kind, types.UnionType):  # `int | None`: parse as the first of the two
             kind = typing.get_args(kind)[0]
         if kind is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction
+            parser.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
         else:
-            kwargs |= {"type": kind, "choices": field.metadata.get("choices")}
-        parser.add_argument(flag, **kwargs)
+            parser.add_argument(flag, help=text, type=kind, choices=field.metadata.get("choices"))
 
 
 def given_flags(args, options):

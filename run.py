@@ -25,7 +25,6 @@ from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
 
-PREVIEW_PIXELS = 2**20  # drawn at once for a preview, which needs memory beside training's
 REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only older runs have
 
 
@@ -124,18 +123,15 @@ def draw_previews(run, stage, pipeline, captions):
     """A function of the step that draws nine captions with the average's weights."""
     prompts = list(dict.fromkeys(captions))
     prompts = prompts[:: max(1, len(prompts) // 9)][:9]
-    sampling = pipeline.sampling
-    at_once = max(1, PREVIEW_PIXELS // (sampling.num_frames * sampling.image_size**2))
 
     def preview(step):
         clips = []
-        for start in range(0, len(prompts), at_once):
-            batch = prompts[start : start + at_once]
-            *_, latents = pipeline.sample(batch, range(start, start + len(batch)))
+        for seed, prompt in enumerate(prompts):  # one by one, as training holds the memory
+            *_, latents = pipeline.sample([prompt], [seed])
             clips.append(pipeline.decode(latents))
         suffix = ".png" if stage == "image" else ".gif"
         path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
-        write_clip(path, side_by_side(torch.cat(clips)), sampling.frames_per_second)
+        write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)
 
     return preview
 

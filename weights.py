@@ -197,7 +197,7 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     diffusion = configs.diffusion_from_json(read_json(where), where)
     if prediction_type is not None:
         diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
-    unet, *ignored = load_network(path / unet, UNet, temporal, dtype)
+    unet, ignored = load_network(path / unet, UNet, temporal, dtype)
     vae, more = load_network(path / "vae", AutoencoderKL, None, dtype)
     text, most = load_network(path / "text_encoder", CLIPTextModel, None, dtype)
     names.check_together(unet.config, vae.config, text.config, path)
@@ -210,8 +210,8 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
         size = unet.config.sample_size * vae.config.downscale
         sampling = Sampling(num_frames=1, image_size=size)
     used = sum(len(network.state_dict()) for network in (unet, vae, text))
-    positions = sum([*ignored, more, most])
-    report = names.Report(used, {"numbers of positions": positions} if positions else {})
+    ignored += more + most
+    report = names.Report(used, {"numbers of positions": ignored} if ignored else {})
     return Pipeline(unet, vae, text, tokenizer, diffusion, sampling, report)
 
 

@@ -66,27 +66,33 @@ def fail(error):
     raise error
 
 
-def kill_at(path, stage, step, **options):
-    """Train a run that is killed just before a step."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        before_step(patch, stage, step, lambda: fail(Killed))
-        train_small(path, **options)
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """{stage: one run as it was after a kill just before step 3 of the stage}."""
+    path, runs = tmp_path_factory.mktemp("killed") / "run", {}
+    for stage in STAGES:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            before_step(patch, stage, 3, lambda: fail(Killed))
+            train_small(path, "--resume", log_every=1)
+        runs[stage] = shutil.copytree(path, path.parent / stage)
+    return runs
 
 
 # Ends before the end
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, tmp_path, stage):
-    kill_at(tmp_path / "run", stage, 3)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed_runs, tmp_path, stage):
+    shutil.copytree(killed_runs[stage], tmp_path / "run")
     assert torch.load(tmp_path / "run/training_state.pt")["step"] == 2
     train_small(tmp_path / "run", "--resume")
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_optimizer_and_average_after_a_resume_are_those_without_a_kill(trained, tmp_path, stage):
-    kill_at(tmp_path / "run", stage, 3)
+def test_optimizer_and_average_after_a_resume_are_those_without_a_kill(
+        trained, killed_runs, tmp_path, stage):
+    shutil.copytree(killed_runs[stage], tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run.Run, "finish", finish_until(stage))
         train_small(tmp_path / "run", "--resume")
@@ -100,8 +106,8 @@ def finish_until(stage):
     return lambda self, name: fail(Killed) if name == stage else finish(self, name)
 
 
-def test_metrics_after_a_resume_are_those_without_a_kill(trained, tmp_path):
-    kill_at(tmp_path / "run", "image", 3, log_every=1)
+def test_metrics_after_a_resume_are_those_without_a_kill(killed_runs, tmp_path):
+    shutil.copytree(killed_runs["image"], tmp_path / "run")
     train_small(tmp_path / "run", "--resume", log_every=1)
     steps = [(entry["stage"], entry["step"]) for entry in metrics_of(tmp_path / "run")]
     assert steps == [(stage, step) for stage in STAGES for step in (1, 2, 3, 4)]
@@ -147,11 +153,11 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     assert stop.type is KeyboardInterrupt and not (tmp_path / "run/training_state.pt").exists()
 
 
-def start(path, *more, wait_for, **options):
+def start(path, wait_for, **options):
     """train.py in a process of its own, without an end in sight, when it has written a file."""
     words = flags(**SMALL | {"vae_steps": 1_000_000, "log_every": 1} | options)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", path, *words, *more], stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "train.py", path, *words], stderr=subprocess.PIPE, text=True
     )
     wait(path / wait_for, process)
     return process
@@ -169,21 +175,28 @@ def wait(file, process):
         time.sleep(0.02)
 
 
-def test_kill_9_leaves_a_state_that_goes_on(tmp_path):
-    state = {"save_every": 1, "wait_for": "training_state.pt"}
-    with start(tmp_path / "run", **state) as process:
+def test_kill_9_leaves_a_state_that_goes_on(tmp_path, monkeypatch):
+    with start(tmp_path / "run", save_every=1, wait_for="training_state.pt") as process:
         process.kill()
     first = torch.load(tmp_path / "run/training_state.pt", weights_only=True)["step"]
-    with start(tmp_path / "run", "--resume", **state) as process:
-        process.kill()
-    assert torch.load(tmp_path / "run/training_state.pt", weights_only=True)["step"] > first >= 1
+    before_step(monkeypatch, "vae", first + 2, lambda: fail(Killed))
+    with pytest.raises(Killed):
+        call(train.main, tmp_path / "run", "--resume")
+    step = torch.load(tmp_path / "run/training_state.pt", weights_only=True)["step"]
+    assert step == first + 2 and first >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_training_with_one_line_and_the_state_of_its_step(tmp_path, number):
+def test_sigterm_stops_as_ctrl_c_does(tmp_path, monkeypatch):
+    before_step(monkeypatch, "vae", 0, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(trainer.Stopped, match="stopped at step 1 of the vae stage"):
+        train_small(tmp_path / "run")
+    assert torch.load(tmp_path / "run/training_state.pt")["step"] == 1
+
+
+def test_a_signal_ends_training_with_one_line_and_the_state_of_its_step(tmp_path):
     never = {"save_every": 1_000_000, "wait_for": "metrics.jsonl"}
     with start(tmp_path / "run", **never) as process:
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     step = torch.load(tmp_path / "run/training_state.pt")["step"]
     stopped = f"\nstopped at step {step} of the vae stage; continue with --resume\n"
@@ -289,16 +302,9 @@ def test_an_enormous_learning_rate_saves_no_weights(tmp_path, stage):
 
 
 @pytest.fixture
-def killed(tmp_path, unfinished):
+def killed(tmp_path, killed_runs):
     """A copy of a run that was killed in its image stage."""
-    return shutil.copytree(unfinished, tmp_path / "killed")
-
-
-@pytest.fixture(scope="module")
-def unfinished(tmp_path_factory):
-    path = tmp_path_factory.mktemp("unfinished") / "run"
-    kill_at(path, "image", 3)
-    return path
+    return shutil.copytree(killed_runs["image"], tmp_path / "killed")
 
 
 def test_an_unfinished_stage_is_not_trained_over(killed):
