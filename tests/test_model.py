@@ -32,6 +32,12 @@ def test_the_shift_has_no_parameters(name):
     assert signature(video) == signature(image)
 
 
+def test_a_config_that_names_no_variant_has_the_papers_shift():
+    config = UNetConfig()
+    assert (config.temporal, config.shift_before) == ("shift", "both")
+    assert (config.shift_fold, config.shift_causal, config.max_frames) == (3, False, 16)
+
+
 @torch.no_grad()
 def test_without_the_shift_every_frame_is_an_image_by_itself():
     unet = build_unet(temporal="none")
@@ -144,6 +150,13 @@ def test_every_input_matters(changed):
 ])
 def test_presets_have_their_number_of_parameters(name, parameters):
     assert signature(on_meta(PRESETS[name]))["parameters"] == parameters
+
+
+@pytest.mark.parametrize("name, pixels, factor", [
+    ("sd1", 512, 8), ("sd2", 768, 8), ("tiny", 32, 4), ("small", 64, 4),
+])
+def test_sample_sizes_are_those_of_the_latents_of_the_presets_images(name, pixels, factor):
+    assert PRESETS[name].sample_size == pixels // factor
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
