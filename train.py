@@ -11,8 +11,6 @@
     python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
                                                             stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
-
-run.py says what a run's folder holds. sample.py draws with it and evaluate.py scores it.
 """
 
 import argparse
@@ -30,10 +28,8 @@ from media.write import contact_sheet, write_clip
 from model import UNet
 from options import RECIPES, STAGES
 from pipeline import Pipeline
-from run import (
-    Run, draw_previews, load_image_model, load_vae, merge_options, open_data, progress,
-    stages_to_run,
-)
+from run import (Run, draw_previews, load_image_model, load_vae, merge_options, open_data,
+                 progress, stages_to_run)
 from temporal import start_as_shift, temporal_state
 from tokenizer import CLIPTokenizer
 from trainer import Trainer
@@ -62,8 +58,7 @@ def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
 def train_vae(run, clips):
     """Stage one: frames -> latents -> frames; then the scale that gives latents unit variance."""
     options, frames = run.options, torch.cat(clips)  # (clips t) 3 h w
-    autoencoder = vae.AutoencoderKL(options.vae())
-    autoencoder.to(run.device, memory_format=torch.channels_last)
+    autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=torch.channels_last)
     config, count = autoencoder.config, options.vae_batch_size
     size = options.image_size // config.downscale
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
@@ -132,22 +127,16 @@ def drop_captions(texts, part, generator):
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
 
-def new_text_model(options, captions):
-    """A tokenizer that has learned the captions' words, and an untrained encoder for its tokens."""
-    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
-    config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
-                                 max_position_embeddings=options.max_tokens)
-    encoder = text.CLIPTextModel(config)
-    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
-    return encoder, tokenizer
-
-
 def train_image(run, clips, captions):
     """Stage two: the U-Net on single frames, and the text encoder with it."""
     options = run.options
     autoencoder = load_vae(run.path, run.device)
     latents = encode_clips(autoencoder, clips)  # of each clip t c h/f w/f
-    encoder, tokenizer = new_text_model(options, captions)
+    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
+                                 max_position_embeddings=options.max_tokens)
+    encoder = text.CLIPTextModel(config)
+    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
     encoder.to(run.device)
     unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
     unet.to(run.device, memory_format=torch.channels_last)
@@ -175,13 +164,11 @@ def train_image(run, clips, captions):
 def train_video(run, image_model, latents, captions, preview=None):
     """Stage three: an image model, a Pipeline, learns clips. Returns the U-Net.
 
-    latents are those of the clips, one tensor (t, c, h/f, w/f) each. preview(step, unet) replaces
-    the usual samples.
+    latents are one (t, c, h/f, w/f) for each clip. preview(step, unet) replaces the usual samples.
     """
     options, diffusion = run.options, image_model.diffusion
     # Latent-Shift: the same U-Net with the shift, and the image model's weights, all and no others.
-    # temporal_state() is {} for the shift; only other variants have layers that the image model
-    # lacks.
+    # Only other variants have layers that the image model lacks: temporal_state().
     unet = UNet(dataclasses.replace(image_model.unet.config, **options.temporal_fields()))
     unet.load_state_dict(image_model.unet.state_dict() | temporal_state(unet))
     if options.start_as_shift:
@@ -199,15 +186,14 @@ def train_video(run, image_model, latents, captions, preview=None):
     usual = draw_previews(run, "video", pipeline, captions)
     for step, generator in trainer.steps(usual if preview is None else lambda s: preview(s, unet)):
         t, b = options.num_frames, options.video_batch_size
-        if options.image_every and step % options.image_every == options.image_every - 1:
+        if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model; about as much work
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
         noise = randn(x0.shape, generator)
         # Where a shape goes is decided at the noisiest timesteps, so the first half of the training
         # prefers them. It is a choice of the tiny recipe, not of the paper.
-        early = max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
-        timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator,
-                                     prefer_noise=early * options.early_noise)
+        prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
+        timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator, prefer)
         texts = drop_captions(texts, options.caption_dropout, generator)
         context = torch.stack([contexts[text] for text in texts])  # b n d
         x0, noise, timesteps, context = run.to_device(x0, noise, timesteps, context)
@@ -230,8 +216,7 @@ def encode_captions(model, captions):
 def main():
     parser = argparse.ArgumentParser(
         description="Train a text-to-video model.", allow_abbrev=False,
-        epilog="Defaults are those of the tiny preset; another --preset has its own (options.py).",
-    )
+        epilog="Defaults are those of the tiny preset; another --preset has its own (options.py).")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--stage", choices=STAGES, help="train this stage only")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished stage")
@@ -244,13 +229,12 @@ def main():
         print(f"{args.run}: all stages are finished")
         return
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
-    torch.manual_seed(options.seed)
     clips, captions = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
     for stage in stages:
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed)  # of new weights
         if stage == "vae":
             train_vae(run, clips)
         elif stage == "image":
