@@ -5,6 +5,7 @@ the tiny recipe adds to Latent-Shift and Stable Diffusion is measured in docs/me
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +90,11 @@ class TrainOptions:
         kinds = type(self).__annotations__
         others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3}
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
-            least = 0 if kinds[name] is float else others.get(name, 1)
-            if not getattr(self, name) >= least:  # written as not >=, so that NaN fails
-                raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, "
-                                 f"got {getattr(self, name)}")
-        for name in ("caption_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} needs to lie in [0, 1], "
-                                 f"got {getattr(self, name)}")
+            value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
+            part = name in ("caption_dropout", "ema_decay")
+            if not least <= value <= (1 if part else math.inf):  # "not <=", so that NaN fails
+                limit = "to lie in [0, 1]" if part else f">= {least}"
+                raise ValueError(f"--{name.replace('_', '-')} needs {limit}, got {value}")
         if self.init is not None:  # shapes and schedule are those of that model
             return
         # Refuse now what a later stage or sampling would refuse hours later.

@@ -233,10 +233,9 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
     tensors.clear()
     for name, network in networks.items():
         fill(network, parts[name], dtype, align=False)
-    sampling = Sampling(num_frames=1, image_size=image_size)
-    report = dataclasses.replace(report, notes=notes)
-    return Pipeline(**networks, tokenizer=None, diffusion=diffusion, sampling=sampling,
-                    report=report)
+    return Pipeline(**networks, tokenizer=None, diffusion=diffusion,
+                    sampling=Sampling(num_frames=1, image_size=image_size),
+                    report=dataclasses.replace(report, notes=notes))
 
 
 def describe(pipeline):
