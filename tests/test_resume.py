@@ -114,30 +114,36 @@ def test_metrics_after_a_resume_are_those_without_a_kill(killed_runs, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_just_before_a_stage_is_noted_as_done_is_survived(trained, tmp_path, stage):
+def test_a_kill_just_before_a_stage_is_noted_as_done_is_survived(
+        trained, killed_runs, tmp_path, stage):
+    shutil.copytree(killed_runs[stage], tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run.Run, "finish", finish_until(stage))
-        train_small(tmp_path / "run")
+        train_small(tmp_path / "run", "--resume")
     train_small(tmp_path / "run", "--resume")
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["plainly", "with --resume"])
-def test_a_kill_just_after_a_stage_is_noted_as_done_is_survived(trained, tmp_path, more):
+def test_a_kill_just_after_a_stage_is_noted_as_done_is_survived(
+        trained, killed_runs, tmp_path, more):
+    shutil.copytree(killed_runs["image"], tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: (
             fail(Killed) if self.name == "training_state.pt" else None
         ))
-        train_small(tmp_path / "run")
+        train_small(tmp_path / "run", "--resume")
     assert (tmp_path / "run/training_state.pt").exists()
     train_small(tmp_path / "run", *more)
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
 
-def test_ctrl_c_in_the_last_step_of_a_stage_stops_and_goes_on(trained, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(trainer.Stopped, match="step 4 of the vae"):
-        before_step(patch, "vae", 3, lambda: signal.raise_signal(signal.SIGINT))
-        train_small(tmp_path / "run")
+def test_ctrl_c_in_the_last_step_of_a_stage_stops_and_goes_on(
+        trained, killed_runs, tmp_path, monkeypatch):
+    shutil.copytree(killed_runs["image"], tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(trainer.Stopped, match="step 4 of the ima"):
+        before_step(patch, "image", 3, lambda: signal.raise_signal(signal.SIGINT))
+        train_small(tmp_path / "run", "--resume")
     train_small(tmp_path / "run", "--resume")
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
