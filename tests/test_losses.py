@@ -33,6 +33,14 @@ def test_a_faint_difference_from_the_background_weighs_no_more():
     assert losses[0] == losses[1]
 
 
+def test_a_difference_of_more_than_a_tenth_weighs_more():
+    x = torch.full((1, 3, 4, 4), 0.5)
+    x[0, 0, 2, 1] = 0.61
+    losses = [reconstruction_loss(autoencoder, x, torch.zeros(1, 4, 1, 1), weight, kl_weight=0.0)
+              for weight in (0.0, 4.0)]
+    assert losses[1] > losses[0]
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_denoising_loss_by_a_loop_over_the_clips(prediction_type):
     diffusion, shape = Diffusion(prediction_type=prediction_type), (2, 3, 4, 5, 6)

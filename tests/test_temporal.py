@@ -251,6 +251,12 @@ def test_number_of_new_parameters_at_stable_diffusions_size_by_hand(temporal, ex
     assert sum(unet.get_parameter(name).numel() for name in list(temporal_state(unet))) == expected
 
 
+def test_a_temporal_layer_has_as_many_heads_as_its_level():
+    unet = UNet(replace(SMALL, temporal="attention", attention_head_dim=(1, 4)))
+    levels = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    assert [level.temporal[0].attention.num_heads for level in levels] == [1, 4, 4, 4, 1]
+
+
 @pytest.mark.parametrize("temporal", ("attention", "directed"))
 def test_a_clip_with_more_frames_than_there_are_parameters_for_is_refused(temporal):
     with pytest.raises(ValueError, match="at most max_frames=4 frames, .* got 5"):

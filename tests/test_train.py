@@ -2,15 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL, call, metrics_of, train_small, weights_of
+from PIL import Image
 
 import train
 import vae
 from files import read_json, write_json
 from media.write import write_clip
 from options import STAGES, TrainOptions
+from shapes import MovingShapes
 from weights import load_pipeline
 
 
@@ -45,22 +48,32 @@ def test_timesteps_have_the_mean_of_their_density(prefer):
     assert timesteps.min() >= 0 and timesteps.max() <= 999 and timesteps.dtype == torch.int64
 
 
+def test_the_largest_random_number_gives_the_last_timestep(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1 - 2**-24))
+    assert train.random_timesteps(2, 1000, None, 3.0).tolist() == [999, 999]  # and not 1000
+
+
 @pytest.fixture
 def batches(run, monkeypatch):
-    """Train the video stage anew with the options given; returns the batches that its loss gets."""
+    """Train a stage anew with the options given; returns the batches that its loss gets."""
 
-    def train_on(**options):
-        seen, loss = [], train.denoising_loss
-        monkeypatch.setattr(
-            train, "denoising_loss", lambda *batch: seen.append(batch[2:]) or loss(*batch)
+    def train_on(stage="video", **options):
+        seen = []
+        monkeypatch.setattr(  # the U-Net, which would take its time, is not asked
+            train, "denoising_loss",
+            lambda *batch: seen.append(batch[2:]) or torch.zeros((), requires_grad=True),
         )
         record = read_json(run / "train.json")
         write_json(run / "train.json", {"options": record["options"] | options,
-                                        "finished": ["vae", "image"]})
-        call(train.main, run)
+                                        "finished": STAGES[: STAGES.index(stage)]})
+        call(train.main, run, "--stage", stage)
         return seen
 
     return train_on
+
+
+def test_the_image_stage_sees_single_frames(batches):
+    assert {tuple(x0.shape[:2]) for x0, *_ in batches("image")} == {(4, 1)}
 
 
 def test_some_steps_of_the_video_stage_see_as_many_images(batches):
@@ -72,11 +85,25 @@ def test_without_image_every_all_steps_see_clips(batches):
     assert {tuple(x0.shape[:2]) for x0, *_ in batches(image_every=0)} == {(2, 3)}
 
 
-def test_the_first_half_of_the_video_steps_prefers_noisy_timesteps(batches):
-    seen = batches(video_steps=30, video_batch_size=20, early_noise=9.0, image_every=0)
-    means = [timesteps.float().mean().item() for _, _, timesteps, _ in seen]
-    early, late = sum(means[:5]) / 5, sum(means[15:]) / 15
-    assert early > 800 and late == pytest.approx(500, abs=60)
+def test_the_first_half_of_the_video_steps_prefers_noise_less_and_less(batches, monkeypatch):
+    preferred, draw = [], train.random_timesteps
+    monkeypatch.setattr(train, "random_timesteps", lambda *rest: (
+        preferred.append(rest[3]) or draw(*rest)
+    ))
+    batches(video_steps=8, early_noise=4.0, image_every=3)
+    assert preferred == [4.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # the third batch has images
+
+
+def test_new_layers_have_a_learning_rate_of_their_own(batches, monkeypatch):
+    groups, trainer = [], train.Trainer
+    monkeypatch.setattr(train, "Trainer", lambda run, stage, given: (
+        groups.extend(given) or trainer(run, stage, given)
+    ))
+    batches(temporal="conv", new_layers_rate=2.5, video_steps=1)
+    (old, old_rate), (new, new_rate) = groups
+    assert (old_rate, new_rate) == (1.0, 2.5)
+    assert len(new) > 0 and {p.shape[2:] for p in new} == {(3, 1), ()}  # kernels over time, biases
+    assert (3, 1) not in {p.shape[2:] for p in old}
 
 
 def test_a_text_dropped_is_the_empty_text(batches, run):
@@ -138,11 +165,39 @@ def test_stage_after_stage_equals_one_call(trained, tmp_path):
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
 
-def test_free_options_and_previews_do_not_touch_the_result(trained, tmp_path):
-    train_small(tmp_path / "run", log_every=3, save_every=1, preview_every=1)
-    assert weights_of(tmp_path / "run") == weights_of(trained)
+@pytest.fixture(scope="module")
+def previewed(tmp_path_factory):
+    """A run of the same options, but for those that may differ, with a preview after each step."""
+    path = tmp_path_factory.mktemp("previewed") / "run"
+    train_small(path, log_every=3, save_every=1, preview_every=1)
+    return path
+
+
+def test_free_options_and_previews_do_not_touch_the_result(trained, previewed):
+    assert weights_of(previewed) == weights_of(trained)
     names = {f"{stage}-00000{step}" for stage in STAGES for step in (1, 2, 3)}
-    assert {file.stem for file in (tmp_path / "run/previews").iterdir()} == names
+    assert {file.stem for file in (previewed / "previews").iterdir()} == names
+
+
+def test_a_preview_of_the_autoencoder_has_eight_frames_above_their_reconstructions(previewed):
+    with Image.open(previewed / "previews/vae-000001.png") as image:
+        rows = np.array(image)  # H W 3
+    assert rows.shape == (2 * 16 + 2, 8 * 16 + 7 * 2, 3)
+    frames = torch.cat([clip for clip, _ in MovingShapes(8, 3, 16)])  # 24
+    for column, i in enumerate((0, 3, 6, 9, 13, 16, 19, 23)):  # i: 23 / 7 of the column, cut off
+        shown = rows[:16, 18 * column : 18 * column + 16]
+        assert np.array_equal(shown, frames[i].permute(1, 2, 0))
+
+
+def test_a_preview_of_the_image_stage_is_one_frame_for_each_of_eight_captions(previewed):
+    with Image.open(previewed / "previews/image-000001.png") as image:
+        assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2)
+
+
+def test_only_the_text_encoder_learns_at_a_rate_of_its_own(trained):
+    parts = {stage: [group["part"] for group in torch.load(
+        trained.parent / f"states/{stage}-4.pt")["optimizer"]["param_groups"]] for stage in STAGES}
+    assert parts == {"vae": [1.0], "image": [1.0, TrainOptions().text_rate], "video": [1.0]}
 
 
 def test_gradient_checkpointing_does_not_touch_the_result(trained, tmp_path):
