@@ -62,6 +62,15 @@ def test_drawing_does_not_touch_the_global_random_state(pipeline):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_bar_counts_every_step_of_every_clip(pipeline, monkeypatch):
+    bars, tqdm = [], sample.tqdm
+    monkeypatch.setattr(sample, "tqdm", lambda **options: (
+        bars.append(tqdm(disable=False, **options)) or bars[0]
+    ))
+    draw(pipeline, PROMPTS, batch_size=2, num_steps=5)
+    assert bars[0].n == bars[0].total == 3 * 5
+
+
 def test_guidance_of_one_is_no_other_clip_than_guidance_near_one(pipeline):
     a, b = (draw(pipeline, PROMPTS[:1], guidance_scale=scale)[0] for scale in (1.0, 1.000001))
     assert torch.allclose(a, b, atol=1e-4)
