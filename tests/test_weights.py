@@ -7,14 +7,10 @@ import pytest
 import torch
 from helpers import call, change, fresh_pipeline
 
-import model
 import vae
 import weights
-from diffusion import Diffusion
-from files import load_safetensors, read_json, save_safetensors, write_json
-from pipeline import Pipeline, Sampling
-from text import CLIPTextModel, TextConfig
-from tokenizer import CLIPTokenizer
+from files import load_safetensors, read_json, save_safetensors
+from pipeline import Sampling
 from weights import load_pipeline, save_pipeline
 
 
