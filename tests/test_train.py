@@ -48,6 +48,11 @@ def test_timesteps_have_the_mean_of_their_density(prefer):
     assert timesteps.min() >= 0 and timesteps.max() <= 999 and timesteps.dtype == torch.int64
 
 
+def test_timesteps_are_uniform_unless_noise_is_preferred():
+    uniform = torch.rand(900, generator=generator()) * 1000
+    assert torch.equal(train.random_timesteps(900, 1000, generator()), uniform.long())
+
+
 def test_the_largest_random_number_gives_the_last_timestep(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), 1 - 2**-24))
     assert train.random_timesteps(2, 1000, None, 3.0).tolist() == [999, 999]  # and not 1000
