@@ -22,31 +22,11 @@ from torch import nn
 from files import load_safetensors, save_safetensors
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, SHAPES, MovingShapes, caption_of
 
-# 97.5 % quantiles of Student's t with 2 to 20 degrees of freedom: NIST/SEMATECH e-Handbook of
-# Statistical Methods, table 1.3.6.7.2.
-T_QUANTILES = (
-    4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
-    2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)
 WORDS = [*COLOURS, *SHAPES, *DIRECTIONS]
 CAPTIONS = [caption_of(*combination) for combination in COMBINATIONS]
 NUM_FEATURES = 32  # of a FeatureNet; a Frechet distance needs more clips than features
 SHARPNESS = 20.0  # logits per cosine: cosines lie in [-1, 1], too close together for a softmax
 HELD_OUT_SEED = 10_000  # of the clips that measure a FeatureNet's accuracy; not a seed of training
-
-
-def interval(values):
-    """(mean, low, high) of one value per seed: Student's 95 % interval of the mean.
-
-    It assumes that values scatter like a Gaussian. Equal values (three times 100 %) give width 0,
-    which is not certainty. Beyond 21 values it is slightly too wide.
-    """
-    if len(values) < 3:
-        raise ValueError(f"interval needs values of >= 3 seeds, got {len(values)}")
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    quantile = T_QUANTILES[min(len(values) - 3, len(T_QUANTILES) - 1)]
-    half = quantile * deviation / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 def psnr(a, b):

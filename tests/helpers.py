@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from recorded.rule import fill, normal
 
 import model
@@ -111,3 +112,10 @@ def weights_of(path):
         name: file.read_bytes() for name, file in zip(names, files, strict=True)
         if name not in ("metrics.jsonl", "train.json") and "previews" not in name
     }
+
+
+def make_clip(path, num_frames=5, gray=10, duration=100):
+    """A GIF of 12 x 8 pixels whose frame i has the gray value gray + 20 i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [Image.new("RGB", (12, 8), (gray + 20 * i,) * 3) for i in range(num_frames)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration)

@@ -10,7 +10,6 @@ import hashlib
 import unicodedata
 
 import pytest
-import torch
 
 from tokenizer import CLIPTokenizer, split_words
 
