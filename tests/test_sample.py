@@ -187,3 +187,12 @@ def test_a_run_without_a_unet_says_what_is_missing(run):
     shutil.rmtree(run / "unet")
     with pytest.raises(ValueError, match="has no unet/; needs a run with a finished image stage"):
         call(sample.main, run, "a cat")
+
+
+def test_compile_compiles_the_unet_with_frozen_weights(trained, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda module, **options: compiled.append((type(module).__name__, options)))
+    call(sample.main, trained, "a red circle", "--num-frames", 1, "--compile", "--output",
+         tmp_path / "x.png")
+    assert compiled == [("UNet", {"options": {"freezing": True}})]
