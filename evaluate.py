@@ -37,33 +37,45 @@ AREAS = 0.03, 0.3  # smallest and largest part of a frame that is a shape
 
 
 def recognise(frames):
-    """(colour, shape, direction) of a clip (t, 3, h, w) in [0, 1]; None for what it does not show.
+    """(colour, shape, direction) of a clip (t, 3, h, w) in [0, 1]; None for what is not seen."""
+    size, found = frames.shape[-1], segment(frames)
+    if found is None:  # a blank clip
+        return None, None, None
+    paint, covered = found
+    distances = {name: np.linalg.norm(paint - rgb) for name, rgb in COLOURS.items()}
+    colour = min(distances, key=distances.get)
+    colour = colour if distances[colour] < MAX_COLOUR_DISTANCE else None
+    x, y, area = centres_of(covered)
+    if not (area.min() >= AREAS[0] * size**2 and area.max() <= AREAS[1] * size**2):
+        return colour, None, None
+    return colour, recognise_shape(covered, x, y, area), recognise_direction(x, y, size)
 
-    The background is the median of each channel; the colour is the mean of what differs most from
+
+def segment(frames):
+    """(paint (3,), part of each pixel that the shape covers (t, h, w)) of a clip; None if blank.
+
+    The background is the median of each channel; the paint is the mean of what differs most from
     it. The projection of a pixel on that colour is the part of the pixel that the shape covers.
     """
-    size = frames.shape[-1]
     background = np.median(frames, axis=(0, 2, 3))
     difference = frames - background[:, None, None]
     strength = np.linalg.norm(difference, axis=1)  # t h w
     # The 99th percentile is inside the shape, which covers 3 % of a frame or more.
     inside = strength > 0.7 * np.percentile(strength, 99)  # of the shape, without its soft edge
-    if not inside.any():  # a blank clip
-        return None, None, None
+    if not inside.any():
+        return None
     paint = frames.transpose(1, 0, 2, 3)[:, inside].mean(1)
-    distances = {name: np.linalg.norm(paint - rgb) for name, rgb in COLOURS.items()}
-    colour = min(distances, key=distances.get)
-    colour = colour if distances[colour] < MAX_COLOUR_DISTANCE else None
     towards = paint - background
     covered = (difference * towards[:, None, None]).sum(1) / (towards @ towards)  # t h w
-    covered = np.where(covered < 0.15, 0, covered.clip(0, 1))  # less is blur and noise
-    area = covered.sum((1, 2))  # t
-    if area.min() < AREAS[0] * size**2 or area.max() > AREAS[1] * size**2:
-        return colour, None, None
-    axis = np.arange(size) + 0.5  # a pixel's centre
-    # The centre of mass of each frame, (t,) each.
-    x, y = (covered.sum(1) * axis).sum(1) / area, (covered.sum(2) * axis).sum(1) / area
-    return colour, recognise_shape(covered, x, y, area), recognise_direction(x, y, size)
+    return paint, np.where(covered < 0.15, 0, covered.clip(0, 1))  # less is blur and noise
+
+
+def centres_of(covered):
+    """Centre of mass x, y and area of each frame's coverage (t, h, w): (t,) each, in pixels."""
+    axis = np.arange(covered.shape[-1]) + 0.5  # a pixel's centre
+    area = covered.sum((1, 2))
+    with np.errstate(invalid="ignore"):  # 0 / 0 in a frame without a shape: NaN
+        return (covered.sum(1) * axis).sum(1) / area, (covered.sum(2) * axis).sum(1) / area, area
 
 
 def recognise_shape(covered, x, y, area):

@@ -39,10 +39,11 @@ KEPT = [
 class UNetConfig:
     """The shape of a U-Net; where diffusers has a field for it, under diffusers' name.
 
-    The last five fields are ours: `temporal` names a variant of temporal.py, `shift_before` the
+    The last six fields are ours: `temporal` names a variant of temporal.py, `shift_before` the
     convolutions of a block that see shifted channels ("conv1", "conv2" or "both"; the paper does
     not say which), `shift_fold` says that one in so many channels moves each way, `shift_causal`
-    that none moves back in time; `max_frames` counts the frames that have parameters of their own.
+    that none moves back in time; `max_frames` counts the frames that have parameters of their own;
+    `num_conditions` numbers of a clip, such as its frame rate, are embedded like the timestep.
     """
 
     in_channels: int = 4
@@ -64,6 +65,7 @@ class UNetConfig:
     shift_fold: int = 3
     shift_causal: bool = False
     max_frames: int = 16
+    num_conditions: int = 0
 
     def __post_init__(self):
         def check(name, right, need):
@@ -184,6 +186,12 @@ class UNet(nn.Module):
         self.class_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
+        self.condition_embeddings = nn.ModuleList(
+            TimeEmbedding(widths[0], time_width) for _ in range(config.num_conditions)
+        )
+        for embedding in self.condition_embeddings:  # 0 at first: the model without conditions
+            nn.init.zeros_(embedding.linear_2.weight)
+            nn.init.zeros_(embedding.linear_2.bias)
         skips = [widths[0]]  # channels of what the way down sets aside; a stack, as in forward()
         self.down_blocks = nn.ModuleList()
         for i in range(len(widths)):
@@ -203,19 +211,23 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         add_temporal_layers(self)
 
-    def forward(self, latents, timesteps, context):
+    def forward(self, latents, timesteps, context, conditions=None):
         """The prediction (b, t, c, h, w) for noisy latents of that shape.
 
-        timesteps is (b,), context the text's hidden states (b, n, d). h and w need to be multiples
-        of config.downscale; t is any number, and an image is a clip of one frame.
+        timesteps is (b,), context the text's hidden states (b, n, d), conditions the numbers (b,
+        config.num_conditions). h and w need to be multiples of config.downscale; t is any number,
+        and an image is a clip of one frame.
         """
-        self._check(latents, timesteps, context)
+        self._check(latents, timesteps, context, conditions)
         time = sinusoids(timesteps, self.config.block_out_channels[0])  # b -> b c
         time = self.time_embedding(time.to(latents.dtype))
         if self.class_embedding is not None:
             # The last token has seen all others. Beside the cross-attention, this path brings the
             # text into every ResnetBlock; the tiny model hardly learns directions without it.
             time = time + self.class_embedding(context[:, -1])
+        for i, embedding in enumerate(self.condition_embeddings):
+            numbers = sinusoids(conditions[:, i], self.config.block_out_channels[0])  # b -> b c
+            time = time + embedding(numbers.to(latents.dtype))
         # Only a change of width. Text and time come later, in the transformers and ResnetBlocks.
         x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
         skips = [x]
@@ -243,12 +255,17 @@ class UNet(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep)
         return layer(*inputs)
 
-    def _check(self, latents, timesteps, context):
+    def _check(self, latents, timesteps, context, conditions):
         b, config = len(latents), self.config
         c, f, d = config.in_channels, config.downscale, config.cross_attention_dim
         if latents.ndim != 5 or latents.shape[2] != c or any(n % f for n in latents.shape[3:]):
             raise ValueError(f"latents need the shape (b, t, {c}, h, w) with h and w multiples of "
                              f"{f}, got {tuple(latents.shape)}")
+        if config.num_conditions and (
+            conditions is None or conditions.shape != (b, config.num_conditions)
+        ):
+            raise ValueError(f"conditions need the shape ({b}, {config.num_conditions}); a model "
+                             "for known frames is drawn with by `python -m papers.long_video`")
         if timesteps.shape != (b,) or context.shape != (b, context.shape[1], d):
             raise ValueError(f"timesteps and context need the shapes ({b},) and ({b}, n, {d}), got "
                              f"{tuple(timesteps.shape)} and {tuple(context.shape)}")

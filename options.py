@@ -6,6 +6,7 @@ the tiny recipe adds to Latent-Shift and Stable Diffusion is measured in docs/me
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,42 @@ FREE = {"free": True}  # a resumed run may change it, since it does not touch th
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class LoopOptions:
+    """What every training has (trainer.py), whatever it trains."""
+
+    seed: int = option(0, "seed of weights, data and noise")
+    warmup_steps: int = option(30, "steps in which the learning rate rises")
+    ema_decay: float = option(0.99, "decay of the average of the weights")
+    accumulate: int = option(1, "batches whose gradients make one step")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
+    precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
+                            choices=("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile the networks", **FREE)
+    log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
+    save_every: int = option(250, "steps between saved states", **FREE)
+    preview_every: int = option(500, "steps between previews", **FREE)
+
+    def __post_init__(self):
+        kinds = typing.get_type_hints(type(self))
+        others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3, "max_level": 0}
+        for name in [name for name, kind in kinds.items() if kind in (int, float)]:
+            value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
+            part = name in ("caption_dropout", "ema_decay") or name.endswith("_part")
+            if not least <= value <= (1 if part else math.inf):  # "not <=", so that NaN fails
+                limit = "to lie in [0, 1]" if part else f">= {least}"
+                raise ValueError(f"--{name.replace('_', '-')} needs {limit}, got {value}")
+
+    def uses_bf16(self, device):
+        """Whether the networks compute in bfloat16 (their weights stay float32)."""
+        return device.type == "cuda" and self.precision != "fp32"
+
+
+@dataclass(frozen=True)
+class TrainOptions(LoopOptions):
     """The options of a run. Steps are optimizer steps, rates peak learning rates."""
 
     preset: str = option("tiny", "size of the model and defaults of all other options",
                          choices=("tiny", "small", "sd1", "sd2"))
-    seed: int = option(0, "seed of weights, data and noise")
     init: str | None = option(None, "start from a trained image model: a single file of Stable "
                               "Diffusion, a diffusers folder or another run")
     merges: str | None = option(None, "the tokenizer's merges file, where --init PATH has none")
@@ -69,32 +100,14 @@ class TrainOptions:
     caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
     max_tokens: int = option(16, "tokens of a caption, with start and end")
     # optimisation
-    warmup_steps: int = option(30, "steps in which the learning rate rises")
-    ema_decay: float = option(0.99, "decay of the average of the weights")
-    accumulate: int = option(1, "batches whose gradients make one step")
     gradient_checkpointing: bool = option(False, "compute activations twice, store them once")
-    # machine
-    device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
-    precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
-                            choices=("auto", "bf16", "fp32"))
-    compile: bool = option(False, "torch.compile the networks", **FREE)
-    log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
-    save_every: int = option(250, "steps between saved states", **FREE)
-    preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
     num_steps: int = option(12, "denoising steps of samples", **FREE)
     frames_per_second: float = option(8.0, "of the clips that are written", **FREE)
 
     def __post_init__(self):
-        kinds = type(self).__annotations__
-        others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3}
-        for name in [name for name, kind in kinds.items() if kind in (int, float)]:
-            value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
-            part = name in ("caption_dropout", "ema_decay")
-            if not least <= value <= (1 if part else math.inf):  # "not <=", so that NaN fails
-                limit = "to lie in [0, 1]" if part else f">= {least}"
-                raise ValueError(f"--{name.replace('_', '-')} needs {limit}, got {value}")
+        super().__post_init__()
         if self.init is not None:  # shapes and schedule are those of that model
             return
         # Refuse now what a later stage or sampling would refuse hours later.
@@ -103,10 +116,6 @@ class TrainOptions:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")
         self.diffusion().timestep_pairs(self.num_steps)
         self.sampling(self.num_frames)
-
-    def uses_bf16(self, device):
-        """Whether the networks compute in bfloat16 (their weights stay float32)."""
-        return device.type == "cuda" and self.precision != "fp32"
 
     def vae(self):
         """The autoencoder's configuration, before the scale of its latents is known."""

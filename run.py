@@ -31,6 +31,8 @@ REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only
 class Run:
     """An open run: `path`, `options`, the `finished` stages, and the `device` that it trains on."""
 
+    record, stages = "train.json", STAGES
+
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
         self.device = processes.start(choose_device(options.device))
@@ -48,7 +50,7 @@ class Run:
         processes.barrier()  # until all processes have read what was there
         if processes.is_main():
             options = dataclasses.asdict(self.options)
-            write_json(self.path / "train.json", {"options": options, "finished": self.finished})
+            write_json(self.path / self.record, {"options": options, "finished": self.finished})
         processes.barrier()
 
     def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
@@ -65,7 +67,7 @@ class Run:
 
     def finish(self, stage):
         """Note that a stage is done, after what it made has been written."""
-        self.finished = list(STAGES[: STAGES.index(stage) + 1])
+        self.finished = list(self.stages[: self.stages.index(stage) + 1])
         self._save_record()
         if processes.is_main():
             (self.path / "training_state.pt").unlink(missing_ok=True)

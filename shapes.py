@@ -87,6 +87,14 @@ class MovingShapes:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
+        radius, middle, travel = self.motion(i)
+        progress = np.linspace(-0.5, 0.5, self.num_frames) if self.num_frames > 1 else np.zeros(1)
+        centres = middle + progress[:, None] * travel  # t -> t 2
+        frames = render(self.combinations[i], centres, radius, self.image_size)
+        return torch.from_numpy(frames), self.captions[i]
+
+    def motion(self, i):
+        """(radius, middle of the path (2,), travel from first to last frame (2,)), in pixels."""
         rng, size = np.random.default_rng([self.seed, i]), self.image_size
         # At size 16 a radius is >= 3 pixels. The largest shape has room for the longest travel from
         # the first frame to the last: 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
@@ -95,8 +103,4 @@ class MovingShapes:
         towards = np.array(DIRECTIONS[self.combinations[i][2]], dtype=float)
         margin = 1.4 * radius  # the triangle's half width is sqrt(3) * 0.778 = 1.35 radii
         room = size - 2 * margin - travel * np.abs(towards)
-        middle = size / 2 + room * rng.uniform(-0.5, 0.5, 2)
-        progress = np.linspace(-0.5, 0.5, self.num_frames) if self.num_frames > 1 else np.zeros(1)
-        centres = middle + travel * progress[:, None] * towards  # t -> t 2
-        frames = render(self.combinations[i], centres, radius, size)
-        return torch.from_numpy(frames), self.captions[i]
+        return radius, size / 2 + room * rng.uniform(-0.5, 0.5, 2), travel * towards

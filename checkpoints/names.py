@@ -99,7 +99,8 @@ def check_known(tensors, where):
 
 def check_together(unet, vae, text, where):
     """Raise ValueError if three networks, given by their configs, do not fit together."""
-    if unet.in_channels != vae.latent_channels:
+    # A U-Net for known frames (papers/) has more channels, and is told numbers.
+    if unet.in_channels != vae.latent_channels and not unet.num_conditions:
         kind = CHANNELS.get(unet.in_channels, "another model")
         raise ValueError(f"{where}: holds {kind}: its U-Net needs {unet.in_channels} channels, its "
                          f"autoencoder has {vae.latent_channels}")
