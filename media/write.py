@@ -5,11 +5,14 @@ is written completely or not at all. Pillow's encoders merge equal frames, so th
 GIF and WebP containers itself, frame by frame.
 """
 
+import contextlib
 import io
+import itertools
 import math
 import re
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -49,27 +52,37 @@ def side_by_side(clips):
     return torch.cat([contact_sheet(frames.split(columns)) for frames in clips.unbind(1)])
 
 
-def _durations(num_frames, frames_per_second, units):
-    """The duration of each frame in whole units (per second); rounding errors do not add up."""
-    return np.diff(np.round(np.arange(num_frames + 1) * units / frames_per_second)).astype(int)
+def _durations(first, num_frames, frames_per_second, units):
+    """The durations of frames from number `first` on, in whole units (per second).
+
+    Each is the difference of two rounded times, so rounding errors do not add up.
+    """
+    times = np.round(np.arange(first, first + num_frames + 1) * units / frames_per_second)
+    return np.diff(times).astype(int)
 
 
-def _write_gif(file, clip, frames_per_second):
-    """A GIF that loops, with one palette for all frames: a palette for each would flicker."""
+def _write_gif(file, parts, frames_per_second):
+    """A GIF that loops, with one palette for each part: a palette for each frame would flicker."""
     if frames_per_second > 50:  # browsers show frames of less than 2 / 100 s more slowly
         raise ValueError(f"frames_per_second needs <= 50 in a GIF, got {frames_per_second}")
-    t, _, h, w = clip.shape
-    # quantize() does not dither here, so flat colours stay exact and no grain moves between frames.
-    # k-means improves the palette of gradients.
-    column = Image.fromarray(to_uint8(clip).reshape(t * h, w, 3)).quantize(256, kmeans=1)
-    images = [column.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
-    file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])  # 0: no end
-    for image, duration in zip(images, _durations(t, frames_per_second, 100), strict=True):
-        file.writelines(GifImagePlugin.getdata(image, duration=10 * int(duration)))
+    count = 0
+    for clip in parts:
+        t, _, h, w = clip.shape
+        # quantize() does not dither here, so flat colours stay exact and no grain moves between
+        # frames. k-means improves the palette of gradients.
+        column = Image.fromarray(to_uint8(clip).reshape(t * h, w, 3)).quantize(256, kmeans=1)
+        images = [column.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
+        if count == 0:  # the first palette is the file's; others stand beside their frames
+            file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])  # 0: no end
+        durations = _durations(count, t, frames_per_second, 100)
+        for image, duration in zip(images, durations, strict=True):
+            file.writelines(GifImagePlugin.getdata(image, duration=10 * int(duration),
+                                                   include_color_table=count > 0))
+        count += t
     file.write(b";")
 
 
-def _write_webp(file, clip, frames_per_second):
+def _write_webp(file, parts, frames_per_second):
     """A lossless WebP that loops, from still images.
 
     Format: https://developers.google.com/speed/webp/docs/riff_container
@@ -77,34 +90,50 @@ def _write_webp(file, clip, frames_per_second):
     def chunk(name, data):
         return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
 
-    h, w = clip.shape[-2:]
-    size = (w - 1).to_bytes(3, "little") + (h - 1).to_bytes(3, "little")
-    chunks = chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6))  # 2: animated
-    durations = _durations(len(clip), frames_per_second, 1000)
-    for frame, duration in zip(to_uint8(clip), durations, strict=True):
-        still = io.BytesIO()
-        Image.fromarray(frame).save(still, "WEBP", lossless=True)
-        header = bytes(6) + size + int(duration).to_bytes(3, "little") + bytes(1)
-        chunks += chunk(b"ANMF", header + still.getvalue()[12:])  # without the still's RIFF header
-    file.write(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks)
+    count = 0
+    for clip in parts:
+        h, w = clip.shape[-2:]
+        size = (w - 1).to_bytes(3, "little") + (h - 1).to_bytes(3, "little")
+        if count == 0:
+            file.write(b"RIFF" + bytes(4) + b"WEBP")
+            file.write(chunk(b"VP8X", b"\2\0\0\0" + size) + chunk(b"ANIM", bytes(6)))  # 2: animated
+        durations = _durations(count, len(clip), frames_per_second, 1000)
+        for frame, duration in zip(to_uint8(clip), durations, strict=True):
+            still = io.BytesIO()
+            Image.fromarray(frame).save(still, "WEBP", lossless=True)
+            header = bytes(6) + size + int(duration).to_bytes(3, "little") + bytes(1)
+            file.write(chunk(b"ANMF", header + still.getvalue()[12:]))  # without its RIFF header
+        count += len(clip)
+    length = file.tell() - 8
+    file.seek(4)
+    file.write(struct.pack("<I", length))
 
 
-def _write_png(file, clip, frames_per_second):
+def _write_png(file, parts, frames_per_second):
     """One frame as an image; up to eight in a row; more in a near-square grid."""
+    clip = torch.cat(list(parts))
     clip = contact_sheet([clip]) if len(clip) <= 8 else side_by_side(clip[:, None])
     Image.fromarray(to_uint8(clip)[0]).save(file, "PNG")
 
 
-def _write_mp4(file, clip, frames_per_second):
+def _write_mp4(file, parts, frames_per_second):
     """H.264 in 4:2:0, which every player and browser supports; it needs even sizes."""
-    t, _, h, w = clip.shape
+    first = next(parts)
+    h, w = first.shape[-2:]
     source = f"-f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {frames_per_second} -i -"
     coding = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v libx264 -crf 16 -pix_fmt yuv420p"
     command = f"ffmpeg -v error -y {source} {coding} -movflags +faststart -f mp4".split()
-    result = subprocess.run([*command, f"file:{file.name}"], input=to_uint8(clip).tobytes(),
-                            capture_output=True, check=False)
-    if result.returncode:
-        errors = result.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(
+        [*command, f"file:{file.name}"], stdin=subprocess.PIPE, stderr=log
+    ) as process:
+        with contextlib.suppress(BrokenPipeError):  # ffmpeg has stopped: its log says why
+            for clip in itertools.chain([first], parts):
+                process.stdin.write(to_uint8(clip).tobytes())
+            process.stdin.close()
+        process.wait()
+        log.seek(0)
+        errors = log.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
+    if process.returncode:
         raise ValueError(f"ffmpeg cannot write an .mp4 ({errors[-1]}); write a .gif")
 
 
@@ -126,15 +155,27 @@ def write_clip(path, clip, frames_per_second=8):
 
     .gif and .webp (lossless) loop, .mp4 needs ffmpeg, .png shows several frames side by side.
     """
+    write_parts(path, [clip], frames_per_second)
+
+
+def write_parts(path, parts, frames_per_second=8):
+    """Write successive parts of a clip as one file, without keeping them (but for a .png)."""
     writer = require_writer(path)
-    if clip.ndim != 4 or clip.shape[1] != 3 or clip.numel() == 0 or not clip.is_floating_point():
-        raise ValueError(f"clip needs float (t, 3, h, w), got {clip.dtype} {tuple(clip.shape)}")
-    if not clip.isfinite().all():
-        raise ValueError("clip needs finite values, got NaN or infinity")
     if not 0 < frames_per_second < math.inf:
         raise ValueError(f"frames_per_second needs > 0, got {frames_per_second}")
+
+    def checked():
+        for clip in parts:
+            shape_fits = clip.ndim == 4 and clip.shape[1] == 3 and clip.numel()
+            if not (shape_fits and clip.is_floating_point()):
+                raise ValueError("clip needs float (t, 3, h, w), got "
+                                 f"{clip.dtype} {tuple(clip.shape)}")
+            if not clip.isfinite().all():
+                raise ValueError("clip needs finite values, got NaN or infinity")
+            yield clip
+
     with atomic(path) as file:
-        writer(file, clip, frames_per_second)
+        writer(file, checked(), frames_per_second)
 
 
 def file_names(prompts, suffix):
