@@ -1,0 +1,210 @@
+"""Training for known frames: the tasks of LVDM and MagicVideo, learnt by one U-Net.
+
+A step draws a task: which frames are known, how far frames are apart, how much noise the known ones
+get. The loss is that of train.py on the frames that are not known. papers/long_video.py has the
+command.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import processes
+import weights
+from cli import option
+from data import ClipFolder, random_window
+from files import read_json
+from options import LoopOptions
+from papers.bouncing import BouncingShapes, plain_caption
+from papers.chains import BETWEEN
+from papers.known_frames import known_frames_loss, perturb, widen
+from run import Run, progress
+from train import drop_captions, encode_captions, random_timesteps
+from trainer import Trainer
+from vae import encode_clip
+
+SHAPES_RATE = 16  # frames per second of the training clips of BouncingShapes, twice the demo's
+
+
+@dataclass(frozen=True)
+class LongOptions(LoopOptions):
+    """The options of a training for known frames."""
+
+    init: str = option("runs/demo", "the run with the video model to start from")
+    data: str = option("shapes", "`shapes` for BouncingShapes, or a folder of captioned clips")
+    num_clips: int = option(512, "clips of BouncingShapes")
+    clip_frames: int = option(128, "frames of such a clip, at 16 frames per second")
+    long_steps: int = option(3000, "steps")
+    long_batch_size: int = option(8, "windows a step")
+    long_learning_rate: float = option(2e-3, "learning rate")
+    prediction_part: float = option(0.5, "part of the steps, the first, that only learn prediction")
+    num_known: int = option(3, "known frames of a window that continues a clip")
+    max_level: int = option(60, "largest noise level s of known frames, of 1000")
+    clean_part: float = option(0.25, "part of the windows whose known frames have no noise")
+    hold: bool = option(True, "show each frame its nearest known frames; off: LVDM's mask alone")
+    loss_on_known: bool = option(False, "known frames count in the loss, as in LVDM's public code")
+    plain_captions: bool = option(True, "later windows of shapes have captions without direction")
+    caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
+    num_frames: int = option(8, "frames of a window")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_known >= self.num_frames:
+            raise ValueError(f"--num-known needs to be < --num-frames {self.num_frames}, got "
+                             f"{self.num_known}")
+        if self.max_level >= 1000:
+            raise ValueError(f"--max-level needs to be < 1000, got {self.max_level}")
+
+
+class LongRun(Run):
+    """The folder of such a training, with a record of its own."""
+
+    record, stages = "long_video.json", ("long",)
+
+    @classmethod
+    def options_of(cls, path):
+        """The options of a run, from its record."""
+        stored = read_json(Path(path) / cls.record)
+        try:
+            return LongOptions(**stored["options"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{Path(path) / cls.record}: damaged, or of another version "
+                             f"({error})") from None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A choice of known frames. Strides are in frames of the data.
+
+    Some windows start where their clip starts, since only there its caption says what happens.
+    """
+
+    part: float  # of the steps that mix tasks
+    num_frames: int
+    known: tuple[int, ...]
+    strides: tuple[int, ...]
+    at_start: bool = False
+    batch_part: float = 1.0
+    # Frames beside several known ones are all but determined, so one step from pure noise draws
+    # them: training is about that step. What a text or one frame leaves open takes all timesteps.
+    prefer_noise: float = 8.0
+
+
+def tasks_of(options, base, longest):
+    """{name: Task} of the windows that clips of at most `longest` frames have room for.
+
+    base: the stride that belongs to the frame rate of the video model. Raises ValueError if there
+    is no room for prediction at that rate.
+    """
+    t, rates = options.num_frames, [base // 2, base, 2 * base, 4 * base]
+    rates = tuple(stride for stride in rates if stride)
+    prediction = Task(0.4, t, tuple(range(options.num_known)), (base, *rates))
+    tasks = {
+        "prediction": prediction,
+        "text": Task(0.2, t, (), rates, at_start=True, prefer_noise=1.0),
+        "first frame": Task(0.1, t, (0,), rates, at_start=True, prefer_noise=1.0),
+        "interpolation": Task(0.2, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
+        "every other": Task(0.05, t + 1, tuple(range(0, t + 1, 2)), rates[:2]),
+        "key frames": Task(0.05, 2 * t, (), rates[-2:], at_start=True, batch_part=0.5,
+                           prefer_noise=1.0),
+    }
+    needed = (t - 1) * base + 1
+    if longest < needed:
+        raise ValueError(f"--num-frames {t} needs a clip of >= {needed} frames, the longest has "
+                         f"{longest}; lower it or add longer clips")
+    tasks = {name: dataclasses.replace(task, strides=tuple(
+        stride for stride in task.strides if (task.num_frames - 1) * stride < longest
+    )) for name, task in tasks.items()}
+    return {name: task for name, task in tasks.items() if task.strides}
+
+
+def open_clips(options, sampling):
+    """(clips uint8 (t, 3, h, w), captions, frames per second) of the data for such a training."""
+    if options.data == "shapes":
+        clips = BouncingShapes(options.num_clips, options.clip_frames, sampling.image_size,
+                               options.seed, step=sampling.frames_per_second / SHAPES_RATE)
+        rate = SHAPES_RATE
+    else:
+        clips = ClipFolder(options.data, options.num_frames, sampling.image_size)
+        rate = sampling.frames_per_second
+    return clips, clips.captions, rate
+
+
+def random_windows(task, stride, latents, count, generator):
+    """Windows x0 (b, t, c, h, w) of a task, and which clips they are of."""
+    span = (task.num_frames - 1) * stride + 1
+    long_enough = [i for i, clip in enumerate(latents) if len(clip) >= span]
+    chosen = torch.randint(len(long_enough), (count,), generator=generator).tolist()
+    chosen = [long_enough[i] for i in chosen]
+    starts = [0 if task.at_start else random_window(len(latents[i]), span, generator)
+              for i in chosen]
+    return torch.stack([latents[i][s : s + span : stride]
+                        for i, s in zip(chosen, starts, strict=True)]), chosen
+
+
+def train(run):
+    """Train a U-Net for known frames, from a video model."""
+    options = run.options
+    model = weights.load_pipeline(options.init)
+    model.vae.to(run.device, memory_format=torch.channels_last)
+    model.text_encoder.to(run.device)
+    clips, captions, rate = open_clips(options, model.sampling)
+    latents = [encode_clip(model.vae, clips[i][0]).cpu()
+               for i in progress(range(len(clips)), "encode")]
+    later = captions
+    if options.data == "shapes" and options.plain_captions:
+        later = [plain_caption(caption) for caption in captions]
+    contexts = encode_captions(model, [*captions, *later])
+    unet = widen(model.unet, options.hold).to(run.device)
+    base = round(rate / model.sampling.frames_per_second)
+    tasks = tasks_of(options, base, max(map(len, latents)))
+    shares = torch.tensor([task.part for task in tasks.values()])
+    alone = dataclasses.replace(tasks["prediction"], strides=(base,))
+    trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
+    net = trainer.wrap(unet)
+    for step, generator in trainer.steps():
+        task = list(tasks.values())[torch.multinomial(shares, 1, generator=generator)]
+        if step < options.prediction_part * options.long_steps:
+            task = alone  # motion is learnt late: prediction, the task that needs it, comes first
+        stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
+        b = max(1, round(options.long_batch_size * task.batch_part))
+        x0, chosen = random_windows(task, stride, latents, b, generator)  # b t c h w
+        known = torch.zeros(task.num_frames, dtype=torch.bool)
+        known[list(task.known)] = True
+        texts = [(captions if task.at_start else later)[i] for i in chosen]
+        texts = drop_captions(texts, options.caption_dropout, generator)
+        context = torch.stack([contexts[text] for text in texts])  # b n d
+        noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
+        timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
+                                     prefer_noise=task.prefer_noise)
+        levels = torch.randint(options.max_level + 1, (b,), generator=generator)
+        clean = torch.rand(b, generator=generator) < options.clean_part
+        levels = levels.masked_fill(clean | ~known.any(), 0)
+        conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
+        x0, noise, noise_of_known, timesteps, context, levels, known, conditions = run.to_device(
+            x0, noise, noise_of_known, timesteps, context, levels, known, conditions)
+        with trainer.autocast():
+            seen = perturb(model.diffusion, x0, levels, noise_of_known)
+            loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,
+                                     known, conditions, options.loss_on_known)
+        trainer.backward(loss)
+    if processes.is_main():
+        weights.save_pipeline(dataclasses.replace(model, unet=unet), run.path)
+    run.finish("long")
+
+
+def open_run(path, given, resume):
+    """The LongRun of a folder, new or resumed, with the flags given."""
+    known = (path / LongRun.record).exists()
+    if not known and path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path}: is not empty and no run of this command; choose a new folder")
+    old = LongRun.options_of(path) if known else LongOptions()
+    for field in dataclasses.fields(old):
+        value = getattr(old, field.name)
+        if known and given.get(field.name, value) != value and not field.metadata.get("free"):
+            raise ValueError(f"{path} was trained with --{field.name.replace('_', '-')} {value}, "
+                             f"not {given[field.name]}; choose a new folder for other options")
+    finished = read_json(path / LongRun.record)["finished"] if known else []
+    return LongRun(path, dataclasses.replace(old, **given), finished, resume)
