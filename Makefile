@@ -1,4 +1,5 @@
 # make demo           environment, data, training, clips and scores: a text-to-video model from nothing
+# make long           after it, a model of long video: a clip of 1,000 frames and scores
 # make test           the tests, but for those of studies/
 # make test-studies   the tests of studies/, with the packages that those need
 # make bench          what the shift and the rest cost on this machine
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 # to do.
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
-.PHONY: demo test test-studies bench clean
+.PHONY: demo long test test-studies bench clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -29,6 +30,11 @@ demo: .venv/installed
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
 	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif --zoom 4
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
+
+long: .venv/installed
+	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo --resume
+	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" --output runs/long/long.gif
+	$(FAST) $(PY) -m papers.long_video evaluate runs/long
 
 test: .venv/installed
 	$(PY) -m pytest -q --ignore tests/studies

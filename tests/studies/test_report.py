@@ -1,3 +1,5 @@
+"""Intervals of few seeds are those of Student."""
+
 import math
 
 import numpy as np

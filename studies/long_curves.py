@@ -1,0 +1,81 @@
+"""How long a clip stays right: colour and shape, size, speed and turns against the frame.
+
+    python -m studies.long_curves runs/long --num-clips 32 --output docs/long_curves.png
+
+For each 50 frames of long clips drawn from text: the mean over clips and its 95 % interval. In
+every panel 1 is the truth.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import choose_device, run_main
+from evaluate import choose_prompts
+from files import atomic
+from papers.bouncing import laws
+from papers.chains import Chain
+from papers.known_frames import Guidance, load_model
+from papers.scores import long_clips
+from papers.train_known_frames import LongRun
+from studies.curves import COLOURS, Figure
+from studies.report import interval
+
+PANELS = {
+    "right": "colour and shape right, part of clips", "size": "size over that of the first frames",
+    "speed": "speed over that of the first frames", "turns": "turns so far, over the true number",
+}
+WINDOW = 50
+
+
+def curves(model, chain, num_clips, num_frames, seed, plain):
+    """{panel: [(frame, mean, low, high), ...]} of long clips."""
+    prompts = choose_prompts(num_clips)
+    clips, _ = long_clips(model, chain, prompts, seed, num_frames, plain=plain)
+    found = [laws(clip, prompt, window=WINDOW) for clip, prompt in zip(clips, prompts, strict=True)]
+    return {
+        name: [(WINDOW * (i + 1), *interval(values))
+               for i, values in enumerate(np.array([result[name] for result in found]).T.tolist())]
+        for name in PANELS
+    }
+
+
+def draw_panels(path, panels):
+    """Write a PNG with one panel a measure."""
+    figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
+    for axes, (name, points), colour in zip(
+        figure.subplots(2, 2).flat, panels.items(), COLOURS, strict=False
+    ):
+        x, y, low, high = zip(*points, strict=True)
+        axes.axhline(1, color="gray", linewidth=1, linestyle=":")
+        axes.plot(x, y, color=colour)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set(title=PANELS[name], xlabel="frame")
+        axes.grid(alpha=0.3)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measures of long clips against the frame.",
+                                     allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run of papers.long_video")
+    parser.add_argument("--num-clips", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--num-frames", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--seed", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--num-steps", type=int, default=2, help="denoising steps (default: 2)")
+    parser.add_argument("--output", type=Path, default=Path("long_curves.png"))
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    model, options = load_model(args.run).to(choose_device("auto")), LongRun.options_of(args.run)
+    chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second,
+                  Guidance(args.num_steps))
+    draw_panels(args.output, curves(model, chain, args.num_clips, args.num_frames, args.seed,
+                                    options.plain_captions))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
