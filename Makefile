@@ -33,7 +33,8 @@ demo: .venv/installed
 
 long: .venv/installed
 	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo --resume
-	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" --output runs/long/long.gif
+	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" --resume \
+		--output runs/long/long.gif
 	$(FAST) $(PY) -m papers.long_video evaluate runs/long
 
 test: .venv/installed

@@ -36,7 +36,6 @@ class LoopOptions:
     compile: bool = option(False, "torch.compile the networks", **FREE)
     log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
     save_every: int = option(250, "steps between saved states", **FREE)
-    preview_every: int = option(500, "steps between previews", **FREE)
 
     def __post_init__(self):
         kinds = typing.get_type_hints(type(self))
@@ -101,6 +100,7 @@ class TrainOptions(LoopOptions):
     max_tokens: int = option(16, "tokens of a caption, with start and end")
     # optimisation
     gradient_checkpointing: bool = option(False, "compute activations twice, store them once")
+    preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
     num_steps: int = option(12, "denoising steps of samples", **FREE)

@@ -124,7 +124,8 @@ def _write_mp4(file, parts, frames_per_second):
     coding = "-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v libx264 -crf 16 -pix_fmt yuv420p"
     command = f"ffmpeg -v error -y {source} {coding} -movflags +faststart -f mp4".split()
     with tempfile.TemporaryFile() as log, subprocess.Popen(
-        [*command, f"file:{file.name}"], stdin=subprocess.PIPE, stderr=log
+        [*command, f"file:{file.name}"], stdin=subprocess.PIPE, stderr=log,
+        start_new_session=True,  # Ctrl-C is for us: we stop giving frames, and it ends the file
     ) as process:
         with contextlib.suppress(BrokenPipeError):  # ffmpeg has stopped: its log says why
             for clip in itertools.chain([first], parts):

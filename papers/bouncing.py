@@ -1,6 +1,6 @@
 """BouncingShapes: MovingShapes that never end, so the truth of a long video is known.
 
-The first 8 frames are those of MovingShapes. Then the shape moves on at its constant speed and is
+At step 1 the first 8 frames are those of MovingShapes. Then the shape moves on at its constant speed and is
 reflected where its edge meets the edge of the picture. Colour, shape, size and speed stay.
 
 `track` measures these in the pixels of a clip, and `laws` says how well a long clip keeps them.
@@ -15,6 +15,7 @@ from evaluate import centres_of, recognise, segment
 from shapes import SEEN, SHAPES, MovingShapes, render
 
 DRIFT_AT = 192  # frame from which on the drift across the motion is measured
+SHORTEST = DRIFT_AT + 16  # frames of a clip whose laws can be measured
 BASE_FRAMES = 8  # of MovingShapes: its travel takes 7 steps
 # Half of a shape's width and height, in radii. A triangle's incircle has 0.778 radii (shapes.py).
 EXTENTS = {"circle": (1.0, 1.0), "square": (1.0, 1.0), "triangle": (3**0.5 * 0.778, 1.5 * 0.778)}
@@ -101,7 +102,7 @@ def turns_of(positions, away=1.5):
     return turns
 
 
-def laws(clip, combination, joint=None, window=50):
+def laws(clip, combination, joints=None, window=50):
     """How well a long clip (t, 3, h, w) in [-1, 1] keeps the laws of its first 8 frames.
 
     Of each 50 frames (a list):
@@ -114,10 +115,13 @@ def laws(clip, combination, joint=None, window=50):
     paint    largest difference of a channel between the last 50 frames and the first ones
     mid_air  part of the turns that are 2.5 pixels and more from the wall
     drift    pixels across the motion after 200 frames (or at the end)
-    joints   change of the step where windows of `joint` new frames meet, over that inside them
+    joints   change of the step where windows meet, over that inside them, for joints = (first frame
+             of the second window, new frames of a window)
 
-    A shape that disappears makes them NaN.
+    A shape that disappears makes some of them NaN. Raises ValueError for a clip of < 208 frames.
     """
+    if len(clip) < SHORTEST:
+        raise ValueError(f"laws needs clips of >= {SHORTEST} frames, got {len(clip)}")
     colour, shape, direction = combination
     size, seen = clip.shape[-1], track(clip, shape)
     axis = 0 if direction in ("left", "right") else 1
@@ -125,7 +129,7 @@ def laws(clip, combination, joint=None, window=50):
     first_area = seen.areas[:BASE_FRAMES].mean()
     extent = np.sqrt(first_area / SHAPES[shape]) * EXTENTS[shape][axis]
     truth = ideal(seen, axis, extent, len(clip), size)
-    frames, result = (clip.double().numpy() + 1) / 2, {}
+    frames = (clip.double().numpy() + 1) / 2
     result = {"right": [], "size": [], "speed": [], "turns": []}
     for start in range(0, len(clip) - window + 1, window):
         end = start + window
@@ -140,9 +144,9 @@ def laws(clip, combination, joint=None, window=50):
     result["paint"] = np.abs(seen.paint[-window:].mean(0) - seen.paint[0]).max()
     result["mid_air"] = sum(in_air) / max(1, len(turns))
     result["drift"] = abs(across[DRIFT_AT:][:16].mean() - across[:BASE_FRAMES].mean())
-    if joint is not None:
-        change = np.abs(np.diff(seen.centres, n=2, axis=0)).sum(1)  # of the step, at frame i + 1
-        at_joint = (np.arange(len(change)) + 2 - BASE_FRAMES) % joint == 0
-        at_joint[:BASE_FRAMES] = False
+    if joints is not None:
+        change = np.abs(np.diff(seen.centres, n=2, axis=0)).sum(1)  # of the step to frame i + 2
+        frame = np.arange(2, len(clip))
+        at_joint = (frame >= joints[0]) & ((frame - joints[0]) % joints[1] == 0)
         result["joints"] = change[at_joint].mean() / change[~at_joint].mean()
     return result

@@ -17,7 +17,7 @@ import torch
 
 from cli import choose_device, run_main
 from media.read import read_clip
-from media.write import write_clip
+from media.write import require_writer, write_clip
 from papers.chains import Chain, begin, seeds_of
 from papers.known_frames import Guidance, draw, load_model
 from vae import encode_clip
@@ -52,7 +52,7 @@ def draw_key_frames(model, context, num_frames, frame_rate, seeds):
     return begin(model, context, Chain(num_frames, frame_rate=frame_rate), seeds, size)
 
 
-def add_flags(command):
+def add_result_flags(command):
     command.add_argument("--frames-between", type=int, default=3, help="(default: 3)")
     command.add_argument("--frame-rate", type=float,
                          help="frames per second of the result (default: the run's)")
@@ -69,16 +69,19 @@ def main():
     command.add_argument("run", type=Path, metavar="RUN", help="run of papers.long_video")
     command.add_argument("prompt", metavar="PROMPT")
     command.add_argument("--num-key-frames", type=int, default=16, help="(default: 16)")
-    add_flags(command)
+    add_result_flags(command)
     command = commands.add_parser("interpolate", help="draw frames between those of a clip")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("clip", type=Path, metavar="CLIP")
     command.add_argument("--prompt", default="", help="what the clip shows (default: nothing)")
-    add_flags(command)
+    add_result_flags(command)
     args = parser.parse_args()
-    if args.frames_between < 1 or args.seed < 0:
-        raise ValueError("--frames-between needs >= 1 and --seed >= 0, got "
+    if not 1 <= args.frames_between <= 100 or not 0 <= args.seed <= 2**40:
+        raise ValueError("--frames-between needs to lie in [1, 100] and --seed in [0, 2**40], got "
                          f"{args.frames_between} and {args.seed}")
+    if args.frame_rate is not None and not 0.1 <= args.frame_rate <= 50:
+        raise ValueError(f"--frame-rate needs to lie in [0.1, 50], got {args.frame_rate}")
+    require_writer(args.output)
     torch.set_flush_denormal(True)
     model = load_model(args.run).to(choose_device(args.device))
     rate = args.frame_rate or model.sampling.frames_per_second

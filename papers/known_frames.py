@@ -2,8 +2,10 @@
 
 Some frames of a clip are known, the others are drawn. Which ones are known is the task:
 
-    none            text-to-video                   the first       image-to-video
-    the first k     prediction of what follows      every n-th      interpolation
+    none            text-to-video
+    the first       image-to-video
+    the first k     prediction of what follows
+    every n-th      interpolation
 
 The U-Net's first convolution gets more input channels, with weights of zero at first, so it starts
 as the plain video model. Beside the noisy latents each frame is shown
@@ -11,9 +13,10 @@ as the plain video model. Beside the noisy latents each frame is shown
     its two nearest known frames: one on each side where there are, else two of one side,
     how far away these are, with a sign, and a mask: whether the frame itself is known.
 
-LVDM (He et al. 2022, section 3.3) overwrites the noisy latents of known frames and adds the mask
-alone (`hold=False`). Then a frame far from the known ones sees them only through the shift, one
-frame further with each; here every frame has them at hand.
+The known frames also stand in the place of their own noisy latents, as in LVDM (He et al. 2022,
+section 3.3), which adds no more than the mask (`hold=False`). Then a frame far from the known ones
+sees them only through the shift, whose reach grows by one frame with each use. With `hold` the
+nearest known frames are held before every frame.
 
 Two numbers go to the model like the timestep (UNetConfig.num_conditions): the noise level s of the
 known frames (LVDM's conditional latent perturbation) and the frame rate (MagicVideo, Zhou et al.
@@ -66,26 +69,31 @@ def show_known(latents, known, hold=True):
     return torch.cat([latents[:, pairs].flatten(2, 3), distances, mask], dim=2)  # b t 2 c -> b t 2c
 
 
-def widen(unet, hold=True):
-    """A U-Net for known frames that predicts what `unet` does until it is trained."""
+def widen(unet, hold=True, max_frames=1):
+    """A U-Net for known frames that predicts what `unet` does until it is trained.
+
+    Temporal layers with parameters for each frame get some for at least max_frames.
+    """
     config, state = unet.config, unet.state_dict()
     extra = known_channels(config.out_channels, hold)
-    wide = UNet(dataclasses.replace(config, in_channels=config.in_channels + extra,
-                                    num_conditions=2))
-    weight = state["conv_in.weight"]  # c 4 3 3
+    wide = UNet(dataclasses.replace(
+        config, in_channels=config.in_channels + extra, num_conditions=2,
+        max_frames=max(config.max_frames, max_frames),
+    ))
+    weight, new = state["conv_in.weight"], wide.state_dict()  # c 4 3 3
     state["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), extra, 3, 3)], 1)
-    new = {name: value for name, value in wide.state_dict().items() if name not in state}
-    wide.load_state_dict(state | new)
+    for name, value in state.items():  # more frames than before keep their initial values
+        new[name][: len(value)] = value
+    wide.load_state_dict(new)
     return wide
 
 
-def predict(unet, x_t, timesteps, context, seen, known, conditions):
+def predict(unet, x_t, timesteps, context, seen, known, conditions, hold=True):
     """The U-Net's prediction for noisy x_t (b, t, c, h, w), given the known frames (t,) of `seen`.
 
     conditions are (b, 2): noise level and frame rate.
     """
-    hold = unet.config.in_channels > unet.config.out_channels + 1
-    x_t = torch.where(known[:, None, None, None], seen, x_t)  # LVDM: they overwrite the noise
+    x_t = torch.where(known[:, None, None, None], seen, x_t)  # known frames overwrite the noise
     return unet(torch.cat([x_t, show_known(seen, known, hold)], dim=2), timesteps, context,
                 conditions)
 
@@ -97,14 +105,14 @@ def perturb(diffusion, latents, levels, noise):
 
 
 def known_frames_loss(unet, diffusion, x0, noise, timesteps, context, seen, known, conditions,
-                      on_known=False):
+                      hold=True, on_known=False):
     """Mean squared error of the prediction on the frames that are not known.
 
     `on_known` adds the known ones, as LVDM's public code does, whose target is then a noise that
     the model never sees.
     """
     x_t = diffusion.add_noise(x0, noise, timesteps)
-    prediction = predict(unet, x_t, timesteps, context, seen, known, conditions)
+    prediction = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
     error = (prediction.float() - diffusion.target(x0, noise, timesteps)).square()
     return error.mean() if on_known else error[:, ~known].mean()
 
@@ -127,7 +135,7 @@ class Guidance:
     none. known: LVDM's w in e + w (e - e without known frames).
     """
 
-    num_steps: int = 3
+    num_steps: int = 1
     level: int = 0
     text: float = 1.0
     known: float = 0.0
@@ -141,6 +149,7 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     frames per second.
     """
     unet, b = model.unet, len(latents)
+    hold = unet.config.in_channels > unet.config.out_channels + 1
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     levels = torch.full((b,), how.level, device=latents.device)
     conditions = torch.tensor([[how.level, frame_rate]] * b).to(latents)
@@ -148,16 +157,18 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     seen = perturb(model.diffusion, latents, levels, noise)
     empty = model.encode_text([""]).expand_as(context) if how.text != 1 else None
 
+    nothing, no_noise = torch.zeros_like(known), conditions * conditions.new_tensor([0.0, 1.0])
+
     def predicted(x_t, timesteps):
-        output = predict(unet, x_t, timesteps, context, seen, known, conditions)
+        output = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
         if how.text != 1:
-            without = predict(unet, x_t, timesteps, empty, seen, known, conditions)
+            without = predict(unet, x_t, timesteps, empty, seen, known, conditions, hold)
             output = without + how.text * (output - without)
         if how.known:
-            nothing = torch.zeros_like(known)
-            without = predict(unet, x_t, timesteps, context, seen, nothing, conditions)
+            without = predict(unet, x_t, timesteps, context, seen, nothing, no_noise, hold)
             output = output + how.known * (output - without)
         return output
 
-    *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps)
+    with torch.autocast("cuda", torch.bfloat16, enabled=latents.is_cuda):
+        *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps)
     return torch.where(known[:, None, None, None], latents, x_t)

@@ -15,6 +15,7 @@ that the model is told, so it does not trust them to the last digit.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -27,16 +28,14 @@ from tqdm import tqdm
 from cli import add_flags, choose_device, given_flags, run_main
 from files import atomic, write_json
 from media.read import read_clip
-from media.write import write_parts
-from papers.bouncing import plain_caption
+from media.write import require_writer, write_parts
+from papers.bouncing import SHORTEST, plain_caption
 from papers.chains import BETWEEN, Chain, long_latents
 from papers.known_frames import Guidance, load_model
 from papers.scores import evaluate
 from papers.train_known_frames import LongOptions, LongRun, open_run, train
 from trainer import Stopped, stop_signals
 from vae import encode_clip
-
-PART = 64  # frames of a finished part that are decoded at once
 
 
 def given_frames(args, model, chain):
@@ -63,8 +62,8 @@ def encode_frames(model, frames):
     return encode_clip(model.vae, torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous())
 
 
-class Negative:
-    """The latents that a long sampling has drawn, in a file that the clip is developed from.
+class LatentsFile:
+    """The latents that a long sampling has drawn, kept until its clip is finished.
 
     The first line says what is drawn, then come frames as float32: `first` of them, and then `each`
     again and again. A stopped sampling goes on after the last whole window.
@@ -72,11 +71,15 @@ class Negative:
 
     def __init__(self, path, what, shape, first, each, resume):
         self.path, self.shape, line = path, shape, (json.dumps(what) + "\n").encode()
-        self.start, self.frame_bytes, self.count = len(line), 4 * math.prod(shape), 0
-        if not (resume and path.exists()):
+        self.first, self.each, self.count = first, each, 0
+        self.start, self.frame_bytes = len(line), 4 * math.prod(shape)
+        if not path.exists():
             with atomic(path) as file:
                 file.write(line)
             return
+        if not resume:
+            raise ValueError(f"{path}: is of an unfinished sampling; add --resume to continue it, or "
+                             "remove it to start anew")
         with open(path, "rb+") as file:
             if file.readline() != line:
                 raise ValueError(f"{path}: is of another sampling; ask for the same, or remove it")
@@ -90,8 +93,14 @@ class Negative:
         data = np.fromfile(self.path, np.float32, count, offset=offset)
         return torch.from_numpy(data).view(end - begin, *self.shape)
 
+    def windows(self):
+        """Yield the windows as they were drawn: what is decoded together looks the same again."""
+        ends = range(self.first, self.count + 1, self.each) if self.count else ()
+        for begin, end in itertools.pairwise([0, *ends] if self.first else ends):
+            yield self.read(begin, end)
+
     def append(self, latents):
-        """Add frames (n, c, h, w)."""
+        """Add the frames of a window (n, c, h, w)."""
         with open(self.path, "ab") as file:
             file.write(latents.float().cpu().contiguous().numpy().tobytes())
         self.count += len(latents)
@@ -111,30 +120,36 @@ def open_model(args):
     return model.to(choose_device(args.device)), chain
 
 
-def open_negative(args, model, chain, later, from_clip):
-    """The Negative of a sampling, new or with what an earlier call has drawn."""
+def open_latents(args, model, chain, later, from_clip):
+    """The LatentsFile of a sampling, new or with what an earlier call has drawn."""
     size = model.sampling.image_size // model.vae.config.downscale
+    shape = model.unet.config.out_channels, size, size
     first, each = chain.num_frames, chain.num_frames - chain.num_known
     if args.hierarchical:
         first, each = 1, 2 * (BETWEEN + 1)
-    if from_clip:
-        first = 0
+    files = [args.run / "unet" / "config.json", args.first_frame, args.continue_clip]
     what = {"prompt": args.prompt, "later": later, "seed": args.seed, "how": str(chain),
-            "hierarchical": args.hierarchical, "first": str(args.first_frame),
-            "continue": str(args.continue_clip)}
+            "hierarchical": args.hierarchical,
+            "files": [(str(path), path.stat().st_mtime_ns) for path in files if path]}
+    require_writer(args.output)
     path = args.output.with_name(args.output.name + ".latents")
-    return Negative(path, what, (model.unet.config.out_channels, size, size), first, each,
-                    args.resume)
+    there = path.stat().st_size if path.exists() else 0
+    frame_bytes = 4 * math.prod(shape) + model.sampling.image_size**2  # latents; a GIF at most
+    require_space(args.output, args.num_frames * frame_bytes - there)
+    return LatentsFile(path, what, shape, 0 if from_clip else first, each, args.resume)
 
 
-def drawn_parts(negative, stream, total, received):
-    """Yield latents (1, n, c, h, w) of all frames: those of the negative, then the stream's."""
-    for start in range(0, min(negative.count, total), PART):
-        yield negative.read(start, min(start + PART, negative.count, total))[None]
-    while negative.count < total and not received:
-        latents = next(stream)
-        room = total - negative.count
-        negative.append(latents[0])
+def drawn_windows(file, stream, total, received):
+    """Yield latents (1, n, c, h, w) of all frames: those of the file, then the stream's."""
+    shown = 0
+    for latents in file.windows():
+        if received or shown >= total:
+            return
+        yield latents[None, : total - shown]
+        shown += len(latents)
+    while file.count < total and not received:
+        latents, room = next(stream), total - file.count
+        file.append(latents[0])
         yield latents[:, :room]
 
 
@@ -142,23 +157,22 @@ def sample(args):
     """Draw one long clip and write it, window by window."""
     model, chain = open_model(args)
     first, clip = given_frames(args, model, chain)
-    later = args.later_prompt
+    later, options = args.later_prompt, LongRun.options_of(args.run)
     if later is None:  # a caption of MovingShapes is wrong after the first bounce
-        shapes = LongRun.options_of(args.run).data == "shapes"
-        later = plain_caption(args.prompt) if shapes else args.prompt
+        plain = options.data == "shapes" and options.plain_captions
+        later = plain_caption(args.prompt) if plain else args.prompt
     contexts = model.encode_text([args.prompt]), model.encode_text([later])
     total = args.num_frames - (0 if clip is None else clip.shape[1])
-    negative = open_negative(args, model, chain, later, clip is not None)
-    require_space(args.output, total * (negative.frame_bytes + model.sampling.image_size**2))
-    tail = max(0, negative.count - chain.num_frames)  # only the last frames matter
-    done = negative.read(tail, negative.count)[None].to(contexts[0])
-    stream = long_latents(model, contexts, chain, [args.seed], negative.shape[-1],
-                          args.hierarchical, first, clip, done, negative.count)
+    file = open_latents(args, model, chain, later, clip is not None)
+    tail = max(0, file.count - chain.num_frames)  # only the last frames matter
+    done = file.read(tail, file.count)[None].to(contexts[0])
+    stream = long_latents(model, contexts, chain, [args.seed], file.shape[-1], args.hierarchical,
+                          first, clip, done, file.count)
 
     def decoded(received, bar):
         if clip is not None:
             yield model.decode(clip)[0]
-        for latents in drawn_parts(negative, stream, total, received):
+        for latents in drawn_windows(file, stream, total, received):
             bar.update(latents.shape[1])
             yield model.decode(latents.to(contexts[0]))[0]
 
@@ -166,10 +180,10 @@ def sample(args):
                                           leave=False) as bar:
         write_parts(args.output, decoded(received, bar), chain.frame_rate)
     print(args.output)
-    if received:
-        raise Stopped(f"stopped after {negative.count} of {total} frames, which are written; "
-                      "continue with --resume")
-    negative.path.unlink()
+    if received and file.count < total:
+        raise Stopped(f"stopped after {file.count} of {total} frames, which are written; continue "
+                      "with --resume")
+    file.path.unlink()
 
 
 def require_space(path, needed):
@@ -190,12 +204,12 @@ def add_chain_flags(command):
                          help="noise level s of known frames (default: 0)")
     command.add_argument("--guidance", type=float, default=0.0,
                          help="LVDM's w, away from what is drawn without known frames (default: 0)")
-    command.add_argument("--num-steps", type=int, default=2,
-                         help="denoising steps of a window with known frames (default: 2)")
+    command.add_argument("--num-steps", type=int, default=1,
+                         help="denoising steps of a window with known frames (default: 1)")
     command.add_argument("--device", default="auto")
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description="Long video: train, sample, evaluate.",
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -206,8 +220,10 @@ def main():
     command = commands.add_parser("sample", help="draw a long clip")
     command.add_argument("run", type=Path, metavar="RUN")
     command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument("--first-frame", type=Path, help="an image, of which a square is cropped")
-    command.add_argument("--continue", type=Path, dest="continue_clip", help="a clip to continue")
+    known = command.add_mutually_exclusive_group()
+    known.add_argument("--first-frame", type=Path, help="an image, of which a square is cropped")
+    known.add_argument("--continue", type=Path, dest="continue_clip", metavar="CLIP",
+                       help="a clip to continue, of which squares are cropped")
     command.add_argument("--later-prompt", help="of the windows after the first (default: the "
                          "prompt; for MovingShapes without its direction)")
     add_chain_flags(command)
@@ -220,7 +236,11 @@ def main():
     command.add_argument("--num-clips", type=int, default=32, help="long clips (default: 32)")
     command.add_argument("--seed", type=int, default=1000)
     add_chain_flags(command)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
     torch.set_flush_denormal(True)
     if args.command == "train":
         run = open_run(args.run, given_flags(args, LongOptions()), args.resume)
@@ -232,9 +252,16 @@ def main():
     elif args.command == "sample":
         sample(args)
     else:
+        options = LongRun.options_of(args.run)
+        if options.data != "shapes":
+            raise ValueError(f"{args.run}: trained on {options.data}; only of BouncingShapes "
+                             "(--data shapes) is the truth known")
+        if args.num_clips < 2 or args.num_frames < SHORTEST:
+            raise ValueError(f"evaluate needs --num-clips >= 2 and --num-frames >= {SHORTEST}, got "
+                             f"{args.num_clips} and {args.num_frames}")
         model, chain = open_model(args)
         result = evaluate(model, chain, args.num_clips, args.num_frames, args.seed,
-                          args.hierarchical, LongRun.options_of(args.run).plain_captions)
+                          args.hierarchical, options.plain_captions)
         for name, value in result.items():
             print(f"{name:40}{value:10.3f}")
         write_json(args.run / "long_evaluation.json", result)

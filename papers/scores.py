@@ -19,7 +19,7 @@ from shapes import caption_of
 from vae import encode_clip
 
 
-def window_error(model, known, num_frames, seed, num_clips=64, num_steps=2):
+def window_error(model, known, num_frames, seed, how=Guidance(), num_clips=64):
     """Mean error (along, across the motion), in pixels, of frames drawn beside real ones."""
     rate, size = model.sampling.frames_per_second, model.sampling.image_size
     data = BouncingShapes(num_clips, 50 + num_frames, size, seed)
@@ -30,7 +30,7 @@ def window_error(model, known, num_frames, seed, num_clips=64, num_steps=2):
     mask[known] = True
     context = model.encode_text([plain_caption(caption) for caption in data.captions])
     drawn = draw(model, context, latents, mask.to(latents.device), rate, range(num_clips),
-                 Guidance(num_steps))
+                 how)
     errors = []
     for i, clip in enumerate(model.decode(drawn)):
         truth = data.centres(i)[1][starts[i] : starts[i] + num_frames]
@@ -105,8 +105,9 @@ def long_clips(model, chain, prompts, seed, num_frames, hierarchical=False, plai
 
 def summary(results):
     """The laws() of several clips as one: means over clips, at their end unless it says else."""
-    mean = {name: np.mean([result[name] for result in results], axis=0) for name in results[0]}
-    size = np.mean([abs(result["size"][-1] - 1) for result in results])
+    # A clip without its shape is wrong in "right", and has no size or speed.
+    mean = {name: np.nanmean([result[name] for result in results], axis=0) for name in results[0]}
+    size = np.nanmean([abs(result["size"][-1] - 1) for result in results])
     found = {
         "colour and shape right, %": 100 * mean["right"][-1], "size, change, %": 100 * size,
         "paint, change": mean["paint"], "speed, slowest 50 frames": mean["speed"].min(),
@@ -121,14 +122,17 @@ def evaluate(model, chain, num_clips, num_frames, seed, hierarchical=False, plai
     """{what: number} of everything above."""
     prompts = choose_prompts(num_clips)
     clips, seconds = long_clips(model, chain, prompts, seed, num_frames, hierarchical, plain)
-    joint = 2 * (BETWEEN + 1) if hierarchical else chain.num_frames - chain.num_known
-    found = [laws(clip, prompt, joint) for clip, prompt in zip(clips, prompts, strict=True)]
+    joints = (chain.num_frames, chain.num_frames - chain.num_known)
+    if hierarchical:
+        joints = 1 + 2 * (BETWEEN + 1), 2 * (BETWEEN + 1)
+    found = [laws(clip, prompt, joints) for clip, prompt in zip(clips, prompts, strict=True)]
     result = summary(found)
     result["CPU seconds a 1,000 frames"] = seconds * 1000 / num_frames
-    along, across = window_error(model, range(chain.num_known), chain.num_frames, seed)
+    along, across = window_error(model, range(chain.num_known), chain.num_frames, seed, chain.how)
     result |= {"prediction: error along, px": along, "prediction: error across, px": across}
     step = BETWEEN + 1
-    along, across = window_error(model, range(0, 2 * step + 1, step), 2 * step + 1, seed)
+    along, across = window_error(model, range(0, 2 * step + 1, step), 2 * step + 1, seed,
+                                 chain.how)
     result["interpolation: error, px"] = max(along, across)
     result["text-to-video, all right, %"] = first_windows(model, chain, seed, 64)
     result["image-to-video, direction right, %"] = first_windows(model, chain, seed, 64, image=True)

@@ -15,17 +15,17 @@ import processes
 import weights
 from cli import option
 from data import ClipFolder, random_window
+from diffusion import randn
 from files import read_json
-from options import LoopOptions
+from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
-from papers.known_frames import known_frames_loss, perturb, widen
-from run import Run, progress
+from papers.known_frames import known_frames_loss, perturb, predict, widen
+from run import Run, progress, read_record
 from train import drop_captions, encode_captions, random_timesteps
 from trainer import Trainer
 from vae import encode_clip
 
-SHAPES_RATE = 16  # frames per second of the training clips of BouncingShapes, twice the demo's
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ class LongOptions(LoopOptions):
     init: str = option("runs/demo", "the run with the video model to start from")
     data: str = option("shapes", "`shapes` for BouncingShapes, or a folder of captioned clips")
     num_clips: int = option(512, "clips of BouncingShapes")
-    clip_frames: int = option(128, "frames of such a clip, at 16 frames per second")
+    clip_frames: int = option(128, "frames of such a clip, two for each of the video model's")
     long_steps: int = option(3000, "steps")
     long_batch_size: int = option(8, "windows a step")
     long_learning_rate: float = option(2e-3, "learning rate")
     prediction_part: float = option(0.5, "part of the steps, the first, that only learn prediction")
     num_known: int = option(3, "known frames of a window that continues a clip")
     max_level: int = option(60, "largest noise level s of known frames, of 1000")
+    own_windows: int = option(4, "windows, at most, that the model draws before one it is taught")
+    own_part: float = option(0.5, "part of the mixed steps on prediction that begin so")
     clean_part: float = option(0.25, "part of the windows whose known frames have no noise")
     hold: bool = option(True, "show each frame its nearest known frames; off: LVDM's mask alone")
     loss_on_known: bool = option(False, "known frames count in the loss, as in LVDM's public code")
@@ -81,7 +83,7 @@ class Task:
     Some windows start where their clip starts, since only there its caption says what happens.
     """
 
-    part: float  # of the steps that mix tasks
+    share: float  # of the steps that mix tasks
     num_frames: int
     known: tuple[int, ...]
     strides: tuple[int, ...]
@@ -121,74 +123,112 @@ def tasks_of(options, base, longest):
 
 
 def open_clips(options, sampling):
-    """(clips uint8 (t, 3, h, w), captions, frames per second) of the data for such a training."""
-    if options.data == "shapes":
-        clips = BouncingShapes(options.num_clips, options.clip_frames, sampling.image_size,
-                               options.seed, step=sampling.frames_per_second / SHAPES_RATE)
-        rate = SHAPES_RATE
-    else:
-        clips = ClipFolder(options.data, options.num_frames, sampling.image_size)
-        rate = sampling.frames_per_second
-    return clips, clips.captions, rate
+    """(clips uint8 (t, 3, h, w) with captions, their frames per second) to train on."""
+    rate, size = sampling.frames_per_second, sampling.image_size
+    if options.data == "shapes":  # two frames where the video model has one: for half its speed
+        return BouncingShapes(options.num_clips, options.clip_frames, size, options.seed,
+                              step=0.5), 2 * rate
+    known = (Path(options.init) / "train.json").exists()
+    old = read_record(options.init)[0] if known else TrainOptions()  # its pace is the model's
+    return ClipFolder(options.data, options.num_frames, size, old.stride, old.frame_rate,
+                      old.max_frames), rate
 
 
-def random_windows(task, stride, latents, count, generator):
-    """Windows x0 (b, t, c, h, w) of a task, and which clips they are of."""
-    span = (task.num_frames - 1) * stride + 1
+def random_windows(num_frames, at_start, stride, latents, count, generator):
+    """Windows x0 (b, t, c, h, w) of so many frames, and which clips they are of."""
+    span = (num_frames - 1) * stride + 1
     long_enough = [i for i, clip in enumerate(latents) if len(clip) >= span]
     chosen = torch.randint(len(long_enough), (count,), generator=generator).tolist()
     chosen = [long_enough[i] for i in chosen]
-    starts = [0 if task.at_start else random_window(len(latents[i]), span, generator)
-              for i in chosen]
+    starts = [0 if at_start else random_window(len(latents[i]), span, generator) for i in chosen]
     return torch.stack([latents[i][s : s + span : stride]
                         for i, s in zip(chosen, starts, strict=True)]), chosen
+
+
+@torch.no_grad()
+def own_known_frames(net, diffusion, x0, options, context, conditions, generator):
+    """The known frames (b, num_known, c, h, w) of a clip's last window, drawn by the model.
+
+    The windows of x0 (b, n, c, h, w) follow each other. From the first frames of x0 each is drawn
+    in one step from pure noise, as a long clip is, and its last frames are the next one's first.
+    """
+    k, t = options.num_known, options.num_frames
+    last, noisiest = x0[:, :k], diffusion.num_train_timesteps - 1
+    known = torch.arange(t, device=x0.device) < k
+    timesteps = torch.full((len(x0),), noisiest, device=x0.device)
+    for _ in range((x0.shape[1] - t) // (t - k)):
+        x_t = randn((len(x0), t, *x0.shape[2:]), generator).to(x0)
+        seen = torch.cat([last, torch.zeros_like(x_t[:, k:])], dim=1)
+        output = predict(net, x_t, timesteps, context, seen, known, conditions, options.hold)
+        last = diffusion.predict(output.float(), x_t, noisiest)[0][:, -k:]
+    return last
 
 
 def train(run):
     """Train a U-Net for known frames, from a video model."""
     options = run.options
     model = weights.load_pipeline(options.init)
+    if model.unet.config.num_conditions:
+        raise ValueError(f"--init {options.init}: is a model for known frames already; name the run "
+                         "of the video model")
     model.vae.to(run.device, memory_format=torch.channels_last)
     model.text_encoder.to(run.device)
-    clips, captions, rate = open_clips(options, model.sampling)
+    clips, rate = open_clips(options, model.sampling)
+    captions = clips.captions
     latents = [encode_clip(model.vae, clips[i][0]).cpu()
                for i in progress(range(len(clips)), "encode")]
     later = captions
     if options.data == "shapes" and options.plain_captions:
         later = [plain_caption(caption) for caption in captions]
     contexts = encode_captions(model, [*captions, *later])
-    unet = widen(model.unet, options.hold).to(run.device)
-    base = round(rate / model.sampling.frames_per_second)
+    unet = widen(model.unet, options.hold, 2 * options.num_frames)
+    unet.to(run.device, memory_format=torch.channels_last)
+    base = 2 if options.data == "shapes" else 1  # stride of the video model's frame rate
     tasks = tasks_of(options, base, max(map(len, latents)))
-    shares = torch.tensor([task.part for task in tasks.values()])
+    shares = torch.tensor([task.share for task in tasks.values()])
     alone = dataclasses.replace(tasks["prediction"], strides=(base,))
+    room = (max(map(len, latents)) - 1) // base + 1 - options.num_frames
+    most = min(options.own_windows, room // (options.num_frames - options.num_known))
     trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
     net = trainer.wrap(unet)
     for step, generator in trainer.steps():
         task = list(tasks.values())[torch.multinomial(shares, 1, generator=generator)]
         if step < options.prediction_part * options.long_steps:
-            task = alone  # motion is learnt late: prediction, the task that needs it, comes first
+            task = alone  # motion takes long to learn, so it gets the first steps for itself
         stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
-        b = max(1, round(options.long_batch_size * task.batch_part))
-        x0, chosen = random_windows(task, stride, latents, b, generator)  # b t c h w
-        known = torch.zeros(task.num_frames, dtype=torch.bool)
+        windows = 0  # that the model draws itself, before the one that it is taught
+        if task is tasks["prediction"] and most and (
+            torch.rand((), generator=generator) < options.own_part
+        ):
+            stride, windows = base, 1 + int(torch.randint(most, (), generator=generator))
+        t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
+        x0, chosen = random_windows(t + windows * (t - options.num_known), task.at_start, stride,
+                                    latents, b, generator)  # b t c h w, or more frames
+        known = torch.zeros(t, dtype=torch.bool)
         known[list(task.known)] = True
         texts = [(captions if task.at_start else later)[i] for i in chosen]
         texts = drop_captions(texts, options.caption_dropout, generator)
         context = torch.stack([contexts[text] for text in texts])  # b n d
-        noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
+        noise, noise_of_known = torch.randn(2, b, t, *x0.shape[2:], generator=generator)
         timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
                                      prefer_noise=task.prefer_noise)
         levels = torch.randint(options.max_level + 1, (b,), generator=generator)
         clean = torch.rand(b, generator=generator) < options.clean_part
         levels = levels.masked_fill(clean | ~known.any(), 0)
+        if windows:
+            levels = torch.zeros_like(levels)  # the model's own mistakes are noise enough
         conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
         x0, noise, noise_of_known, timesteps, context, levels, known, conditions = run.to_device(
             x0, noise, noise_of_known, timesteps, context, levels, known, conditions)
         with trainer.autocast():
-            seen = perturb(model.diffusion, x0, levels, noise_of_known)
+            seen = perturb(model.diffusion, x0[:, -t:], levels, noise_of_known)
+            if windows:
+                own = own_known_frames(net, model.diffusion, x0, options, context, conditions,
+                                       generator)
+                seen = torch.cat([own, seen[:, options.num_known :]], dim=1)
+            x0 = x0[:, -t:]
             loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,
-                                     known, conditions, options.loss_on_known)
+                                     known, conditions, options.hold, options.loss_on_known)
         trainer.backward(loss)
     if processes.is_main():
         weights.save_pipeline(dataclasses.replace(model, unet=unet), run.path)
@@ -198,13 +238,14 @@ def train(run):
 def open_run(path, given, resume):
     """The LongRun of a folder, new or resumed, with the flags given."""
     known = (path / LongRun.record).exists()
+    begun = known and ((path / "training_state.pt").exists() or (path / "unet").exists())
     if not known and path.exists() and any(path.iterdir()):
         raise ValueError(f"{path}: is not empty and no run of this command; choose a new folder")
     old = LongRun.options_of(path) if known else LongOptions()
     for field in dataclasses.fields(old):
         value = getattr(old, field.name)
-        if known and given.get(field.name, value) != value and not field.metadata.get("free"):
+        if begun and given.get(field.name, value) != value and not field.metadata.get("free"):
             raise ValueError(f"{path} was trained with --{field.name.replace('_', '-')} {value}, "
                              f"not {given[field.name]}; choose a new folder for other options")
-    finished = read_json(path / LongRun.record)["finished"] if known else []
+    finished = ["long"] if (path / "unet").exists() else []  # written when all is trained
     return LongRun(path, dataclasses.replace(old, **given), finished, resume)

@@ -15,16 +15,16 @@ import torch
 from cli import choose_device, run_main
 from evaluate import choose_prompts
 from files import atomic
-from papers.bouncing import laws
+from papers.bouncing import SHORTEST, laws
 from papers.chains import Chain
-from papers.known_frames import Guidance, load_model
+from papers.known_frames import load_model
 from papers.scores import long_clips
 from papers.train_known_frames import LongRun
 from studies.curves import COLOURS, Figure
 from studies.report import interval
 
 PANELS = {
-    "right": "colour and shape right, part of clips", "size": "size over that of the first frames",
+    "right": "colour and shape right, part of 8-frame chunks", "size": "size over that of the first frames",
     "speed": "speed over that of the first frames", "turns": "turns so far, over the true number",
 }
 WINDOW = 50
@@ -65,13 +65,14 @@ def main():
     parser.add_argument("--num-clips", type=int, default=32, help="(default: 32)")
     parser.add_argument("--num-frames", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--seed", type=int, default=1000, help="(default: 1000)")
-    parser.add_argument("--num-steps", type=int, default=2, help="denoising steps (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("long_curves.png"))
     args = parser.parse_args()
+    if args.num_clips < 3 or args.num_frames < SHORTEST:
+        raise ValueError(f"long_curves needs --num-clips >= 3 and --num-frames >= {SHORTEST}, got "
+                         f"{args.num_clips} and {args.num_frames}")
     torch.set_flush_denormal(True)
     model, options = load_model(args.run).to(choose_device("auto")), LongRun.options_of(args.run)
-    chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second,
-                  Guidance(args.num_steps))
+    chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second)
     draw_panels(args.output, curves(model, chain, args.num_clips, args.num_frames, args.seed,
                                     options.plain_captions))
     print(args.output)

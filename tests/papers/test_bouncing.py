@@ -70,7 +70,7 @@ def test_turns_are_where_a_path_goes_back():
 @pytest.mark.parametrize("i", range(4))
 def test_real_clips_keep_all_laws(i):
     data = BouncingShapes(4, 400, seed=4, combinations=[*SEEN[:2], *HELD_OUT[:2]])
-    result = laws(data[i][0] / 127.5 - 1, data.combinations[i], joint=5)
+    result = laws(data[i][0] / 127.5 - 1, data.combinations[i], (8, 5))
     assert min(result["right"]) == 1 and result["paint"] < 0.01
     assert np.abs(np.array(result["size"]) - 1).max() < 0.005
     assert min(result["speed"]) > 0.94 and max(result["speed"]) < 1.06
@@ -81,7 +81,7 @@ def test_real_clips_keep_all_laws(i):
 def broken(change, frames=400):
     """laws() of a real clip after change(frames (t, 3, h, w) uint8)."""
     data = BouncingShapes(1, frames, seed=4)
-    return laws(change(data[0][0]) / 127.5 - 1, data.combinations[0], joint=5)
+    return laws(change(data[0][0]) / 127.5 - 1, data.combinations[0], (8, 5))
 
 
 def test_laws_notice_a_clip_that_stops():
@@ -105,3 +105,12 @@ def test_laws_notice_jumps_at_joints():
     order = [i for start in range(8, 392, 8) for i in range(start, start + 5)]
     result = broken(lambda frames: frames[[*range(8), *order]])
     assert result["joints"] > 2
+
+
+def test_joints_are_counted_from_the_first_that_is_named():
+    # Windows of eight frames after the first one, as between key frames: jumps at 9, 17, ...
+    order = [i for start in range(1, 390, 11) for i in range(start, start + 8)]
+    data = BouncingShapes(1, 400, seed=4)
+    clip = data[0][0][[0, *order]] / 127.5 - 1
+    right, wrong = (laws(clip, data.combinations[0], (first, 8))["joints"] for first in (9, 8))
+    assert right > 2 and wrong < 1

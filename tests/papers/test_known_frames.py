@@ -65,6 +65,18 @@ def test_a_widened_unet_starts_as_the_plain_one(hold):
     torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("temporal", ["attention", "directed"])
+def test_layers_with_parameters_for_each_frame_get_more_and_keep_the_old(temporal):
+    unet = build_unet(temporal=temporal, max_frames=3)
+    wide = widen(unet, max_frames=6)
+    latents, timesteps, context = unet_inputs()
+    x = torch.cat([latents, latents.new_zeros(2, 3, 11, 8, 12)], dim=2)
+    conditions = torch.zeros(2, 2)
+    torch.testing.assert_close(wide(x, timesteps, context, conditions),
+                               unet(latents, timesteps, context), rtol=0, atol=1e-6)
+    assert wide(torch.cat([x, x], dim=1), timesteps, context, conditions).isfinite().all()
+
+
 def test_new_weights_and_embeddings_of_conditions_are_zero_at_first():
     wide = widen(build_unet())
     assert wide.conv_in.weight[:, 4:].abs().max() == 0

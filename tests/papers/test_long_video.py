@@ -72,10 +72,11 @@ def test_a_long_clip_has_as_many_frames_as_asked_for(long_run, tmp_path, argumen
     assert [path.name for path in tmp_path.iterdir()] == ["long.gif"]
 
 
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
 @pytest.mark.parametrize("arguments", [(), ("--hierarchical",)])
 def test_a_stopped_sampling_goes_on_with_the_same_frames(long_run, tmp_path, monkeypatch, arguments,
-                                                         capsys):
-    whole = draw(long_run, tmp_path / "whole.webp", *arguments, num_frames=23)
+                                                         suffix):
+    whole = draw(long_run, tmp_path / f"whole.{suffix}", *arguments, num_frames=23)
     real, calls = chains.draw, []
 
     def stop(*inputs):
@@ -86,11 +87,35 @@ def test_a_stopped_sampling_goes_on_with_the_same_frames(long_run, tmp_path, mon
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="with --resume"):
         patch.setattr(chains, "draw", stop)
-        draw(long_run, tmp_path / "long.webp", *arguments, num_frames=23)
-    part = read_clip(tmp_path / "long.webp")[0]
+        draw(long_run, tmp_path / f"long.{suffix}", *arguments, num_frames=23)
+    part = read_clip(tmp_path / f"long.{suffix}")[0]
     assert 0 < len(part) < 23 and np.array_equal(part, whole[: len(part)])
-    resumed = draw(long_run, tmp_path / "long.webp", "--resume", *arguments, num_frames=23)
+    resumed = draw(long_run, tmp_path / f"long.{suffix}", "--resume", *arguments, num_frames=23)
     assert np.array_equal(resumed, whole)
+
+
+def test_an_unfinished_sampling_is_not_started_anew_by_mistake(long_run, tmp_path):
+    (tmp_path / "long.gif.latents").write_bytes(b"{}\n123")
+    with pytest.raises(ValueError, match="unfinished sampling; add --resume"):
+        draw(long_run, tmp_path / "long.gif")
+    assert (tmp_path / "long.gif.latents").read_bytes() == b"{}\n123"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_drawn(long_run, tmp_path):
+    with pytest.raises(ValueError, match="needs one of the suffixes"):
+        draw(long_run, tmp_path / "long.avi")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_never_began_can_change_its_options(trained, tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        train(tmp_path / "run", tmp_path / "typo")
+    train(tmp_path / "run", trained)
+
+
+def test_a_model_for_known_frames_is_no_video_model_to_start_from(long_run, tmp_path):
+    with pytest.raises(ValueError, match="is a model for known frames already"):
+        train(tmp_path / "run", long_run)
 
 
 def test_a_resume_of_another_sampling_is_refused(long_run, tmp_path):
