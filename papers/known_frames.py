@@ -10,7 +10,7 @@ Some frames of a clip are known, the others are drawn. Which ones are known is t
 The U-Net's first convolution gets more input channels, with weights of zero at first, so it starts
 as the plain video model. Beside the noisy latents each frame is shown
 
-    its two nearest known frames: one on each side where there are, else two of one side,
+    two known frames: the nearest on each side, else the nearest and the farthest on one side,
     how far away these are, with a sign, and a mask: whether the frame itself is known.
 
 The known frames also stand in the place of their own noisy latents, as in LVDM (He et al. 2022,
@@ -46,8 +46,8 @@ def nearest_known(known):
         before, after = [i for i in places if i <= frame], [i for i in places if i >= frame]
         if before and after:
             pairs.append((before[-1], after[0]))  # a known frame is shown itself, twice
-        else:  # the two nearest of one side; one frame twice if there are no others
-            nearest = sorted(places, key=lambda i: abs(i - frame))[:2]
+        else:  # on one side the nearest and the farthest, from which speed shows best
+            nearest = sorted(places, key=lambda i: abs(i - frame))
             pairs.append((nearest[0], nearest[-1]))
     return pairs
 

@@ -15,12 +15,11 @@ import processes
 import weights
 from cli import option
 from data import ClipFolder, random_window
-from diffusion import randn
 from files import read_json
 from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
-from papers.known_frames import known_frames_loss, perturb, predict, widen
+from papers.known_frames import known_frames_loss, perturb, widen
 from run import Run, progress, read_record
 from train import drop_captions, encode_captions, random_timesteps
 from trainer import Trainer
@@ -34,17 +33,15 @@ class LongOptions(LoopOptions):
 
     init: str = option("runs/demo", "the run with the video model to start from")
     data: str = option("shapes", "`shapes` for BouncingShapes, or a folder of captioned clips")
-    num_clips: int = option(512, "clips of BouncingShapes")
+    num_clips: int = option(384, "clips of BouncingShapes")
     clip_frames: int = option(128, "frames of such a clip, two for each of the video model's")
     long_steps: int = option(3000, "steps")
     long_batch_size: int = option(8, "windows a step")
     long_learning_rate: float = option(2e-3, "learning rate")
-    prediction_part: float = option(0.5, "part of the steps, the first, that only learn prediction")
+    prediction_part: float = option(0.6, "part of the steps, the first, that only learn prediction")
     num_known: int = option(3, "known frames of a window that continues a clip")
-    max_level: int = option(60, "largest noise level s of known frames, of 1000")
-    own_windows: int = option(4, "windows, at most, that the model draws before one it is taught")
-    own_part: float = option(0.5, "part of the mixed steps on prediction that begin so")
-    clean_part: float = option(0.25, "part of the windows whose known frames have no noise")
+    max_level: int = option(20, "largest noise level s of known frames, of 1000")
+    clean_part: float = option(0.5, "part of the windows whose known frames have no noise")
     hold: bool = option(True, "show each frame its nearest known frames; off: LVDM's mask alone")
     loss_on_known: bool = option(False, "known frames count in the loss, as in LVDM's public code")
     plain_captions: bool = option(True, "later windows of shapes have captions without direction")
@@ -102,13 +99,14 @@ def tasks_of(options, base, longest):
     """
     t, rates = options.num_frames, [base // 2, base, 2 * base, 4 * base]
     rates = tuple(stride for stride in rates if stride)
-    prediction = Task(0.4, t, tuple(range(options.num_known)), (base, *rates))
+    # Long clips need prediction at the base rate, and at a quarter of it for key frames.
+    prediction = Task(0.5, t, tuple(range(options.num_known)), (base, base, base, rates[-1]))
     tasks = {
         "prediction": prediction,
-        "text": Task(0.2, t, (), rates, at_start=True, prefer_noise=1.0),
+        "text": Task(0.15, t, (), rates, at_start=True, prefer_noise=1.0),
         "first frame": Task(0.1, t, (0,), rates, at_start=True, prefer_noise=1.0),
-        "interpolation": Task(0.2, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
-        "every other": Task(0.05, t + 1, tuple(range(0, t + 1, 2)), rates[:2]),
+        "interpolation": Task(0.17, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
+        "every other": Task(0.03, t + 1, tuple(range(0, t + 1, 2)), rates[:2]),
         "key frames": Task(0.05, 2 * t, (), rates[-2:], at_start=True, batch_part=0.5,
                            prefer_noise=1.0),
     }
@@ -145,25 +143,6 @@ def random_windows(num_frames, at_start, stride, latents, count, generator):
                         for i, s in zip(chosen, starts, strict=True)]), chosen
 
 
-@torch.no_grad()
-def own_known_frames(net, diffusion, x0, options, context, conditions, generator):
-    """The known frames (b, num_known, c, h, w) of a clip's last window, drawn by the model.
-
-    The windows of x0 (b, n, c, h, w) follow each other. From the first frames of x0 each is drawn
-    in one step from pure noise, as a long clip is, and its last frames are the next one's first.
-    """
-    k, t = options.num_known, options.num_frames
-    last, noisiest = x0[:, :k], diffusion.num_train_timesteps - 1
-    known = torch.arange(t, device=x0.device) < k
-    timesteps = torch.full((len(x0),), noisiest, device=x0.device)
-    for _ in range((x0.shape[1] - t) // (t - k)):
-        x_t = randn((len(x0), t, *x0.shape[2:]), generator).to(x0)
-        seen = torch.cat([last, torch.zeros_like(x_t[:, k:])], dim=1)
-        output = predict(net, x_t, timesteps, context, seen, known, conditions, options.hold)
-        last = diffusion.predict(output.float(), x_t, noisiest)[0][:, -k:]
-    return last
-
-
 def train(run):
     """Train a U-Net for known frames, from a video model."""
     options = run.options
@@ -187,8 +166,6 @@ def train(run):
     tasks = tasks_of(options, base, max(map(len, latents)))
     shares = torch.tensor([task.share for task in tasks.values()])
     alone = dataclasses.replace(tasks["prediction"], strides=(base,))
-    room = (max(map(len, latents)) - 1) // base + 1 - options.num_frames
-    most = min(options.own_windows, room // (options.num_frames - options.num_known))
     trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
     net = trainer.wrap(unet)
     for step, generator in trainer.steps():
@@ -196,37 +173,24 @@ def train(run):
         if step < options.prediction_part * options.long_steps:
             task = alone  # motion takes long to learn, so it gets the first steps for itself
         stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
-        windows = 0  # that the model draws itself, before the one that it is taught
-        if task is tasks["prediction"] and most and (
-            torch.rand((), generator=generator) < options.own_part
-        ):
-            stride, windows = base, 1 + int(torch.randint(most, (), generator=generator))
         t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
-        x0, chosen = random_windows(t + windows * (t - options.num_known), task.at_start, stride,
-                                    latents, b, generator)  # b t c h w, or more frames
+        x0, chosen = random_windows(t, task.at_start, stride, latents, b, generator)  # b t c h w
         known = torch.zeros(t, dtype=torch.bool)
         known[list(task.known)] = True
         texts = [(captions if task.at_start else later)[i] for i in chosen]
         texts = drop_captions(texts, options.caption_dropout, generator)
         context = torch.stack([contexts[text] for text in texts])  # b n d
-        noise, noise_of_known = torch.randn(2, b, t, *x0.shape[2:], generator=generator)
+        noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
         timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
                                      prefer_noise=task.prefer_noise)
         levels = torch.randint(options.max_level + 1, (b,), generator=generator)
         clean = torch.rand(b, generator=generator) < options.clean_part
         levels = levels.masked_fill(clean | ~known.any(), 0)
-        if windows:
-            levels = torch.zeros_like(levels)  # the model's own mistakes are noise enough
         conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
         x0, noise, noise_of_known, timesteps, context, levels, known, conditions = run.to_device(
             x0, noise, noise_of_known, timesteps, context, levels, known, conditions)
         with trainer.autocast():
-            seen = perturb(model.diffusion, x0[:, -t:], levels, noise_of_known)
-            if windows:
-                own = own_known_frames(net, model.diffusion, x0, options, context, conditions,
-                                       generator)
-                seen = torch.cat([own, seen[:, options.num_known :]], dim=1)
-            x0 = x0[:, -t:]
+            seen = perturb(model.diffusion, x0, levels, noise_of_known)
             loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,
                                      known, conditions, options.hold, options.loss_on_known)
         trainer.backward(loss)

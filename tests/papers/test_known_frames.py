@@ -18,8 +18,8 @@ def test_each_frame_is_shown_one_known_frame_on_each_side():
     assert nearest_known(known) == [(1, 4), (1, 1), (1, 4), (1, 4), (4, 4), (4, 1)]
 
 
-def test_behind_the_last_known_frame_the_two_nearest_are_shown():
-    assert nearest_known([True, True, True, False, False])[3:] == [(2, 1), (2, 1)]
+def test_behind_the_last_known_frame_the_nearest_and_the_farthest_are_shown():
+    assert nearest_known([True, True, True, False, False])[3:] == [(2, 0), (2, 0)]
 
 
 def test_a_single_known_frame_is_shown_twice():
