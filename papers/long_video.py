@@ -78,8 +78,8 @@ class LatentsFile:
                 file.write(line)
             return
         if not resume:
-            raise ValueError(f"{path}: is of an unfinished sampling; add --resume to continue it, or "
-                             "remove it to start anew")
+            raise ValueError(f"{path}: is of an unfinished sampling; add --resume to continue it, "
+                             "or remove it to start anew")
         with open(path, "rb+") as file:
             if file.readline() != line:
                 raise ValueError(f"{path}: is of another sampling; ask for the same, or remove it")

@@ -148,8 +148,8 @@ def train(run):
     options = run.options
     model = weights.load_pipeline(options.init)
     if model.unet.config.num_conditions:
-        raise ValueError(f"--init {options.init}: is a model for known frames already; name the run "
-                         "of the video model")
+        raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
+                         "run of the video model")
     model.vae.to(run.device, memory_format=torch.channels_last)
     model.text_encoder.to(run.device)
     clips, rate = open_clips(options, model.sampling)

@@ -24,7 +24,8 @@ from studies.curves import COLOURS, Figure
 from studies.report import interval
 
 PANELS = {
-    "right": "colour and shape right, part of 8-frame chunks", "size": "size over that of the first frames",
+    "right": "colour and shape right, part of 8-frame chunks",
+    "size": "size over that of the first frames",
     "speed": "speed over that of the first frames", "turns": "turns so far, over the true number",
 }
 WINDOW = 50
