@@ -1,7 +1,8 @@
 """BouncingShapes: MovingShapes that never end, so the truth of a long video is known.
 
-At step 1 the first 8 frames are those of MovingShapes. Then the shape moves on at its constant speed
-and is reflected where its edge meets the edge of the picture. Colour, shape, size and speed stay.
+At step 1 the first 8 frames are those of MovingShapes. Then the shape moves on at its constant
+speed and is reflected where its edge meets the edge of the picture. Colour, shape, size and speed
+stay.
 
 `track` measures these in the pixels of a clip, and `laws` says how well a long clip keeps them.
 """
