@@ -68,8 +68,8 @@ def split_words(text):
 
 def character_kind(character):
     """ "L" for a letter, "N" for a number, " " for a separator, "" for any other character."""
-    # Not all of isspace(): CLIP keeps U+001C to U+001F. It drops U+0345: with case ignored this mark
-    # equals a letter, which no class includes.
+    # Not all of isspace(): CLIP keeps U+001C to U+001F. It drops U+0345, because with case ignored
+    # this mark equals a letter, which no class includes.
     if character == "\u0345" or (character.isspace() and character not in "\x1c\x1d\x1e\x1f"):
         return " "
     category = unicodedata.category(character)[0]
