@@ -28,7 +28,7 @@ from run import read_record
 from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, coverage
 from vae import encode_clip
-from weights import load_pipeline
+from weights import load_pipeline, use_decoder
 
 MAX_COLOUR_DISTANCE = 0.35  # in RGB of [0, 1]; red, the nearest neighbour of magenta, is 0.85 away
 MIN_OVERLAP = 0.75  # intersection over union with the ideal shape of the same size
@@ -80,6 +80,13 @@ def centres_of(covered):
 
 def recognise_shape(covered, x, y, area):
     """The shape that overlaps best, over all frames, with coverage (t, h, w) around (x, y)."""
+    overlaps = overlaps_of(covered, x, y, area)
+    shape = max(overlaps, key=overlaps.get)
+    return shape if overlaps[shape] > MIN_OVERLAP else None
+
+
+def overlaps_of(covered, x, y, area):
+    """{shape: intersection over union with the ideal one, mean over frames}; as above."""
     axis = np.arange(covered.shape[-1]) + 0.5
     across, below = axis - x[:, None, None], axis[:, None] - y[:, None, None]
     overlaps = {}
@@ -90,8 +97,7 @@ def recognise_shape(covered, x, y, area):
         ideal = coverage(shape, across, below + lift, radius)
         both, either = np.minimum(covered, ideal), np.maximum(covered, ideal)  # t h w
         overlaps[shape] = (both.sum((1, 2)) / either.sum((1, 2))).mean()
-    shape = max(overlaps, key=overlaps.get)
-    return shape if overlaps[shape] > MIN_OVERLAP else None
+    return overlaps
 
 
 def recognise_direction(x, y, size):
@@ -186,6 +192,8 @@ def parse_arguments():
     parser.add_argument("--num-prompts", type=int, default=128, help="clips to draw (default: 128)")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=16, help="clips at a time (default: 16)")
+    parser.add_argument("--decoder", type=Path, metavar="FOLDER", help="decode with another "
+                        "autoencoder (default: RUN/video_decoder, if there is one)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--fvd", action="store_true",
                         help="also FVD-shapes, CLIPSIM-shapes; net: RUN/feature_net.safetensors")
@@ -212,7 +220,11 @@ def main():
                          "is the truth known")
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
-    pipeline = load_pipeline(args.run).to(device)
+    pipeline = load_pipeline(args.run)
+    notes = use_decoder(pipeline, args.run, args.decoder)
+    for note in notes:
+        print(note)
+    pipeline.to(device)
     sampling, net = pipeline.sampling, None
     if args.feature_net:
         if sampling.num_frames < 2:
@@ -229,7 +241,7 @@ def main():
         print("\nheld-out clips that the feature net gets right, %:",
               ", ".join(f"{name} {value}" for name, value in right.items()))
     settings = {"num_prompts": args.num_prompts, "seed": args.seed,
-                "sampling": dataclasses.asdict(sampling)}
+                "sampling": dataclasses.asdict(sampling), "decoder": notes}
     write_json(args.run / "evaluation.json", settings | result)
 
 

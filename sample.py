@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cli import add_flags, choose_device, given_flags, run_main
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
-from weights import add_checkpoint_flags, load_pipeline
+from weights import add_checkpoint_flags, load_pipeline, use_decoder
 
 
 def read_prompts(path):
@@ -65,6 +65,8 @@ def main():
     parser.add_argument("--zoom", type=int, default=1, help="enlarge every pixel (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
+    parser.add_argument("--decoder", type=Path, metavar="FOLDER", help="decode with another "
+                        "autoencoder (default: the run's video_decoder/, if it has one)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net: minutes at full size, then faster steps")
@@ -79,7 +81,7 @@ def main():
                          f"{args.batch_size}, {args.zoom}, {args.seed}")
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
-    for note in pipeline.report.notes:
+    for note in (*pipeline.report.notes, *use_decoder(pipeline, args.path, args.decoder)):
         print(note, file=sys.stderr)
     pipeline.to(device)
     if args.compile:  # freezing lays the weights out once for a CPU's kernels

@@ -22,6 +22,7 @@ from layers import Attention, ResnetBlock, sinusoids
 from transformer import TransformerBlock
 
 VARIANTS = ("none", "shift", "attention", "directed", "conv")
+DECODER_HEADS = 4  # of attention over time in an autoencoder's decoder
 
 
 def add_temporal_layers(unet):
@@ -49,6 +50,21 @@ def add_temporal_layers(unet):
             channels = level.resnets[0].conv2.out_channels
             for _ in range(1 if level is unet.mid_block else len(level.resnets)):
                 level.temporal.append(TemporalAttention(channels, num_heads, config.max_frames))
+
+
+def add_decoder_layers(decoder, config):
+    """Put the layers of a VAEConfig's variant into an autoencoder's new decoder."""
+    for level in decoder.up_blocks:
+        channels = level.resnets[0].conv2.out_channels
+        if config.temporal in ("attention", "directed"):
+            max_frames = config.max_frames if config.temporal == "attention" else None
+            level.temporal.append(TemporalAttention(channels, DECODER_HEADS, max_frames))
+        for block in level.resnets:
+            if config.temporal == "shift":
+                block.shift_before = ("conv1", "conv2")
+            elif config.temporal == "conv":
+                block.temporal_after1 = TemporalConvolution(channels)
+                block.temporal_after2 = TemporalConvolution(channels)
 
 
 def temporal_state(unet):
@@ -128,20 +144,25 @@ class TemporalAttention(nn.Module):
     """x + attention over time (norm(x) + positions), of clips (b, t, c, h, w).
 
     Positions are learned. They start as sinusoids: if all were equal, attention, which sees its
-    frames as a set, could not tell their order.
+    frames as a set, could not tell their order. Without max_frames the attention is directed and
+    has no positions, so it takes any number of frames.
     """
 
-    def __init__(self, channels, num_heads, max_frames):
+    def __init__(self, channels, num_heads, max_frames=None):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.attention = AttentionOverTime(channels, num_heads)
-        self.positions = nn.Parameter(sinusoids(torch.arange(max_frames), channels))
+        kind = DirectedAttention if max_frames is None else AttentionOverTime
+        self.attention = kind(channels, num_heads)
+        self.positions = None
+        if max_frames is not None:
+            self.positions = nn.Parameter(sinusoids(torch.arange(max_frames), channels))
 
     def forward(self, x):
         if x.shape[1] == 1:
             return x
         tokens = self.norm(x.flatten(3).transpose(2, 3))  # b t c h w -> b t (h w) c
-        tokens = tokens + first_frames(self.positions, x.shape[1])[:, None]  # t c -> t 1 c
+        if self.positions is not None:
+            tokens = tokens + first_frames(self.positions, x.shape[1])[:, None]  # t c -> t 1 c
         y = self.attention(tokens)
         return x + y.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
 

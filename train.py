@@ -47,12 +47,17 @@ def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
     x are frames (n, 3, h, w) in [-1, 1], noise (n, c, h/f, w/f) is for the sample of their latents.
     """
     reconstruction, gaussian = autoencoder(x, noise)
+    error = reconstruction_error(reconstruction, x, motion_weight)
+    return error + kl_weight * gaussian.kl().mean() / noise[0].numel()
+
+
+def reconstruction_error(reconstruction, x, motion_weight):
+    """Mean squared error of frames (n, 3, h, w), with more weight on what moves."""
     # A moving shape covers a tenth of a frame; unweighted, the background would decide. What
     # differs from a frame's median colour is taken for the shape.
     median = x.flatten(2).median(dim=2).values[:, :, None, None]  # n c h w -> n c 1 1
     differs = ((x - median).abs().amax(dim=1, keepdim=True) > 0.1).to(x.dtype)  # n 1 h w
-    error = (reconstruction - x) ** 2 * (1 + motion_weight * differs)
-    return error.mean() + kl_weight * gaussian.kl().mean() / noise[0].numel()
+    return ((reconstruction - x) ** 2 * (1 + motion_weight * differs)).mean()
 
 
 def train_vae(run, clips):

@@ -2,7 +2,8 @@
 
 The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f,
 w/f), the decoder maps latents back. It is trained to reconstruct frames, with a small penalty for
-Gaussians far from N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame.
+Gaussians far from N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame,
+unless its decoder has temporal layers (papers/video_decoder.py).
 
 Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Attention, Downsample, ResnetBlock, Upsample
+from layers import Attention, Downsample, ResnetBlock, Upsample, per_frame
+from temporal import VARIANTS, add_decoder_layers
 
 # Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
 EPS = 1e-6
@@ -36,8 +38,13 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     scaling_factor: float = 0.18215  # latents times this have variance 1, as the U-Net sees them
     sample_size: int = 512  # pixels it was trained on; a note, not a limit
+    temporal: str = "none"  # ours: the decoder's temporal layers, a variant of temporal.py
+    max_frames: int = 16  # ours: frames that have parameters of their own, with "attention"
 
     def __post_init__(self):
+        if self.temporal not in VARIANTS or self.max_frames < 1:
+            raise ValueError(f"temporal needs one of {VARIANTS} and max_frames >= 1, got "
+                             f"{self.temporal!r} and {self.max_frames}")
         widths, groups = self.block_out_channels, self.norm_num_groups
         if min(widths, default=0) < 1 or groups < 1 or any(width % groups for width in widths):
             raise ValueError("block_out_channels needs multiples of norm_num_groups >= 1, got "
@@ -95,9 +102,10 @@ class Level(nn.Module):
         down = [Downsample(out_channels, asymmetric=True)] if step == "down" else []
         self.downsamplers = nn.Sequential(*down)
         self.upsamplers = nn.Sequential(*[Upsample(out_channels)] if step == "up" else [])
+        self.temporal = nn.Sequential()  # in a decoder with attention over time
 
     def forward(self, x):
-        return self.upsamplers(self.downsamplers(self.resnets(x)))
+        return self.upsamplers(self.downsamplers(self.temporal(self.resnets(x))))
 
 
 class MidBlock(nn.Module):
@@ -109,7 +117,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.Sequential(*[PlaceAttention(channels, groups)] if attention else [])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions(self.resnets[0](x)))
+        return self.resnets[1](per_frame(self.attentions, self.resnets[0](x)))
 
 
 class PlaceAttention(Attention):
@@ -147,7 +155,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (n, latent_channels, h, w) to frames (n, 3, f h, f w)."""
+    """Latents (..., latent_channels, h, w) to frames (..., 3, f h, f w)."""
 
     def __init__(self, config):
         super().__init__()
@@ -162,10 +170,11 @@ class Decoder(nn.Module):
         ))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        add_decoder_layers(self, config)
 
     def forward(self, z):
-        x = self.up_blocks(self.mid_block(self.conv_in(z)))  # n 4 h w -> n c fh fw
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.up_blocks(self.mid_block(per_frame(self.conv_in, z)))  # ... 4 h w -> ... c fh fw
+        return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))
 
 
 class AutoencoderKL(nn.Module):
@@ -201,10 +210,16 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
-        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
-        pixels = z.shape[2:].numel() * self.config.downscale**2  # of a frame
+        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w).
+
+        A decoder with temporal layers needs clips: (b, t, c, h, w) to (b, t, 3, f h, f w).
+        """
+        if self.config.temporal != "none" and z.ndim != 5:
+            raise ValueError(f"decode needs clips (b, t, c, h, w), got {tuple(z.shape)}")
+        pixels = z[0, ..., 0, :, :].numel() * self.config.downscale**2  # of a frame, or of a clip
         chunk = max(1, CHUNK_PIXELS // pixels)
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])
+        return torch.cat([self.decoder(per_frame(self.post_quant_conv, part))
+                          for part in z.split(chunk)])
 
 
 @torch.no_grad()
@@ -234,5 +249,8 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)  # (b t) 3 fh fw
-    return frames.clamp(-1, 1).unflatten(0, latents.shape[:2])
+    z = latents / vae.config.scaling_factor
+    if vae.config.temporal == "none":  # frame by frame, which takes less memory than a clip
+        z = z.flatten(0, 1)  # b t c h w -> (b t) c h w
+    frames = vae.decode(z).clamp(-1, 1)
+    return frames.view(*latents.shape[:2], *frames.shape[-3:])

@@ -111,6 +111,25 @@ def load_vae(folder):
     return load_network(folder, AutoencoderKL)[0]
 
 
+def use_decoder(pipeline, path, decoder=None):
+    """Let a loaded model decode with the autoencoder in another folder, `decoder`.
+
+    By default it is the video_decoder/ that a run's folder may hold (papers/video_decoder.py).
+    Returns lines that say what is used, none if it is the model's own. Raises ValueError if the
+    other autoencoder has latents of another form.
+    """
+    folder = Path(decoder or Path(path) / "video_decoder")
+    if decoder is None and not (folder / UNET_WEIGHTS).exists():
+        return ()
+    own, new = pipeline.vae.config, load_vae(folder)
+    for name in ("latent_channels", "downscale", "scaling_factor"):
+        if getattr(new.config, name) != getattr(own, name):
+            raise ValueError(f"{folder}: has {name}={getattr(new.config, name)}, the model has "
+                             f"{getattr(own, name)}; --decoder needs one for the model's latents")
+    pipeline.vae = new
+    return f"decoder: {folder}, temporal layers: {new.config.temporal}",
+
+
 def save_text(folder, text_encoder, tokenizer):
     """Write text_encoder/ and, if there is one, tokenizer/ into a folder."""
     save_network(Path(folder) / "text_encoder", text_encoder)

@@ -86,11 +86,14 @@ def unet_from_json(values, where):
 
 
 def vae_to_json(config):
-    """The config.json of an autoencoder, as diffusers writes it."""
+    """The config.json of an autoencoder, as diffusers writes it, plus our temporal fields."""
     levels = len(config.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels,
               "up_block_types": ["UpDecoderBlock2D"] * levels}
-    return VAE_CONSTANTS | dataclasses.asdict(config) | blocks
+    values = dataclasses.asdict(config)
+    if config.temporal == "none":  # a file that diffusers' own class reads without a remark
+        del values["temporal"], values["max_frames"]
+    return VAE_CONSTANTS | values | blocks
 
 
 def vae_from_json(values, where):

@@ -33,7 +33,7 @@ from papers.bouncing import SHORTEST, plain_caption
 from papers.chains import BETWEEN, Chain, long_latents
 from papers.known_frames import Guidance, load_model
 from papers.scores import evaluate
-from papers.train_known_frames import LongOptions, LongRun, open_run, train
+from papers.train_known_frames import LongOptions, LongRun, train
 from trainer import Stopped, stop_signals
 from vae import encode_clip
 
@@ -243,7 +243,7 @@ def main():
     args = parse_arguments()
     torch.set_flush_denormal(True)
     if args.command == "train":
-        run = open_run(args.run, given_flags(args, LongOptions()), args.resume)
+        run = LongRun.open(args.run, given_flags(args, LongOptions()), args.resume)
         if run.finished:
             print(f"{args.run}: is trained")
             return
