@@ -79,7 +79,7 @@ class Task:
     batch_part: float = 1.0
     # Frames beside several known ones are all but determined, so one step from pure noise draws
     # them: training is about that step. What a text or one frame leaves open takes all timesteps.
-    prefer_noise: float = 8.0
+    prefer_noise: float = 30.0
 
 
 def tasks_of(options, base, longest):
@@ -92,11 +92,12 @@ def tasks_of(options, base, longest):
     rates = tuple(stride for stride in rates if stride)
     # Long clips need prediction at the base rate, and at a quarter of it for key frames.
     prediction = Task(0.5, t, tuple(range(options.num_known)), (base, base, base, rates[-1]))
+    mostly = (base, base, *rates)  # a text's motion is forgotten fast
     tasks = {
         "prediction": prediction,
-        "text": Task(0.15, t, (), rates, at_start=True, prefer_noise=1.0),
-        "first frame": Task(0.1, t, (0,), rates, at_start=True, prefer_noise=1.0),
-        "interpolation": Task(0.17, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
+        "text": Task(0.22, t, (), mostly, at_start=True, prefer_noise=1.0),
+        "first frame": Task(0.1, t, (0,), mostly, at_start=True, prefer_noise=1.0),
+        "interpolation": Task(0.1, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
         "every other": Task(0.03, t + 1, tuple(range(0, t + 1, 2)), rates[:2]),
         "key frames": Task(0.05, 2 * t, (), rates[-2:], at_start=True, batch_part=0.5,
                            prefer_noise=1.0),
