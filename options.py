@@ -39,7 +39,8 @@ class LoopOptions:
 
     def __post_init__(self):
         kinds = typing.get_type_hints(type(self))
-        others = {"seed": 0, "image_every": 0, "warmup_steps": 0, "max_tokens": 3, "max_level": 0}
+        others = {"max_tokens": 3} | dict.fromkeys(
+            ("seed", "image_every", "warmup_steps", "max_level", "decoder_steps"), 0)
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
             value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
             part = name in ("caption_dropout", "ema_decay") or name.endswith("_part")

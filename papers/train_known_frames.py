@@ -1,8 +1,11 @@
 """Training for known frames: the tasks of LVDM and MagicVideo, learnt by one U-Net.
 
-A step draws a task: which frames are known, how far frames are apart, how much noise the known ones
-get. The loss is that of train.py on the frames that are not known. papers/long_video.py has the
-command.
+    decoder   the autoencoder's decoder learns the frames of the long clips, from latents with
+              noise: a sampler's are not as exact as an encoder's. Encoder and latents stay.
+    long      a step draws a task: which frames are known, how far frames are apart, how much noise
+              the known ones get. The loss is that of train.py on the frames that are not known.
+
+papers/long_video.py has the command.
 """
 
 import dataclasses
@@ -21,10 +24,12 @@ from papers.chains import BETWEEN
 from papers.known_frames import known_frames_loss, perturb, widen
 from papers.runs import PaperRun
 from run import progress, read_record
-from train import drop_captions, encode_captions, random_timesteps
+from train import drop_captions, encode_captions, random_timesteps, reconstruction_error
 from trainer import Trainer
 from vae import encode_clip
 
+DECODED = 16  # frames of a clip that its decoder learns from
+MOTION_WEIGHT = TrainOptions().motion_weight  # of what moves, in the decoder's loss
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,14 @@ class LongOptions(LoopOptions):
     data: str = option("shapes", "`shapes` for BouncingShapes, or a folder of captioned clips")
     num_clips: int = option(384, "clips of BouncingShapes")
     clip_frames: int = option(128, "frames of such a clip, two for each of the video model's")
-    long_steps: int = option(3000, "steps")
+    decoder_steps: int = option(250, "steps of the decoder; 0: it stays")
+    decoder_batch_size: int = option(32, "frames a step")
+    decoder_learning_rate: float = option(1e-3, "learning rate of the decoder")
+    decoder_noise: float = option(0.3, "largest deviation of the noise on its latents")
+    long_steps: int = option(3000, "steps of the U-Net")
     long_batch_size: int = option(8, "windows a step")
-    long_learning_rate: float = option(2e-3, "learning rate")
-    prediction_part: float = option(0.6, "part of the steps, the first, that only learn prediction")
+    long_learning_rate: float = option(2e-3, "learning rate of the U-Net")
+    guidance_scale: float = option(1.25, "guidance by the text, in first windows and key frames")
     num_known: int = option(3, "known frames of a window that continues a clip")
     max_level: int = option(20, "largest noise level s of known frames, of 1000")
     clean_part: float = option(0.5, "part of the windows whose known frames have no noise")
@@ -60,8 +69,8 @@ class LongOptions(LoopOptions):
 class LongRun(PaperRun):
     """The folder of such a training, with a record of its own."""
 
-    record, stages = "long_video.json", ("long",)
-    options_class, result = LongOptions, "unet"
+    record, stages = "long_video.json", ("decoder", "long")
+    options_class = LongOptions
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Task:
     Some windows start where their clip starts, since only there its caption says what happens.
     """
 
-    share: float  # of the steps that mix tasks
+    share: float  # of the steps
     num_frames: int
     known: tuple[int, ...]
     strides: tuple[int, ...]
@@ -90,16 +99,17 @@ def tasks_of(options, base, longest):
     """
     t, rates = options.num_frames, [base // 2, base, 2 * base, 4 * base]
     rates = tuple(stride for stride in rates if stride)
-    # Long clips need prediction at the base rate, and at a quarter of it for key frames.
-    prediction = Task(0.5, t, tuple(range(options.num_known)), (base, base, base, rates[-1]))
-    mostly = (base, base, *rates)  # a text's motion is forgotten fast
+    # Motion takes longest to learn, so nearly half of the steps are prediction. They cannot come
+    # first: a U-Net that learns prediction alone forgets what a text means.
+    at_base, of_text = (base,) * 5 + rates[-1:], (*rates[:1] * 2, *(base,) * 3, *rates[-2:])
+    between = tuple(range(0, t + 1, BETWEEN + 1))
     tasks = {
-        "prediction": prediction,
-        "text": Task(0.22, t, (), mostly, at_start=True, prefer_noise=1.0),
-        "first frame": Task(0.1, t, (0,), mostly, at_start=True, prefer_noise=1.0),
-        "interpolation": Task(0.1, t + 1, tuple(range(0, t + 1, BETWEEN + 1)), rates[:2]),
+        "prediction": Task(0.47, t, tuple(range(options.num_known)), at_base),
+        "text": Task(0.22, t, (), of_text, at_start=True, prefer_noise=1.0),
+        "first frame": Task(0.06, t, (0,), of_text, at_start=True, prefer_noise=1.0),
+        "interpolation": Task(0.09, t + 1, between, rates[:2]),
         "every other": Task(0.03, t + 1, tuple(range(0, t + 1, 2)), rates[:2]),
-        "key frames": Task(0.05, 2 * t, (), rates[-2:], at_start=True, batch_part=0.5,
+        "key frames": Task(0.13, 2 * t, (), rates[-2:], at_start=True, batch_part=0.5,
                            prefer_noise=1.0),
     }
     needed = (t - 1) * base + 1
@@ -135,19 +145,47 @@ def random_windows(num_frames, at_start, stride, latents, count, generator):
                         for i, s in zip(chosen, starts, strict=True)]), chosen
 
 
+def train_decoder(run, autoencoder, frames, latents):
+    """Stage one: frames uint8 (n, 3, h, w) from their latents (n, c, h/f, w/f) with noise."""
+    options, b = run.options, run.options.decoder_batch_size
+    autoencoder.requires_grad_(False).decoder.requires_grad_(True)
+    trainer = Trainer(run, "decoder", [(autoencoder.decoder.parameters(), 1.0)])
+    decoder = trainer.wrap(autoencoder.decoder)
+    for _, generator in trainer.steps():
+        chosen = torch.randint(len(frames), (b,), generator=generator)
+        deviation = options.decoder_noise * torch.rand(b, 1, 1, 1, generator=generator)
+        noise = deviation * torch.randn(b, *latents.shape[1:], generator=generator)
+        x, z, noise = run.to_device(frames[chosen], latents[chosen], noise)
+        x, z = x.to(z) / 127.5 - 1, (z + noise) / autoencoder.config.scaling_factor
+        with trainer.autocast():
+            decoded = decoder(autoencoder.post_quant_conv(z))
+            loss = reconstruction_error(decoded, x, MOTION_WEIGHT)
+        trainer.backward(loss)
+    run.save(vae=autoencoder)
+    run.finish("decoder")
+
+
 def train(run):
-    """Train a U-Net for known frames, from a video model."""
+    """Train a model for known frames, from a video model."""
     options = run.options
     model = weights.load_pipeline(options.init)
     if model.unet.config.num_conditions:
         raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
                          "run of the video model")
-    model.vae.to(run.device, memory_format=torch.channels_last)
+    autoencoder = weights.load_vae(run.path / "vae") if run.finished else model.vae
+    sampling = dataclasses.replace(model.sampling, guidance_scale=options.guidance_scale)
+    model = dataclasses.replace(model, vae=autoencoder, sampling=sampling)
+    autoencoder.to(run.device, memory_format=torch.channels_last)
     model.text_encoder.to(run.device)
-    clips, rate = open_clips(options, model.sampling)
-    captions = clips.captions
-    latents = [encode_clip(model.vae, clips[i][0]).cpu()
-               for i in progress(range(len(clips)), "encode")]
+    clips, rate = open_clips(options, sampling)
+    captions, latents, some = clips.captions, [], []
+    for i in progress(range(len(clips)), "encode"):
+        frames = clips[i][0]
+        latents.append(encode_clip(autoencoder, frames).cpu())
+        every = max(1, len(frames) // DECODED)
+        some.append((frames[::every], latents[-1][::every]))
+    if options.decoder_steps and not run.finished:
+        train_decoder(run, autoencoder, *map(torch.cat, zip(*some, strict=True)))
     later = captions
     if options.data == "shapes" and options.plain_captions:
         later = [plain_caption(caption) for caption in captions]
@@ -157,13 +195,10 @@ def train(run):
     base = 2 if options.data == "shapes" else 1  # stride of the video model's frame rate
     tasks = tasks_of(options, base, max(map(len, latents)))
     shares = torch.tensor([task.share for task in tasks.values()])
-    alone = dataclasses.replace(tasks["prediction"], strides=(base,))
     trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
     net = trainer.wrap(unet)
-    for step, generator in trainer.steps():
+    for _, generator in trainer.steps():
         task = list(tasks.values())[torch.multinomial(shares, 1, generator=generator)]
-        if step < options.prediction_part * options.long_steps:
-            task = alone  # motion takes long to learn, so it gets the first steps for itself
         stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
         t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
         x0, chosen = random_windows(t, task.at_start, stride, latents, b, generator)  # b t c h w

@@ -73,7 +73,7 @@ class DecoderRun(PaperRun):
     """The folder of a decoder, inside the run whose latents it decodes."""
 
     record, stages = "video_decoder.json", ("decoder",)
-    options_class, result = DecoderOptions, weights.UNET_WEIGHTS
+    options_class = DecoderOptions
 
 
 def video_decoder(autoencoder, temporal, max_frames):
