@@ -160,9 +160,10 @@ def draw_latents(pipeline, prompts, seed, batch_size=16):
 
 
 def evaluate(autoencoders, latents, true, prompts, seed):
-    """{source of latents: {autoencoder: scores}} of {name: AutoencoderKL} that share latents.
+    """{"source of latents, name": scores} of {name: AutoencoderKL} that share an encoder.
 
-    latents: {"drawn": those of a U-Net, ...}; those of true clips (n, t, 3, h, w) are added here.
+    latents {source: (n, t, c, h, w)} have no truth, such as those that a U-Net draws of prompts;
+    those of true clips (n, t, 3, h, w) in [-1, 1] are added here, with and without noise.
     """
     encoder, result = next(iter(autoencoders.values())), {}
     frames = ((true + 1) * 127.5).round().to(torch.uint8)
@@ -198,6 +199,8 @@ def compare(args):
     if args.num_prompts < 2 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2 and --seed >= 0, got "
                          f"{args.num_prompts} and {args.seed}")
+    if not (args.run / FOLDER / DecoderRun.result).exists():
+        raise ValueError(f"{args.run}: has no trained {FOLDER}/; train it first")
     options = DecoderRun.options_of(args.run / FOLDER)
     if (options.data or read_record(args.run)[0].data) != "shapes":
         raise ValueError(f"{args.run}: is of other data; only of MovingShapes is the truth known")

@@ -291,6 +291,11 @@ def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
             call(video_decoder.main, command, tmp_path)
 
 
+def test_a_run_without_a_trained_decoder_is_not_measured(trained):
+    with pytest.raises(ValueError, match="run: has no trained video_decoder/; train it first"):
+        call(video_decoder.main, "evaluate", trained)
+
+
 def test_costs_are_counted_at_full_size():
     plain, conv = (video_decoder.costs(kind, 2, 16) for kind in ("none", "conv"))
     assert plain["parameters"] == 49_490_179  # of diffusers' class
