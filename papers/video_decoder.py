@@ -43,6 +43,7 @@ from train import random_clips, reconstruction_error
 from trainer import Trainer
 
 FOLDER = "video_decoder"  # inside a run, where sample.py and evaluate.py look for it
+CLEAN_PART = 0.25  # of the clips in training, whose latents get no noise
 NOISE_LEVELS = (0.05, 0.1, 0.2)  # deviations, of latents of variance 1, that evaluate adds
 
 
@@ -55,8 +56,6 @@ class DecoderOptions(LoopOptions):
                            choices=VARIANTS)
     only_new: bool = option(False, "train the temporal layers alone")
     noise: float = option(0.4, "largest deviation of the noise that latents get, of variance 1")
-    clean_part: float = option(0.25, "part of the clips whose latents get none")
-    flicker_weight: float = option(0.0, "weight of errors of the changes from frame to frame")
     image_every: int = option(10, "every so many steps frames are decoded as images; 0: none are")
     decoder_steps: int = option(300, "steps")
     decoder_batch_size: int = option(4, "clips a step")
@@ -80,7 +79,7 @@ def video_decoder(autoencoder, temporal, max_frames):
     """The autoencoder with temporal layers in its decoder, all initialised as the identity.
 
     So clips are decoded to the same bits as before, but for the shift: it has no parameters, and
-    mixes frames from the beginning. A clip of one frame skips the layers, before training and after.
+    mixes frames from the beginning. A clip of one frame skips the layers, trained or not.
     """
     config = dataclasses.replace(autoencoder.config, temporal=temporal, max_frames=max_frames)
     new = vae.AutoencoderKL(config)
@@ -88,53 +87,38 @@ def video_decoder(autoencoder, temporal, max_frames):
     return new
 
 
-def open_clips(path, options):
-    """The run's clips, or those of --data, prepared as the run's were: (clips, captions)."""
-    known = (path / "train.json").exists()  # not so for Stable Diffusion's folders
-    old = read_record(path)[0] if known else RECIPES["sd1"]
-    return open_data(dataclasses.replace(old, data=options.data or old.data)), old
-
-
 def train(run, folder):
     """Fine-tune the decoder of the autoencoder in a model's folder."""
-    options = run.options
-    (clips, captions), old = open_clips(folder, options)
+    options, known = run.options, (folder / "train.json").exists()  # Stable Diffusion has none
+    old = read_record(folder)[0] if known else RECIPES["sd1"]  # clips are prepared as they were
+    old = dataclasses.replace(old, data=options.data or old.data)
+    clips, captions = open_data(old)
     model = video_decoder(weights.load_vae(folder / "vae"), options.temporal, old.num_frames)
     model.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     new = temporal_state(model.decoder)
-    trained = [parameter for name, parameter in model.decoder.named_parameters()
+    trained = [p.requires_grad_(True) for name, p in model.decoder.named_parameters()
                if name in new or not options.only_new]
-    for parameter in trained:
-        parameter.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(trained, 1.0)])
     decode = trainer.wrap(model.decoder)
-    image_every = 0 if options.only_new else options.image_every  # an image skips all new layers
+    image_every = 0 if options.only_new else options.image_every  # images skip the new layers
     for step, generator in trainer.steps():
         x, _ = random_clips(clips, captions, options.decoder_batch_size, old.num_frames, generator)
-        noise = torch.randn(*x.shape[:2], *latent_shape(model, x), generator=generator)
-        deviation = options.noise * torch.rand(len(x), generator=generator)
-        clean = torch.rand(len(x), generator=generator) < options.clean_part
-        deviation = deviation.masked_fill(clean, 0)[:, None, None, None, None]  # b -> b 1 1 1 1
-        (x, noise) = run.to_device(x, deviation * noise)
-        z = per_frame(lambda frames: vae.encode_clip(model, frames), x) + noise  # b t 3 h w
+        (x,) = run.to_device(x)
+        z = per_frame(lambda frames: vae.encode_clip(model, frames), x)  # b t c h/f w/f
+        noise = torch.randn(z.shape, generator=generator)
+        deviation, clean = torch.rand(2, len(x), 1, 1, 1, 1, generator=generator)
+        noise = noise * options.noise * deviation * (clean >= CLEAN_PART)
+        z = (z + noise.to(z)) / model.config.scaling_factor
         x = x.to(z) / 127.5 - 1
         if image_every and (step + 1) % image_every == 0:
             x, z = (y.flatten(0, 1)[:, None] for y in (x, z))  # b t c h w -> (b t) 1 c h w
         with trainer.autocast():
-            decoded = decode(per_frame(model.post_quant_conv, z / model.config.scaling_factor))
+            decoded = decode(per_frame(model.post_quant_conv, z))
             loss = reconstruction_error(decoded.flatten(0, 1), x.flatten(0, 1), old.motion_weight)
-            if options.flicker_weight and x.shape[1] > 1:
-                loss = loss + options.flicker_weight * flicker(decoded, x)
         trainer.backward(loss)
     if processes.is_main():
         weights.save_network(run.path, model)
     run.finish("decoder")
-
-
-def latent_shape(autoencoder, frames):
-    """(c, h/f, w/f) of the latents of frames (..., 3, h, w)."""
-    config = autoencoder.config
-    return config.latent_channels, *(n // config.downscale for n in frames.shape[-2:])
 
 
 def flicker(decoded, true):
@@ -176,9 +160,10 @@ def draw_latents(pipeline, prompts, seed, batch_size=16):
 
 
 def evaluate(autoencoders, latents, true, prompts, seed):
-    """{source of latents: {autoencoder: scores}} of {name: AutoencoderKL} that share latents.
+    """{"source of latents, name": scores} of {name: AutoencoderKL} that share an encoder.
 
-    latents: {"drawn": those of a U-Net, ...}; those of true clips (n, t, 3, h, w) are added here.
+    latents {source: (n, t, c, h, w)} have no truth, such as those that a U-Net draws of prompts;
+    those of true clips (n, t, 3, h, w) in [-1, 1] are added here, with and without noise.
     """
     encoder, result = next(iter(autoencoders.values())), {}
     frames = ((true + 1) * 127.5).round().to(torch.uint8)
@@ -214,6 +199,8 @@ def compare(args):
     if args.num_prompts < 2 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2 and --seed >= 0, got "
                          f"{args.num_prompts} and {args.seed}")
+    if not (args.run / FOLDER / DecoderRun.result).exists():
+        raise ValueError(f"{args.run}: has no trained {FOLDER}/; train it first")
     options = DecoderRun.options_of(args.run / FOLDER)
     if (options.data or read_record(args.run)[0].data) != "shapes":
         raise ValueError(f"{args.run}: is of other data; only of MovingShapes is the truth known")

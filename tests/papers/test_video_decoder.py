@@ -16,7 +16,7 @@ from papers import video_decoder
 from papers.video_decoder import DecoderOptions, crispness, flicker
 from shapes import MovingShapes
 from temporal import VARIANTS, temporal_state
-from vae import AutoencoderKL, VAEConfig, decode_clips
+from vae import AutoencoderKL, Decoder, VAEConfig, decode_clips
 from weights import load_network, load_pipeline, load_vae, save_network, use_decoder
 
 CONFIG = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -193,6 +193,31 @@ def test_training_changes_the_decoder_and_its_layers_and_not_the_encoder(trained
     assert not unchanged  # the run's own files
 
 
+def latents_seen(run, monkeypatch, **options):
+    """The latents that a training decodes, step by step, in units of the U-Net's."""
+    seen, forward = [], Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, z: seen.append(z) or forward(self, z))
+    call(video_decoder.main, "train", run, *flags(**SHORT | options))
+    shutil.rmtree(run / "video_decoder")
+    monkeypatch.undo()
+    model = load_vae(run / "vae").requires_grad_(False)
+    back = model.post_quant_conv.weight[:, :, 0, 0].inverse() * model.config.scaling_factor
+    shifted = [z - model.post_quant_conv.bias[:, None, None] for z in seen]
+    return [torch.einsum("ij,btjhw->btihw", back, z) for z in shifted]
+
+
+def test_noise_differs_from_clip_to_clip_and_a_quarter_has_none(run, monkeypatch):
+    options = {"decoder_steps": 3, "decoder_batch_size": 64}
+    clean = latents_seen(run, monkeypatch, noise=0.0, **options)
+    noisy = latents_seen(run, monkeypatch, noise=0.4, **options)
+    assert [z.shape[:2] for z in noisy] == [(64, 3), (64, 3), (192, 1)]  # the third is of images
+    deviations = (noisy[0] - clean[0]).flatten(1).std(1)
+    some = deviations > 1e-4
+    assert 8 <= 64 - some.sum() <= 24  # 16 are expected
+    assert deviations.max() < 0.4 * 1.3 and deviations[some].min() < 0.1
+    assert deviations[some].mean() == pytest.approx(0.2, abs=0.06)  # of [0, 0.4]
+
+
 def test_only_the_new_layers_are_trained_if_asked(run):
     call(video_decoder.main, "train", run, "--only-new", *flags(**SHORT))
     assert changed(run) == temporal_state(load_vae(run / "video_decoder")).keys()
@@ -254,7 +279,6 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(with_decoder, run, 
     ({"only_new": True, "temporal": "none"}, "--only-new needs a variant with layers of its own"),
     ({"only_new": True, "temporal": "shift"}, "got --temporal shift"),
     ({"noise": -1.0}, "--noise needs >= 0"),
-    ({"clean_part": 1.5}, r"--clean-part needs to lie in \[0, 1\]"),
 ])
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -265,6 +289,11 @@ def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
     for command in ("train", "evaluate"):
         with pytest.raises(ValueError, match="has no trained vae/"):
             call(video_decoder.main, command, tmp_path)
+
+
+def test_a_run_without_a_trained_decoder_is_not_measured(trained):
+    with pytest.raises(ValueError, match="run: has no trained video_decoder/; train it first"):
+        call(video_decoder.main, "evaluate", trained)
 
 
 def test_costs_are_counted_at_full_size():
