@@ -234,5 +234,6 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)  # (b t) 3 fh fw
-    return frames.clamp(-1, 1).unflatten(0, latents.shape[:2])
+    # Clip by clip, since an autoencoder over time sees what it gets as one (papers/).
+    clips = [vae.decode(clip) for clip in latents / vae.config.scaling_factor]  # of each t 3 fh fw
+    return torch.stack(clips).clamp(-1, 1)

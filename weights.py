@@ -187,8 +187,12 @@ def tokenizer_for(path, config):
     return tokenizer_from_merges(path, config.vocab_size - 2 * 256 - 2, length, pad_with_end)
 
 
-def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet="unet"):
-    """load_pipeline for a folder, with the U-Net in the part that `unet` names."""
+def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet="unet",
+                vae=None):
+    """load_pipeline for a folder, with the U-Net in the part that `unet` names.
+
+    vae: an autoencoder to use in place of the folder's, which is then not read.
+    """
     for part in (unet, "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or "
@@ -198,7 +202,7 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     if prediction_type is not None:
         diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
     unet, ignored = load_network(path / unet, UNet, temporal, dtype)
-    vae, more = load_network(path / "vae", AutoencoderKL, None, dtype)
+    vae, more = (vae, 0) if vae else load_network(path / "vae", AutoencoderKL, None, dtype)
     text, most = load_network(path / "text_encoder", CLIPTextModel, None, dtype)
     names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()

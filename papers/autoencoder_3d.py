@@ -190,7 +190,8 @@ def inflate(image_model, latent_channels, time_factor=4):
         raise ValueError(f"latent_channels needs {old.latent_channels} or "
                          f"{k * old.latent_channels} to start from this 2-D autoencoder, got "
                          f"{latent_channels}")
-    values = dataclasses.asdict(old) | {"latent_channels": latent_channels}
+    values = dataclasses.asdict(old)
+    values |= {"latent_channels": latent_channels, "scaling_factor": 1.0}  # to be measured anew
     network = VideoAutoencoder(VideoVAEConfig(**values, time_factor=k))
     state = network.state_dict()
     for name, value in image_model.state_dict().items():

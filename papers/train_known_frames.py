@@ -15,7 +15,6 @@ import processes
 import weights
 from cli import option
 from data import ClipFolder, random_window
-from files import read_json
 from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
@@ -24,7 +23,6 @@ from run import Run, progress, read_record
 from train import drop_captions, encode_captions, random_timesteps
 from trainer import Trainer
 from vae import encode_clip
-
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,7 @@ class LongOptions(LoopOptions):
 class LongRun(Run):
     """The folder of such a training, with a record of its own."""
 
-    record, stages = "long_video.json", ("long",)
-
-    @classmethod
-    def options_of(cls, path):
-        """The options of a run, from its record."""
-        stored = read_json(Path(path) / cls.record)
-        try:
-            return LongOptions(**stored["options"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{Path(path) / cls.record}: damaged, or of another version "
-                             f"({error})") from None
+    record, stages, options_type = "long_video.json", ("long",), LongOptions
 
 
 @dataclass(frozen=True)
@@ -199,17 +187,16 @@ def train(run):
     run.finish("long")
 
 
-def open_run(path, given, resume):
-    """The LongRun of a folder, new or resumed, with the flags given."""
-    known = (path / LongRun.record).exists()
-    begun = known and ((path / "training_state.pt").exists() or (path / "unet").exists())
+def open_run(kind, path, given, resume):
+    """The run of a class `kind` in a folder, new or resumed, with the flags given."""
+    known = (path / kind.record).exists()
     if not known and path.exists() and any(path.iterdir()):
         raise ValueError(f"{path}: is not empty and no run of this command; choose a new folder")
-    old = LongRun.options_of(path) if known else LongOptions()
+    old, finished = read_record(path, kind) if known else (kind.options_type(), [])
+    begun = finished or (path / "training_state.pt").exists()
     for field in dataclasses.fields(old):
         value = getattr(old, field.name)
         if begun and given.get(field.name, value) != value and not field.metadata.get("free"):
             raise ValueError(f"{path} was trained with --{field.name.replace('_', '-')} {value}, "
                              f"not {given[field.name]}; choose a new folder for other options")
-    finished = ["long"] if (path / "unet").exists() else []  # written when all is trained
-    return LongRun(path, dataclasses.replace(old, **given), finished, resume)
+    return kind(path, dataclasses.replace(old, **given), finished, resume)

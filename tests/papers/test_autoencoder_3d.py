@@ -153,9 +153,9 @@ def test_with_fewer_latents_it_starts_with_the_mean_of_the_frames(image_model):
     torch.testing.assert_close(network.decode(mean), frames, atol=1e-6, rtol=0)
 
 
-def test_the_scale_of_the_latents_is_kept(image_model):
+def test_its_config_is_that_of_the_2d_one_but_for_the_scale_which_is_yet_to_measure(image_model):
     config = inflate(image_model, 5, time_factor=3).config
-    assert config == dataclasses.replace(CONFIG, scaling_factor=0.7)
+    assert config == dataclasses.replace(CONFIG, scaling_factor=1.0)
 
 
 def test_weights_are_spread_by_hand():
