@@ -31,10 +31,11 @@ from cli import add_flags, choose_device, given_flags, option, run_main
 from evaluate import agreement, choose_prompts, draw, print_table, rates
 from files import read_json, write_json
 from media.write import contact_sheet, require_writer, write_clip, write_samples
-from metrics import mean_over_clips, psnr, real_clips, ssim
+from metrics import real_clips
 from options import STAGES, TrainOptions
 from papers.autoencoder_3d import (VideoAutoencoder, VideoVAEConfig, inflate, load_autoencoder,
                                    save_autoencoder)
+from papers.fidelity import fidelity
 from papers.train_known_frames import open_run
 from pipeline import Pipeline
 from run import Run, open_data, read_record, stages_to_run
@@ -53,6 +54,8 @@ class VideoOptions(TrainOptions):
     vae_steps: int = option(300, "steps of the vae stage")
     vae_batch_size: int = option(4, "clips a step")
     vae_learning_rate: float = option(1e-3, "learning rate of the vae stage")
+    short_part: float = option(0.0, "part of the vae steps, the first, that see windows of one "
+                               "latent frame")
     video_batch_size: int = option(16, "clips a step")
 
     def __post_init__(self):
@@ -106,19 +109,21 @@ def train_vae(run, clips, captions):
     """The vae stage of train.py, on clips."""
     options, autoencoder = run.options, start_autoencoder(run.options)
     autoencoder.to(run.device, memory_format=torch.channels_last)
-    config, b, t = autoencoder.config, options.vae_batch_size, options.num_frames
+    config, k = autoencoder.config, options.time_factor
     size = options.image_size // config.downscale
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
 
     def as_frames(frames, noise):  # the loss of train.py is about frames
-        reconstruction, gaussian = forward(frames.unflatten(0, (b, t)), noise)
+        reconstruction, gaussian = forward(frames.unflatten(0, (len(noise), -1)), noise)
         return reconstruction.flatten(0, 1), gaussian
 
-    for _, generator in trainer.steps():
+    for step, generator in trainer.steps():
+        # From nothing, first more and shorter clips: what a frame looks like comes before time.
+        t = k if step < options.short_part * options.vae_steps else options.num_frames
+        b = options.vae_batch_size * options.num_frames // t
         x, _ = train.random_clips(clips, captions, b, t, generator)  # b t 3 h w
-        noise = torch.randn(b, options.latent_frames, config.latent_channels, size, size,
-                            generator=generator)
+        noise = torch.randn(b, t // k, config.latent_channels, size, size, generator=generator)
         x, noise = run.to_device(x, noise)
         frames = x.flatten(0, 1).float() / 127.5 - 1  # 0..255 -> -1..1
         with trainer.autocast():
@@ -185,44 +190,6 @@ def load_model(path, unet="unet", temporal=None):
     """The ClipPipeline of a run."""
     autoencoder = load_autoencoder(path / "vae")
     return ClipPipeline(**vars(weights.load_folder(path, temporal, unet=unet, vae=autoencoder)))
-
-
-def reconstruct(autoencoder, clip):
-    """Frames (t, 3, h, w) in [-1, 1] of a clip of that shape, through its latents."""
-    latents = vae.encode_clip(autoencoder, (clip + 1) * 127.5)
-    return vae.decode_clips(autoencoder, latents[None])[0, : len(clip)]
-
-
-def moving(clips):
-    """Where clips (n, t, 3, h, w) differ from their background: (n, t, 1, h, w) bool."""
-    background = clips.flatten(3).median(dim=3).values[..., None, None]
-    return (clips - background).abs().amax(dim=2, keepdim=True) > 0.1
-
-
-def moving_psnr(real, coded):
-    """PSNR in dB of the pixels that differ from the background, of clips: (n,)."""
-    weight = moving(real).expand_as(real).double()
-    error = ((real - coded).double().square() * weight).sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4))
-    return 10 * torch.log10(2**2 / error)
-
-
-def flicker(real, coded):
-    """Mean squared difference of the frame-to-frame changes of clips (n, t, 3, h, w): (n,)."""
-    return (coded.diff(dim=1) - real.diff(dim=1)).square().mean((1, 2, 3, 4))
-
-
-def fidelity(autoencoder, real, prompts):
-    """(clips, row of `compare`): what an autoencoder leaves of clips (n, t, 3, h, w)."""
-    coded = torch.stack([reconstruct(autoencoder, clip) for clip in real])
-    latents = vae.encode_clip(autoencoder, (real[0] + 1) * 127.5).numel()
-    return coded, {
-        "latents a clip": latents,
-        "PSNR": round(mean_over_clips(psnr, real, coded), 2),
-        "PSNR, moving": round(moving_psnr(real, coded).mean().item(), 2),
-        "SSIM": round(mean_over_clips(ssim, real, coded), 4),
-        "flicker, 1e-4": round(1e4 * flicker(real, coded).mean().item(), 1),
-        "recognised, %": rates(agreement(coded, prompts))["all"],
-    }
 
 
 def compare(args):
