@@ -93,7 +93,11 @@ def load_network(folder, kind, temporal=None, dtype=torch.float32):
     config = from_json(read_json(where), where)
     if temporal is not None:
         config = dataclasses.replace(config, temporal=temporal)
-    network = build(kind, config, where)
+    return fill_from(folder, build(kind, config, where), dtype)
+
+
+def fill_from(folder, network, dtype=torch.float32):
+    """(a network on the meta device with the weights in a folder, how many were ignored)."""
     path = find_weights(folder)
     tensors, ignored = names.current_names(read_checkpoint(path))
     expected, found = ({name: tensor.shape for name, tensor in each.items()}

@@ -28,8 +28,7 @@ from torch import nn
 import vae
 import weights
 from checkpoints.configs import from_config
-from checkpoints.names import check_fit
-from files import load_safetensors, read_json, save_safetensors, write_json
+from files import read_json, save_safetensors, write_json
 from layers import per_frame
 
 WINDOW = 8  # latent frames of a long clip that are computed at once
@@ -52,7 +51,7 @@ class VideoVAEConfig(vae.VAEConfig):
                              f"{self.time_factor} and {self.mid_block_add_attention}")
 
 
-# LVDM's public configuration, 1/4 of the frames and 1/8 of the size: for counting, not for a CPU.
+# With the widths of LVDM's public configuration, 1/4 of the frames and 1/8 of the size.
 LVDM = VideoVAEConfig(block_out_channels=(32, 64, 128, 256), layers_per_block=1,
                       scaling_factor=1.0, sample_size=256)
 
@@ -225,14 +224,9 @@ def save_autoencoder(folder, network):
 
 def load_autoencoder(folder):
     """The VideoAutoencoder in a folder. Raises ValueError if there is none, or a damaged one."""
-    where, path = Path(folder) / "config.json", Path(folder) / weights.UNET_WEIGHTS
+    where = Path(folder) / "config.json"
     if not where.is_file():
         raise ValueError(f"{folder}: has no config.json; needs a trained 3-D autoencoder "
                          "(python -m papers.video_autoencoder train)")
     config = from_config(VideoVAEConfig, read_json(where), {}, where)
-    network = weights.build(VideoAutoencoder, config, where)
-    tensors = load_safetensors(path)
-    expected, found = ({name: tensor.shape for name, tensor in each.items()}
-                       for each in (network.state_dict(), tensors))
-    check_fit(expected, found, found.keys() - expected.keys(), f"{path}: does not fit its config")
-    return weights.fill(network, tensors, torch.float32, align=True)
+    return weights.fill_from(folder, weights.build(VideoAutoencoder, config, where))[0]
