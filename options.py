@@ -118,6 +118,11 @@ class TrainOptions(LoopOptions):
         self.diffusion().timestep_pairs(self.num_steps)
         self.sampling(self.num_frames)
 
+    @property
+    def latent_frames(self):
+        """Latent frames of a training clip: as many as frames, but for papers/."""
+        return self.num_frames
+
     def vae(self):
         """The autoencoder's configuration, before the scale of its latents is known."""
         preset = "sd" if self.preset in ("sd1", "sd2") else self.preset

@@ -31,7 +31,7 @@ REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only
 class Run:
     """An open run: `path`, `options`, the `finished` stages, and the `device` that it trains on."""
 
-    record, stages = "train.json", STAGES
+    record, stages, options_type = "train.json", STAGES, TrainOptions
 
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
@@ -159,14 +159,14 @@ def read_state(path):
                          "anew") from None
 
 
-def read_record(path):
-    """(TrainOptions, finished stages) of a run, from its train.json."""
-    record_path = Path(path) / "train.json"
+def read_record(path, kind=Run):
+    """(options, finished stages) of a run of that class, from its record."""
+    record_path = Path(path) / kind.record
     record = read_json(record_path)
     try:
         values = {k: v for k, v in record["options"].items() if k not in REMOVED}
-        options, finished = TrainOptions(**values), record["finished"]
-        if finished != list(STAGES[: len(finished)]):
+        options, finished = kind.options_type(**values), record["finished"]
+        if finished != list(kind.stages[: len(finished)]):
             raise ValueError(f"finished stages {finished}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None

@@ -132,11 +132,12 @@ def drop_captions(texts, part, generator):
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
 
-def train_image(run, clips, captions):
-    """Stage two: the U-Net on single frames, and the text encoder with it."""
+def train_image(run, autoencoder, latents, captions):
+    """Stage two: the U-Net on single frames, and the text encoder with it.
+
+    latents are one (t, c, h/f, w/f) for each clip.
+    """
     options = run.options
-    autoencoder = load_vae(run.path, run.device)
-    latents = encode_clips(autoencoder, clips)  # of each clip t c h/f w/f
     tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
                                  max_position_embeddings=options.max_tokens)
@@ -190,7 +191,7 @@ def train_video(run, image_model, latents, captions, preview=None):
     predict = trainer.wrap(unet)
     usual = draw_previews(run, "video", pipeline, captions)
     for step, generator in trainer.steps(usual if preview is None else lambda s: preview(s, unet)):
-        t, b = options.num_frames, options.video_batch_size
+        t, b = options.latent_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model; about as much work
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
@@ -243,7 +244,8 @@ def main():
         if stage == "vae":
             train_vae(run, clips)
         elif stage == "image":
-            train_image(run, clips, captions)
+            autoencoder = load_vae(run.path, run.device)
+            train_image(run, autoencoder, encode_clips(autoencoder, clips), captions)
         else:
             image_model = load_image_model(run.path, run.device)
             train_video(run, image_model, encode_clips(image_model.vae, clips), captions)

@@ -212,8 +212,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, z):
         """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w).
 
-        A decoder with temporal layers needs clips: (b, t, c, h, w) to (b, t, 3, f h, f w).
+        Or clips (b, t, 3, f h, f w) of z (b, t, c, h, w), which temporal layers need.
         """
+        if self.config.temporal == "none" and z.ndim == 5:  # frames are decoded by themselves
+            return self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         if self.config.temporal != "none" and z.ndim != 5:
             raise ValueError(f"decode needs clips (b, t, c, h, w), got {tuple(z.shape)}")
         pixels = z[0, ..., 0, :, :].numel() * self.config.downscale**2  # of a frame, or of a clip
@@ -249,8 +251,4 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    z = latents / vae.config.scaling_factor
-    if vae.config.temporal == "none":  # frame by frame, which takes less memory than a clip
-        z = z.flatten(0, 1)  # b t c h w -> (b t) c h w
-    frames = vae.decode(z).clamp(-1, 1)
-    return frames.view(*latents.shape[:2], *frames.shape[-3:])
+    return vae.decode(latents / vae.config.scaling_factor).clamp(-1, 1)

@@ -93,7 +93,11 @@ def load_network(folder, kind, temporal=None, dtype=torch.float32):
     config = from_json(read_json(where), where)
     if temporal is not None:
         config = dataclasses.replace(config, temporal=temporal)
-    network = build(kind, config, where)
+    return fill_from(folder, build(kind, config, where), dtype)
+
+
+def fill_from(folder, network, dtype=torch.float32):
+    """(a network on the meta device with the weights in a folder, how many were ignored)."""
     path = find_weights(folder)
     tensors, ignored = names.current_names(read_checkpoint(path))
     expected, found = ({name: tensor.shape for name, tensor in each.items()}
@@ -206,8 +210,12 @@ def tokenizer_for(path, config):
     return tokenizer_from_merges(path, config.vocab_size - 2 * 256 - 2, length, pad_with_end)
 
 
-def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet="unet"):
-    """load_pipeline for a folder, with the U-Net in the part that `unet` names."""
+def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet="unet",
+                vae=None):
+    """load_pipeline for a folder, with the U-Net in the part that `unet` names.
+
+    vae: an autoencoder to use in place of the folder's, which is then not read.
+    """
     for part in (unet, "vae", "text_encoder", "scheduler"):
         if not (path / part).is_dir():
             raise ValueError(f"{path}: has no {part}/; needs a run with a finished image stage or "
@@ -217,7 +225,7 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     if prediction_type is not None:
         diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
     unet, ignored = load_network(path / unet, UNet, temporal, dtype)
-    vae, more = load_network(path / "vae", AutoencoderKL, None, dtype)
+    vae, more = (vae, 0) if vae else load_network(path / "vae", AutoencoderKL, None, dtype)
     text, most = load_network(path / "text_encoder", CLIPTextModel, None, dtype)
     names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()

@@ -34,6 +34,7 @@ from papers.chains import BETWEEN, Chain, long_latents
 from papers.known_frames import Guidance, load_model
 from papers.scores import evaluate
 from papers.train_known_frames import LongOptions, LongRun, train
+from run import read_record
 from trainer import Stopped, stop_signals
 from vae import encode_clip
 
@@ -114,7 +115,7 @@ def open_model(args):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} needs to lie in [{low}, {high}], got "
                              f"{getattr(args, name)}")
-    model, options = load_model(args.run), LongRun.options_of(args.run)
+    model, options = load_model(args.run), read_record(args.run, LongRun)[0]
     how = Guidance(args.num_steps, args.perturbation, known=args.guidance)
     chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second, how)
     return model.to(choose_device(args.device)), chain
@@ -157,7 +158,7 @@ def sample(args):
     """Draw one long clip and write it, window by window."""
     model, chain = open_model(args)
     first, clip = given_frames(args, model, chain)
-    later, options = args.later_prompt, LongRun.options_of(args.run)
+    later, options = args.later_prompt, read_record(args.run, LongRun)[0]
     if later is None:  # a caption of MovingShapes is wrong after the first bounce
         plain = options.data == "shapes" and options.plain_captions
         later = plain_caption(args.prompt) if plain else args.prompt
@@ -252,7 +253,7 @@ def main():
     elif args.command == "sample":
         sample(args)
     else:
-        options = LongRun.options_of(args.run)
+        options = read_record(args.run, LongRun)[0]
         if options.data != "shapes":
             raise ValueError(f"{args.run}: trained on {options.data}; only of BouncingShapes "
                              "(--data shapes) is the truth known")

@@ -1,34 +1,12 @@
-"""The folder of a paper's training: a run with a record and stages of its own."""
+"""The folder of a paper's training: a run with a record, stages and options of its own."""
 
 import dataclasses
-from pathlib import Path
 
-from files import read_json
-from run import Run
+from run import Run, read_record
 
 
 class PaperRun(Run):
-    """A Run whose class names its record, its stages and its options' class."""
-
-    record, stages, options_class = "", (), None
-
-    @classmethod
-    def read(cls, path):
-        """(options, finished stages) of a run, from its record."""
-        stored = read_json(Path(path) / cls.record)
-        try:
-            finished = stored["finished"]
-            if finished != list(cls.stages[: len(finished)]):
-                raise ValueError(f"finished stages {finished}")
-            return cls.options_class(**stored["options"]), finished
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{Path(path) / cls.record}: damaged, or of another version "
-                             f"({error})") from None
-
-    @classmethod
-    def options_of(cls, path):
-        """The options of a run."""
-        return cls.read(path)[0]
+    """A Run whose class names its `record`, its `stages` and its `options_type`."""
 
     @classmethod
     def open(cls, path, given, resume):
@@ -37,7 +15,7 @@ class PaperRun(Run):
         if not known and path.exists() and any(path.iterdir()):
             raise ValueError(f"{path}: is not empty and no run of this command; choose a new "
                              "folder")
-        old, finished = cls.read(path) if known else (cls.options_class(), [])
+        old, finished = read_record(path, cls) if known else (cls.options_type(), [])
         begun = finished or (path / "training_state.pt").exists()
         for field in dataclasses.fields(old):
             value = getattr(old, field.name)

@@ -31,7 +31,6 @@ from vae import encode_clip
 DECODED = 16  # frames of a clip that its decoder learns from
 MOTION_WEIGHT = TrainOptions().motion_weight  # of what moves, in the decoder's loss
 
-
 @dataclass(frozen=True)
 class LongOptions(LoopOptions):
     """The options of a training for known frames."""
@@ -69,8 +68,7 @@ class LongOptions(LoopOptions):
 class LongRun(PaperRun):
     """The folder of such a training, with a record of its own."""
 
-    record, stages = "long_video.json", ("decoder", "long")
-    options_class = LongOptions
+    record, stages, options_type = "long_video.json", ("decoder", "long"), LongOptions
 
 
 @dataclass(frozen=True)

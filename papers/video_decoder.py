@@ -71,8 +71,7 @@ class DecoderOptions(LoopOptions):
 class DecoderRun(PaperRun):
     """The folder of a decoder, inside the run whose latents it decodes."""
 
-    record, stages = "video_decoder.json", ("decoder",)
-    options_class = DecoderOptions
+    record, stages, options_type = "video_decoder.json", ("decoder",), DecoderOptions
 
 
 def video_decoder(autoencoder, temporal, max_frames):
@@ -201,7 +200,7 @@ def compare(args):
                          f"{args.num_prompts} and {args.seed}")
     if not (args.run / FOLDER / DecoderRun.result).exists():
         raise ValueError(f"{args.run}: has no trained {FOLDER}/; train it first")
-    options = DecoderRun.options_of(args.run / FOLDER)
+    options = read_record(args.run / FOLDER, DecoderRun)[0]
     if (options.data or read_record(args.run)[0].data) != "shapes":
         raise ValueError(f"{args.run}: is of other data; only of MovingShapes is the truth known")
     model = weights.load_pipeline(args.run).to(choose_device(args.device))

@@ -20,6 +20,7 @@ from papers.chains import Chain
 from papers.known_frames import load_model
 from papers.scores import long_clips
 from papers.train_known_frames import LongRun
+from run import read_record
 from studies.curves import COLOURS, Figure
 from studies.report import interval
 
@@ -72,7 +73,8 @@ def main():
         raise ValueError(f"long_curves needs --num-clips >= 3 and --num-frames >= {SHORTEST}, got "
                          f"{args.num_clips} and {args.num_frames}")
     torch.set_flush_denormal(True)
-    model, options = load_model(args.run).to(choose_device("auto")), LongRun.options_of(args.run)
+    model = load_model(args.run).to(choose_device("auto"))
+    options, _ = read_record(args.run, LongRun)
     chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second)
     draw_panels(args.output, curves(model, chain, args.num_clips, args.num_frames, args.seed,
                                     options.plain_captions))
