@@ -13,6 +13,7 @@ import torch
 
 import processes
 import weights
+from cache import cache_latents, cache_texts
 from cli import option
 from data import ClipFolder, random_window
 from files import read_json
@@ -20,11 +21,9 @@ from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
 from papers.known_frames import known_frames_loss, perturb, widen
-from run import Run, progress, read_record
-from train import drop_captions, encode_captions, random_timesteps
+from run import Run, read_record
+from train import drop_captions, random_timesteps
 from trainer import Trainer
-from vae import encode_clip
-
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,13 @@ def open_clips(options, sampling):
                       old.max_frames), rate
 
 
-def random_windows(num_frames, at_start, stride, latents, count, generator):
-    """Windows x0 (b, t, c, h, w) of so many frames, and which clips they are of."""
+def random_windows(num_frames, at_start, stride, latents, lengths, count, generator):
+    """Windows x0 (b, t, c, h, w) of so many frames, and which clips they are of.
+
+    lengths are the numbers of frames of all clips.
+    """
     span = (num_frames - 1) * stride + 1
-    long_enough = [i for i, clip in enumerate(latents) if len(clip) >= span]
+    long_enough = [i for i, length in enumerate(lengths) if length >= span]
     chosen = torch.randint(len(long_enough), (count,), generator=generator).tolist()
     chosen = [long_enough[i] for i in chosen]
     starts = [0 if at_start else random_window(len(latents[i]), span, generator) for i in chosen]
@@ -154,16 +156,16 @@ def train(run):
     model.text_encoder.to(run.device)
     clips, rate = open_clips(options, model.sampling)
     captions = clips.captions
-    latents = [encode_clip(model.vae, clips[i][0]).cpu()
-               for i in progress(range(len(clips)), "encode")]
+    latents = cache_latents(run, clips, model.vae)
+    lengths = [len(clip) for clip in latents]
     later = captions
     if options.data == "shapes" and options.plain_captions:
         later = [plain_caption(caption) for caption in captions]
-    contexts = encode_captions(model, [*captions, *later])
+    context_of = cache_texts(run, [*captions, *later], model)
     unet = widen(model.unet, options.hold, 2 * options.num_frames)
     unet.to(run.device, memory_format=torch.channels_last)
     base = 2 if options.data == "shapes" else 1  # stride of the video model's frame rate
-    tasks = tasks_of(options, base, max(map(len, latents)))
+    tasks = tasks_of(options, base, max(lengths))
     shares = torch.tensor([task.share for task in tasks.values()])
     alone = dataclasses.replace(tasks["prediction"], strides=(base,))
     trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
@@ -174,12 +176,12 @@ def train(run):
             task = alone  # motion takes long to learn, so it gets the first steps for itself
         stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
         t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
-        x0, chosen = random_windows(t, task.at_start, stride, latents, b, generator)  # b t c h w
+        x0, chosen = random_windows(t, task.at_start, stride, latents, lengths, b, generator)
         known = torch.zeros(t, dtype=torch.bool)
         known[list(task.known)] = True
         texts = [(captions if task.at_start else later)[i] for i in chosen]
         texts = drop_captions(texts, options.caption_dropout, generator)
-        context = torch.stack([contexts[text] for text in texts])  # b n d
+        context = context_of(texts)  # b n d
         noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
         timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
                                      prefer_noise=task.prefer_noise)
