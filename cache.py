@@ -162,50 +162,48 @@ class Cache:
                   f"{reasons[0]}", file=sys.stderr)
         rank, count = processes.rank_and_count()
         mine, written = missing[rank::count], 0  # this process's share
+        # Taken before the clips are read: one that changes meanwhile is noticed by the next start.
+        signatures = {k: torch.tensor([signature(self.version(i)) for i in self._items(k)])
+                      for k in mine}
         encoded = encode([i for k in mine for i in self._items(k)])
         for done, k in enumerate(mine):
             file_bytes = written / done if done else item_bytes * len(self._items(k))
-            self._check_space(int(file_bytes * (len(missing) - done * count)))
+            needed = int(file_bytes * (len(missing) - done * count))
+            free = shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise ValueError(f"{self.folder}: needs about {needed:,} bytes more of disk, got "
+                                 f"{free:,}; make room and add --resume, or lower --max-frames")
             items = list(itertools.islice(encoded, len(self._items(k))))
-            stored = {"items": torch.cat(items),
-                      "starts": torch.tensor([0, *itertools.accumulate(map(len, items))]),
-                      "signatures": torch.tensor([signature(self.version(i))
-                                                  for i in self._items(k)])}
+            stored = {"items": torch.cat(items), "signatures": signatures[k],
+                      "starts": torch.tensor([0, *itertools.accumulate(map(len, items))])}
             save_safetensors(self._path(k), stored | {"checksum": torch.tensor(checksum(stored))})
             written += stored["items"].nbytes
         processes.barrier()
 
-    def _check_space(self, needed):
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ValueError(f"{self.folder}: needs about {needed:,} bytes more of disk, got "
-                             f"{free:,}; make room and add --resume, or lower --max-frames")
+
+def cache_clips(run, name, clips, row_bytes, encode, digest=""):
+    """encode(frames uint8 (t, 3, h, w)) of each clip, in a folder of that name."""
+    def encode_all(indices):
+        answers = read(clips.__getitem__, indices, run.options.workers)
+        for frames, _ in progress(answers, name, len(indices)):
+            yield encode(frames)
+
+    return Cache(run.path / "cache" / name, len(clips), lambda i: (*clips.version(i), digest),
+                 encode_all, (row_bytes * clips.num_frames, row_bytes * clips.max_frames))
 
 
 def cache_frames(run, clips):
     """The clips' frames, uint8 (t, 3, h, w)."""
-    def encode(indices):
-        answers = read(clips.__getitem__, indices, run.options.workers)
-        for frames, _ in progress(answers, "read ", len(indices)):
-            yield frames
-
-    row = 3 * clips.image_size**2
-    return Cache(run.path / "cache/frames", len(clips), clips.version, encode,
-                 (row * clips.num_frames, row * clips.max_frames))
+    return cache_clips(run, "frames", clips, 3 * clips.image_size**2, lambda frames: frames)
 
 
 def cache_latents(run, clips, autoencoder):
     """The clips as scaled latents (t, c, h/f, w/f), encoded once for all stages."""
-    config, digest = autoencoder.config, digest_of(autoencoder)
-
-    def encode(indices):
-        answers = read(clips.__getitem__, indices, run.options.workers)
-        for frames, _ in progress(answers, "encode", len(indices)):
-            yield vae.encode_clip(autoencoder, frames).cpu()
-
-    row = 4 * config.latent_channels * (clips.image_size // config.downscale) ** 2
-    return Cache(run.path / "cache/latents", len(clips), lambda i: (*clips.version(i), digest),
-                 encode, (row * clips.num_frames, row * clips.max_frames))
+    config = autoencoder.config
+    row_bytes = 4 * config.latent_channels * (clips.image_size // config.downscale) ** 2
+    return cache_clips(run, "latents", clips, row_bytes,
+                       lambda frames: vae.encode_clip(autoencoder, frames).cpu(),
+                       digest_of(autoencoder))
 
 
 def cache_texts(run, captions, model):

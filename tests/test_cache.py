@@ -121,6 +121,17 @@ def test_a_changed_item_is_encoded_again_and_named(tmp_path, capsys):
                                        "new or has changed\n")
 
 
+def test_a_clip_that_changes_while_it_is_encoded_is_encoded_by_the_next_start(tmp_path):
+    changing = Items()
+    encode = changing.encode
+    changing.encode = lambda indices: (changing.times.update({2: 5}) or x for x in encode(indices))
+    changing.cache(tmp_path / "c")
+    again = Items()
+    again.times[2] = 5
+    assert_right(again.cache(tmp_path / "c"), again)
+    assert again.encoded == [2, 3]
+
+
 @pytest.mark.parametrize("count, encoded, reason", [
     (8, [6, 7], "clip 7 is new or has changed"), (5, [4], "others were removed"),
 ])
