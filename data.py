@@ -51,6 +51,16 @@ class ClipFolder(torch.utils.data.Dataset):
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # t h w c -> t c h w
         return frames.contiguous(), caption
 
+    def version(self, i):
+        """What clip i follows from: name, size and time of its file or files, and how it is read.
+
+        A tuple; two that are equal belong to equal clips.
+        """
+        path, _ = self.clips[i]
+        files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return str(path), stats, self.image_size, self.stride, self.frame_rate, self.max_frames
+
 
 def random_window(num_available, num_frames, generator):
     """A random index where num_frames successive frames start, each with the same probability."""

@@ -86,8 +86,13 @@ def save_safetensors(path, tensors):
     with atomic(path) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in map(tensors.get, order):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(raw_bytes(tensor))
+
+
+def raw_bytes(tensor):
+    """The bytes of a tensor's numbers in row-major order, of a CPU tensor without a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def load_safetensors(path):

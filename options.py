@@ -34,13 +34,14 @@ class LoopOptions:
     precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
                             choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
+    workers: int = option(0, "processes that read clips ahead; 0: none", **FREE)
     log_every: int = option(50, "steps between lines of metrics.jsonl", **FREE)
     save_every: int = option(250, "steps between saved states", **FREE)
 
     def __post_init__(self):
         kinds = typing.get_type_hints(type(self))
         others = {"max_tokens": 3} | dict.fromkeys(
-            ("seed", "image_every", "warmup_steps", "max_level", "decoder_steps"), 0)
+            ("seed", "image_every", "warmup_steps", "max_level", "decoder_steps", "workers"), 0)
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
             value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
             part = name in ("caption_dropout", "ema_decay") or name.endswith("_part")
@@ -168,7 +169,7 @@ RECIPES = {
         image_steps=10000, image_batch_size=128, image_learning_rate=3e-4,
         video_steps=40000, video_batch_size=16, video_learning_rate=2e-4, image_every=8,
         warmup_steps=500, ema_decay=0.999, save_every=2000, preview_every=2000,
-        guidance_scale=4.0, num_steps=25,
+        workers=4, guidance_scale=4.0, num_steps=25,
     ),
     "sd1": TrainOptions(
         preset="sd1", num_frames=16, image_size=256, num_clips=20000, max_tokens=77,
@@ -178,7 +179,7 @@ RECIPES = {
         video_steps=100000, video_batch_size=1, video_learning_rate=1e-5, image_every=8,
         prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0, early_noise=0.0,
         warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=True,
-        save_every=5000, preview_every=5000, guidance_scale=7.5, num_steps=50,
+        save_every=5000, preview_every=5000, workers=4, guidance_scale=7.5, num_steps=50,
     ),
 }
 RECIPES["sd2"] = dataclasses.replace(RECIPES["sd1"], preset="sd2", prediction_type="v_prediction")

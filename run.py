@@ -6,10 +6,12 @@
                                the model in the layout of diffusers (weights.py)
     image_unet/                the U-Net before it saw a clip
     metrics.jsonl previews/    losses, and samples drawn during training
+    cache/                     while stages are unfinished: clips and captions, encoded (cache.py)
 """
 
 import dataclasses
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +69,10 @@ class Run:
 
     def finish(self, stage):
         """Note that a stage is done, after what it made has been written."""
+        processes.barrier()  # until all processes have read what they needed
+        if processes.is_main():  # the stages in between share the latents
+            used = "cache" if stage == self.stages[-1] else "cache/frames"
+            shutil.rmtree(self.path / used, ignore_errors=True)
         self.finished = list(self.stages[: self.stages.index(stage) + 1])
         self._save_record()
         if processes.is_main():
@@ -90,7 +96,7 @@ class Run:
     def to_device(self, *tensors):
         """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
         if self.device.type != "cuda":
-            return tensors
+            return tuple(x.to(self.device) for x in tensors)
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
 
@@ -111,14 +117,11 @@ def load_image_model(path, device):
 
 
 def open_data(options):
-    """The clips that --data names: ([uint8 (t, 3, h, w), ...], [caption, ...])."""
+    """The clips that --data names: a sequence of (frames uint8 (t, 3, h, w), caption)."""
     size = options.num_frames, options.image_size
     if options.data == "shapes":
-        clips = MovingShapes(options.num_clips, *size, options.seed)
-    else:
-        clips = ClipFolder(options.data, *size, options.stride, options.frame_rate,
-                           options.max_frames)
-    return [clips[i][0] for i in progress(range(len(clips)), "read ")], clips.captions
+        return MovingShapes(options.num_clips, *size, options.seed)
+    return ClipFolder(options.data, *size, options.stride, options.frame_rate, options.max_frames)
 
 
 def draw_previews(run, stage, pipeline, captions):
@@ -138,9 +141,9 @@ def draw_previews(run, stage, pipeline, captions):
     return preview
 
 
-def progress(items, title):
+def progress(items, title, total=None):
     """The items behind a bar, which only the first process draws."""
-    return tqdm(items, title, unit="clip", disable=not processes.is_main(), leave=False)
+    return tqdm(items, title, total, unit="clip", disable=not processes.is_main(), leave=False)
 
 
 def read_state(path):

@@ -77,7 +77,8 @@ class MovingShapes:
         if num_clips < 1 or num_frames < 1 or image_size < 16:
             raise ValueError("MovingShapes needs num_clips, num_frames >= 1 and image_size >= 16, "
                              f"got {num_clips}, {num_frames}, {image_size}")
-        self.num_frames, self.image_size, self.seed = num_frames, image_size, seed
+        self.num_frames = self.max_frames = num_frames  # of every clip
+        self.image_size, self.seed = image_size, seed
         self.combinations = [combinations[i % len(combinations)] for i in range(num_clips)]
         self.captions = [caption_of(*combination) for combination in self.combinations]
 
@@ -92,6 +93,10 @@ class MovingShapes:
         centres = middle + progress[:, None] * travel  # t -> t 2
         frames = render(self.combinations[i], centres, radius, self.image_size)
         return torch.from_numpy(frames), self.captions[i]
+
+    def version(self, i):
+        """What clip i follows from, as a tuple."""
+        return f"clip {i}", self.captions[i], self.seed, self.num_frames, self.image_size
 
     def motion(self, i):
         """(radius, middle of the path (2,), travel from first to last frame (2,)), in pixels."""

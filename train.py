@@ -1,6 +1,6 @@
 """Training in three stages, each built on the one before:
 
-    vae     frames -> latents -> frames. The following stages encode the clips once.
+    vae     frames -> latents -> frames. The following stages encode the clips once (cache.py).
     image   text-to-image: the U-Net on single frames, and with it the text encoder.
     video   text-to-video: the same U-Net with the temporal shift, on clips. The text encoder is
             frozen, so each caption is encoded once. This is Latent-Shift (An et al. 2023, section
@@ -21,6 +21,7 @@ import torch
 
 import text
 import vae
+from cache import cache_frames, cache_latents, cache_texts, read
 from cli import add_flags, given_flags, run_main
 from data import random_window
 from diffusion import randn
@@ -32,10 +33,11 @@ from run import (Run, draw_previews, load_image_model, load_vae, merge_options, 
                  progress, stages_to_run)
 from temporal import start_as_shift, temporal_state
 from tokenizer import CLIPTokenizer
-from trainer import Trainer
+from trainer import Trainer, step_generator
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
-TEXTS = 64  # captions that are encoded at once
+# What is standardised is measured on at most so many frames or captions, and fewer than twice that.
+FRAMES, TEXTS = 8192, 256
 
 
 # Stage one: the autoencoder
@@ -62,38 +64,45 @@ def reconstruction_error(reconstruction, x, motion_weight):
 
 def train_vae(run, clips):
     """Stage one: frames -> latents -> frames; then the scale that gives latents unit variance."""
-    options, frames = run.options, torch.cat(clips)  # (clips t) 3 h w
+    options, frames = run.options, cache_frames(run, clips)
     autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=torch.channels_last)
     config, count = autoencoder.config, options.vae_batch_size
     size = options.image_size // config.downscale
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
 
-    def pixels(chosen):
-        return run.to_device(frames[chosen])[0].float() / 127.5 - 1  # 0..255 -> -1..1
+    def pixels(x):
+        return run.to_device(x)[0].float() / 127.5 - 1  # 0..255 -> -1..1
+
+    def choose(generator):
+        return torch.randint(frames.num_rows, (count,), generator=generator).tolist()
 
     @torch.no_grad()
     def preview(step):
-        x = pixels(torch.linspace(0, len(frames) - 1, 8).long())
+        x = pixels(frames.rows(torch.linspace(0, frames.num_rows - 1, 8).long().tolist()))
         y = autoencoder.decode(autoencoder.encode(x).mean)
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
 
-    for _, generator in trainer.steps(preview):
-        chosen = torch.randint(len(frames), (count,), generator=generator)
+    chosen = (choose(step_generator(options.seed, "vae", step, micro))
+              for step in range(trainer.step, trainer.num_steps)
+              for micro in range(options.accumulate))
+    batches = read(frames.rows, chosen, options.workers)  # ahead of the steps
+    for (_, generator), x in zip(trainer.steps(preview), batches, strict=True):
+        choose(generator)  # the noise comes after this
         noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
-        x, (noise,) = pixels(chosen), run.to_device(noise)
+        x, (noise,) = pixels(x), run.to_device(noise)
         with trainer.autocast():
             loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
         trainer.backward(loss)
-    latents = torch.cat(encode_clips(autoencoder, clips))  # (clips t) c h/f w/f
-    vae.standardise(autoencoder, latents.to(run.device))
+    vae.standardise(autoencoder, some_latents(autoencoder, frames).to(run.device))
     run.save(vae=autoencoder)
     run.finish("vae")
 
 
-def encode_clips(autoencoder, clips):
-    """All clips as scaled latents (t, c, h/f, w/f) on the CPU: once, and not once a step."""
-    return [vae.encode_clip(autoencoder, clip).cpu() for clip in progress(clips, "encode")]
+def some_latents(autoencoder, frames):
+    """Latents ((clips t), c, h/f, w/f) of some of the clips in a cache of frames."""
+    some = progress(range(0, len(frames), max(1, frames.num_rows // FRAMES)), "encode")
+    return torch.cat([vae.encode_clip(autoencoder, frames[i]).cpu() for i in some])
 
 
 # Stages two and three: the U-Net
@@ -142,7 +151,8 @@ def train_image(run, autoencoder, latents, captions):
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
                                  max_position_embeddings=options.max_tokens)
     encoder = text.CLIPTextModel(config)
-    text.standardise(encoder, tokenizer(["", *dict.fromkeys(captions)]))
+    unique = ["", *dict.fromkeys(captions)]
+    text.standardise(encoder, tokenizer(unique[:: max(1, len(unique) // TEXTS)]))
     encoder.to(run.device)
     unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
     unet.to(run.device, memory_format=torch.channels_last)
@@ -183,7 +193,7 @@ def train_video(run, image_model, latents, captions, preview=None):
     unet.gradient_checkpointing = options.gradient_checkpointing
     sampling = options.sampling(options.num_frames)
     pipeline = dataclasses.replace(image_model, unet=unet, sampling=sampling)
-    contexts = encode_captions(image_model, captions)  # {caption: n d}
+    context_of = cache_texts(run, captions, image_model)
     new = temporal_state(unet)
     groups = [([p for name, p in unet.named_parameters() if name not in new], 1.0),
               ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
@@ -201,7 +211,7 @@ def train_video(run, image_model, latents, captions, preview=None):
         prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
         timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator, prefer)
         texts = drop_captions(texts, options.caption_dropout, generator)
-        context = torch.stack([contexts[text] for text in texts])  # b n d
+        context = context_of(texts)  # b n d
         x0, noise, timesteps, context = run.to_device(x0, noise, timesteps, context)
         with trainer.autocast():
             loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
@@ -209,14 +219,6 @@ def train_video(run, image_model, latents, captions, preview=None):
     run.save(unet=unet, schedule=(diffusion, sampling))
     run.finish("video")
     return unet
-
-
-def encode_captions(model, captions):
-    """{caption: hidden states (n, d) on the CPU} of all captions and of no caption, ""."""
-    unique = ["", *dict.fromkeys(captions)]
-    parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
-    encoded = torch.cat([model.encode_text(part).cpu() for part in parts])
-    return dict(zip(unique, encoded, strict=True))
 
 
 def main():
@@ -235,7 +237,7 @@ def main():
         print(f"{args.run}: all stages are finished")
         return
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
-    clips, captions = open_data(options)
+    clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
@@ -245,10 +247,12 @@ def main():
             train_vae(run, clips)
         elif stage == "image":
             autoencoder = load_vae(run.path, run.device)
-            train_image(run, autoencoder, encode_clips(autoencoder, clips), captions)
+            latents = cache_latents(run, clips, autoencoder)
+            train_image(run, autoencoder, latents, clips.captions)
         else:
             image_model = load_image_model(run.path, run.device)
-            train_video(run, image_model, encode_clips(image_model.vae, clips), captions)
+            latents = cache_latents(run, clips, image_model.vae)
+            train_video(run, image_model, latents, clips.captions)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 papers/long_video.py has the command.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import processes
 import weights
+from cache import cache_latents, cache_texts
 from cli import option
 from data import ClipFolder, random_window
 from options import LoopOptions, TrainOptions
@@ -23,13 +25,14 @@ from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
 from papers.known_frames import known_frames_loss, perturb, widen
 from papers.runs import PaperRun
-from run import progress, read_record
-from train import drop_captions, encode_captions, random_timesteps, reconstruction_error
+from run import read_record
+from train import drop_captions, random_timesteps, reconstruction_error
 from trainer import Trainer
-from vae import encode_clip
 
-DECODED = 16  # frames of a clip that its decoder learns from
+DECODED = 16  # frames of a clip that the decoder learns from,
+FRAMES = 8192  # and of all clips
 MOTION_WEIGHT = TrainOptions().motion_weight  # of what moves, in the decoder's loss
+
 
 @dataclass(frozen=True)
 class LongOptions(LoopOptions):
@@ -132,10 +135,13 @@ def open_clips(options, sampling):
                       old.max_frames), rate
 
 
-def random_windows(num_frames, at_start, stride, latents, count, generator):
-    """Windows x0 (b, t, c, h, w) of so many frames, and which clips they are of."""
+def random_windows(num_frames, at_start, stride, latents, lengths, count, generator):
+    """Windows x0 (b, t, c, h, w) of so many frames, and which clips they are of.
+
+    lengths are the numbers of frames of all clips.
+    """
     span = (num_frames - 1) * stride + 1
-    long_enough = [i for i, clip in enumerate(latents) if len(clip) >= span]
+    long_enough = [i for i, length in enumerate(lengths) if length >= span]
     chosen = torch.randint(len(long_enough), (count,), generator=generator).tolist()
     chosen = [long_enough[i] for i in chosen]
     starts = [0 if at_start else random_window(len(latents[i]), span, generator) for i in chosen]
@@ -143,9 +149,14 @@ def random_windows(num_frames, at_start, stride, latents, count, generator):
                         for i, s in zip(chosen, starts, strict=True)]), chosen
 
 
-def train_decoder(run, autoencoder, frames, latents):
-    """Stage one: frames uint8 (n, 3, h, w) from their latents (n, c, h/f, w/f) with noise."""
-    options, b = run.options, run.options.decoder_batch_size
+def train_decoder(run, autoencoder, clips, latents):
+    """Stage one: some frames of clips from their latents (t, c, h/f, w/f) with noise."""
+    options, b, some = run.options, run.options.decoder_batch_size, []
+    for i in range(0, len(clips), -(-len(clips) * DECODED // FRAMES)):
+        frames, z = clips[i][0], latents[i]
+        every = -(-len(frames) // DECODED)
+        some.append((frames[::every], z[::every]))
+    frames, latents = map(torch.cat, zip(*some, strict=True))  # n 3 h w, n c h/f w/f
     autoencoder.requires_grad_(False).decoder.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(autoencoder.decoder.parameters(), 1.0)])
     decoder = trainer.wrap(autoencoder.decoder)
@@ -170,28 +181,25 @@ def train(run):
     if model.unet.config.num_conditions:
         raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
                          "run of the video model")
-    autoencoder = weights.load_vae(run.path / "vae") if run.finished else model.vae
+    autoencoder = weights.load_vae(run.path / "vae") if run.finished else copy.deepcopy(model.vae)
     sampling = dataclasses.replace(model.sampling, guidance_scale=options.guidance_scale)
-    model = dataclasses.replace(model, vae=autoencoder, sampling=sampling)
-    autoencoder.to(run.device, memory_format=torch.channels_last)
+    for network in (model.vae, autoencoder):
+        network.to(run.device, memory_format=torch.channels_last)
     model.text_encoder.to(run.device)
     clips, rate = open_clips(options, sampling)
-    captions, latents, some = clips.captions, [], []
-    for i in progress(range(len(clips)), "encode"):
-        frames = clips[i][0]
-        latents.append(encode_clip(autoencoder, frames).cpu())
-        every = max(1, len(frames) // DECODED)
-        some.append((frames[::every], latents[-1][::every]))
+    captions = clips.captions
+    latents = cache_latents(run, clips, model.vae)
+    lengths = [len(clip) for clip in latents]
     if options.decoder_steps and not run.finished:
-        train_decoder(run, autoencoder, *map(torch.cat, zip(*some, strict=True)))
+        train_decoder(run, autoencoder, clips, latents)
     later = captions
     if options.data == "shapes" and options.plain_captions:
         later = [plain_caption(caption) for caption in captions]
-    contexts = encode_captions(model, [*captions, *later])
+    context_of = cache_texts(run, [*captions, *later], model)
     unet = widen(model.unet, options.hold, 2 * options.num_frames)
     unet.to(run.device, memory_format=torch.channels_last)
     base = 2 if options.data == "shapes" else 1  # stride of the video model's frame rate
-    tasks = tasks_of(options, base, max(map(len, latents)))
+    tasks = tasks_of(options, base, max(lengths))
     shares = torch.tensor([task.share for task in tasks.values()])
     trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
     net = trainer.wrap(unet)
@@ -199,12 +207,12 @@ def train(run):
         task = list(tasks.values())[torch.multinomial(shares, 1, generator=generator)]
         stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
         t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
-        x0, chosen = random_windows(t, task.at_start, stride, latents, b, generator)  # b t c h w
+        x0, chosen = random_windows(t, task.at_start, stride, latents, lengths, b, generator)
         known = torch.zeros(t, dtype=torch.bool)
         known[list(task.known)] = True
         texts = [(captions if task.at_start else later)[i] for i in chosen]
         texts = drop_captions(texts, options.caption_dropout, generator)
-        context = torch.stack([contexts[text] for text in texts])  # b n d
+        context = context_of(texts)  # b n d
         noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
         timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
                                      prefer_noise=task.prefer_noise)
@@ -220,5 +228,6 @@ def train(run):
                                      known, conditions, options.hold, options.loss_on_known)
         trainer.backward(loss)
     if processes.is_main():
-        weights.save_pipeline(dataclasses.replace(model, unet=unet), run.path)
+        model = dataclasses.replace(model, unet=unet, vae=autoencoder, sampling=sampling)
+        weights.save_pipeline(model, run.path)
     run.finish("long")

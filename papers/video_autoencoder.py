@@ -27,6 +27,7 @@ import processes
 import train
 import vae
 import weights
+from cache import cache_frames, cache_latents
 from cli import add_flags, choose_device, given_flags, option, run_main
 from evaluate import agreement, choose_prompts, draw, print_table, rates
 from files import read_json, write_json
@@ -105,9 +106,10 @@ def start_autoencoder(options):
                    options.time_factor)
 
 
-def train_vae(run, clips, captions):
+def train_vae(run, clips):
     """The vae stage of train.py, on clips."""
     options, autoencoder = run.options, start_autoencoder(run.options)
+    frames_of = cache_frames(run, clips)  # of each clip t 3 h w
     autoencoder.to(run.device, memory_format=torch.channels_last)
     config, k = autoencoder.config, options.time_factor
     size = options.image_size // config.downscale
@@ -122,7 +124,7 @@ def train_vae(run, clips, captions):
         # From nothing, first more and shorter clips: what a frame looks like comes before time.
         t = k if step < options.short_part * options.vae_steps else options.num_frames
         b = options.vae_batch_size * options.num_frames // t
-        x, _ = train.random_clips(clips, captions, b, t, generator)  # b t 3 h w
+        x, _ = train.random_clips(frames_of, clips.captions, b, t, generator)  # b t 3 h w
         noise = torch.randn(b, t // k, config.latent_channels, size, size, generator=generator)
         x, noise = run.to_device(x, noise)
         frames = x.flatten(0, 1).float() / 127.5 - 1  # 0..255 -> -1..1
@@ -130,7 +132,7 @@ def train_vae(run, clips, captions):
             loss = train.reconstruction_loss(as_frames, frames, noise, options.motion_weight,
                                              options.kl_weight)
         trainer.backward(loss)
-    latents = torch.cat(train.encode_clips(autoencoder, clips))  # (clips t) c h/f w/f
+    latents = train.some_latents(autoencoder, frames_of)
     vae.standardise(autoencoder, latents.to(run.device))
     keep_autoencoder(run, autoencoder)
 
@@ -149,23 +151,23 @@ def train_run(args):
     if not stages:
         print(f"{args.run}: all stages are finished")
         return
-    clips, captions = open_data(options)
+    clips = open_data(options)
     for stage in stages:
         torch.manual_seed(options.seed)  # of new weights
         if stage == "vae" and options.init and is_3d(options.init):
             keep_autoencoder(run, checked(load_autoencoder(Path(options.init) / "vae"), options))
             continue
         if stage == "vae":
-            train_vae(run, clips, captions)
+            train_vae(run, clips)
             continue
         autoencoder = load_autoencoder(run.path / "vae")
         autoencoder.to(run.device, memory_format=torch.channels_last)
-        latents = train.encode_clips(autoencoder, clips)
+        latents = cache_latents(run, clips, autoencoder)
         if stage == "image":
-            train.train_image(run, autoencoder, latents, captions)
+            train.train_image(run, autoencoder, latents, clips.captions)
         else:
             image_model = load_model(run.path, "image_unet", "none").to(run.device)
-            train.train_video(run, image_model, latents, captions)
+            train.train_video(run, image_model, latents, clips.captions)
 
 
 def is_3d(path):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import processes
 import vae
 import weights
+from cache import cache_frames
 from cli import add_flags, choose_device, given_flags, option, run_main
 from evaluate import (agreement, centres_of, choose_prompts, overlaps_of, print_table, rates,
                       segment)
@@ -91,7 +92,8 @@ def train(run, folder):
     options, known = run.options, (folder / "train.json").exists()  # Stable Diffusion has none
     old = read_record(folder)[0] if known else RECIPES["sd1"]  # clips are prepared as they were
     old = dataclasses.replace(old, data=options.data or old.data)
-    clips, captions = open_data(old)
+    clips = open_data(old)
+    frames = cache_frames(run, clips)  # of each clip t 3 h w
     model = video_decoder(weights.load_vae(folder / "vae"), options.temporal, old.num_frames)
     model.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     new = temporal_state(model.decoder)
@@ -101,7 +103,8 @@ def train(run, folder):
     decode = trainer.wrap(model.decoder)
     image_every = 0 if options.only_new else options.image_every  # images skip the new layers
     for step, generator in trainer.steps():
-        x, _ = random_clips(clips, captions, options.decoder_batch_size, old.num_frames, generator)
+        x, _ = random_clips(frames, clips.captions, options.decoder_batch_size, old.num_frames,
+                            generator)
         (x,) = run.to_device(x)
         z = per_frame(lambda frames: vae.encode_clip(model, frames), x)  # b t c h/f w/f
         noise = torch.randn(z.shape, generator=generator)

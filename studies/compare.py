@@ -37,6 +37,7 @@ from shapes import HELD_OUT, SEEN, caption_of
 from studies.bench import device_name
 from studies.costs import measure_costs
 from studies.report import write_report, write_sheet
+from vae import encode_clip
 from weights import load_unet
 
 # The options of train.py for each variant. With three times the rate attention's loss falls faster;
@@ -111,8 +112,9 @@ class Comparison:
     def prepare(self):
         """Make what only training and scoring need: latents, the feature net, real clips."""
         size = self.options.num_frames, self.options.image_size
-        clips, self.captions = open_data(self.options)
-        self.latents = train.encode_clips(self.model.vae, clips)
+        clips = open_data(self.options)
+        self.captions = clips.captions
+        self.latents = [encode_clip(self.model.vae, frames).cpu() for frames, _ in clips]
         self.net = load_feature_net(self.output / "feature_net.safetensors", *size, self.device,
                                     lambda steps: tqdm(steps, "feature net", leave=False))
         self.real, others = (real_clips(len(self.prompts), *size, PROMPT_SEED + i, self.prompts)

@@ -1,5 +1,6 @@
 """Folders of clips, right and wrong, each made by its test."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,34 @@ def test_a_folder_is_a_sequence_with_captions(tmp_path):
     clips = ClipFolder(tmp_path, num_frames=5, image_size=4)
     assert [caption for _, caption in clips] == clips.captions == ["cat", "cat", "dog"]
     assert len(clips) == 3
+
+
+def test_a_version_changes_with_size_time_and_how_a_clip_is_read(tmp_path):
+    path = tmp_path / "dog/a.gif"
+    make_clip(path)
+    os.utime(path, (5, 5))
+
+    def version(**options):
+        return ClipFolder(tmp_path, **{"num_frames": 1, "image_size": 6} | options).version(0)
+
+    first = version()
+    assert first == version() and first[0] == str(path)
+    others = [version(image_size=8), version(stride=2), version(frame_rate=5), version(max_frames=3)]
+    os.utime(path, (5, 6))
+    others.append(version())
+    make_clip(path, num_frames=4)
+    os.utime(path, (5, 5))
+    others.append(version())
+    assert first not in others and len(set(map(repr, others))) == 6
+
+
+def test_the_version_of_a_folder_of_images_is_that_of_every_image(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog")
+    for i in range(2):
+        make_clip(tmp_path / f"a/{i}.png", num_frames=1)
+    first = ClipFolder(tmp_path, num_frames=2, image_size=6).version(0)
+    os.utime(tmp_path / "a/1.png", (5, 5))
+    assert ClipFolder(tmp_path, num_frames=2, image_size=6).version(0) != first
 
 
 def test_a_clip_too_short_says_how_many_frames_it_has(tmp_path):

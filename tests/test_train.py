@@ -158,8 +158,8 @@ def test_the_video_stage_leaves_the_text_encoder_alone(trained):
 
 def test_latents_of_the_training_clips_have_mean_zero_and_unit_variance(trained):
     autoencoder = load_pipeline(trained).vae
-    clips, _ = train.open_data(TrainOptions(num_clips=8, num_frames=3, image_size=16))
-    latents = torch.cat([vae.encode_clip(autoencoder, clip) for clip in clips])
+    clips = train.open_data(TrainOptions(num_clips=8, num_frames=3, image_size=16))
+    latents = torch.cat([vae.encode_clip(autoencoder, clip) for clip, _ in clips])
     assert latents.mean((0, 2, 3)).abs().max() < 1e-3
     assert latents.square().mean().item() == pytest.approx(1, abs=1e-3)
 
@@ -218,11 +218,25 @@ def test_another_seed_gives_another_model(trained, tmp_path):
         assert ours[name] != theirs[name]
 
 
-def test_every_clip_is_encoded_once_in_each_stage(tmp_path, monkeypatch):
+def test_every_clip_is_encoded_once_for_its_scale_and_once_for_both_later_stages(
+        tmp_path, monkeypatch):
     calls, encode_clip = [], vae.encode_clip
     monkeypatch.setattr(vae, "encode_clip", lambda *a: calls.append(1) or encode_clip(*a))
     train_small(tmp_path / "run")
-    assert len(calls) == len(STAGES) * SMALL["num_clips"]
+    assert len(calls) == 2 * SMALL["num_clips"]
+
+
+@pytest.mark.parametrize("frames, texts", [(12, 3), (2, 1)])
+def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch, frames, texts):
+    measured, tokenized = [], []
+    monkeypatch.setattr(train, "FRAMES", frames)
+    monkeypatch.setattr(train, "TEXTS", texts)
+    monkeypatch.setattr(vae, "standardise", lambda _, latents: measured.append(latents))
+    monkeypatch.setattr(train.text, "standardise", lambda _, ids: tokenized.append(ids))
+    train_small(tmp_path / "run")
+    # 8 clips of 3 frames, 9 texts: every second or twelfth clip, every third or ninth text.
+    assert len(measured[0]) == (12 if frames == 12 else 3)
+    assert len(tokenized[0]) == texts
 
 
 def test_a_folder_of_clips_is_trained_on(tmp_path):

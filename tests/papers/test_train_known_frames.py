@@ -41,7 +41,7 @@ def test_windows_are_taken_at_their_stride_from_clips_that_are_long_enough():
     # Clip k has frames 100 k + i.
     latents = [torch.arange(n).float() + 100 * k for k, n in enumerate((4, 20, 30))]
     generator = torch.Generator().manual_seed(0)
-    x0, chosen = random_windows(4, False, 5, latents, 200, generator)
+    x0, chosen = random_windows(4, False, 5, latents, (4, 20, 30), 200, generator)
     assert set(chosen) == {1, 2}
     assert (x0.diff(dim=1) == 5).all()
     starts = {(clip, int(row[0]) - 100 * clip) for clip, row in zip(chosen, x0, strict=True)}
@@ -49,7 +49,8 @@ def test_windows_are_taken_at_their_stride_from_clips_that_are_long_enough():
 
 
 def test_windows_of_a_text_begin_where_the_clip_does():
-    x0, _ = random_windows(4, True, 1, [torch.arange(9.0)], 20, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x0, _ = random_windows(4, True, 1, [torch.arange(9.0)], [9], 20, generator)
     assert (x0[:, 0] == 0).all()
 
 

@@ -45,8 +45,7 @@ def test_a_run_has_a_3d_autoencoder_and_a_unet_for_its_latents(lvdm):
 
 def test_its_latents_are_standardised_on_the_training_clips(lvdm):
     autoencoder, (options, _) = load_autoencoder(lvdm / "vae"), read_record(lvdm, VideoRun)
-    clips, _ = open_data(options)
-    latents = torch.cat([encode_clip(autoencoder, clip) for clip in clips])
+    latents = torch.cat([encode_clip(autoencoder, clip) for clip, _ in open_data(options)])
     assert latents.shape == (16, 4, 4, 4)
     assert latents.mean((0, 2, 3)).abs().max() < 1e-4
     assert latents.square().mean().item() == pytest.approx(1, abs=1e-4)
