@@ -21,6 +21,26 @@ def per_frame(layer, x):
     return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])  # (b t) c h w -> b t c h w
 
 
+def as_computed(x):
+    """x in the dtype of the layers after a norm: autocast computes norms in float32, and these not.
+
+    So x is cast once and not by each layer, and SiLU and shift move half the bytes.
+    """
+    kind = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if autocast else x
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        return as_computed(super().forward(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return as_computed(super().forward(x))
+
+
 def sinusoids(positions, channels):
     """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
 
@@ -45,9 +65,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
                  scale_shift=False, shift_before=(), shift_fold=3, shift_causal=False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.scale_shift = scale_shift
         self.shift_before = shift_before

@@ -18,7 +18,7 @@ one frame skips every temporal layer, before training and after, so the image mo
 import torch
 from torch import nn
 
-from layers import Attention, ResnetBlock, sinusoids
+from layers import Attention, LayerNorm, ResnetBlock, sinusoids
 from transformer import TransformerBlock
 
 VARIANTS = ("none", "shift", "attention", "directed", "conv")
@@ -133,7 +133,7 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, channels, num_heads, max_frames):
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.attention = AttentionOverTime(channels, num_heads)
         self.positions = nn.Parameter(sinusoids(torch.arange(max_frames), channels))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import processes
 import text
 import vae
 from cli import add_flags, given_flags, run_main
@@ -70,7 +71,8 @@ def train_vae(run, clips):
     @torch.no_grad()
     def preview(step):
         x = pixels(torch.linspace(0, len(frames) - 1, 8).long())
-        y = autoencoder.decode(autoencoder.encode(x).mean)
+        with trainer.autocast():
+            y = autoencoder.decode(autoencoder.encode(x).mean).float()
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
 
     for _, generator in trainer.steps(preview):
@@ -80,7 +82,8 @@ def train_vae(run, clips):
         with trainer.autocast():
             loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
         trainer.backward(loss)
-    latents = torch.cat(encode_clips(autoencoder, clips))  # (clips t) c h/f w/f
+    with trainer.autocast():
+        latents = torch.cat(encode_clips(autoencoder, clips))  # (clips t) c h/f w/f
     vae.standardise(autoencoder, latents.to(run.device))
     run.save(vae=autoencoder)
     run.finish("vae")
@@ -130,7 +133,7 @@ def drop_captions(texts, part, generator):
 def train_image(run, clips, captions):
     """Stage two: the U-Net on single frames, and the text encoder with it."""
     options = run.options
-    autoencoder = load_vae(run.path, run.device)
+    autoencoder = load_vae(run.path, run.device, options.precision)
     latents = encode_clips(autoencoder, clips)  # of each clip t c h/f w/f
     tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
@@ -140,7 +143,7 @@ def train_image(run, clips, captions):
     encoder.to(run.device)
     unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = options.gradient_checkpointing
+    unet.gradient_checkpointing = run.plan("image").checkpointing
     diffusion, sampling = options.diffusion(), options.sampling(num_frames=1)
     pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
     # No image shows a direction, so an encoder that learns fast forgets those words: text_rate.
@@ -174,7 +177,7 @@ def train_video(run, image_model, latents, captions, preview=None):
     if options.start_as_shift:
         start_as_shift(unet)
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = options.gradient_checkpointing
+    unet.gradient_checkpointing = run.plan("video").checkpointing
     sampling = options.sampling(options.num_frames)
     pipeline = dataclasses.replace(image_model, unet=unet, sampling=sampling)
     contexts = encode_captions(image_model, captions)  # {caption: n d}
@@ -183,8 +186,9 @@ def train_video(run, image_model, latents, captions, preview=None):
               ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
     trainer = Trainer(run, "video", [group for group in groups if group[0]])
     predict = trainer.wrap(unet)
-    usual = draw_previews(run, "video", pipeline, captions)
-    for step, generator in trainer.steps(usual if preview is None else lambda s: preview(s, unet)):
+    look = draw_previews(run, "video", pipeline, captions) if preview is None else (
+        lambda step: preview(step, unet))
+    for step, generator in trainer.steps(look):
         t, b = options.num_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model; about as much work
@@ -229,10 +233,13 @@ def main():
         print(f"{args.run}: all stages are finished")
         return
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+    processes.start(options.device)  # so that the first one alone draws a bar for the data
     clips, captions = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
+    for stage in stages:  # what does not fit is refused now and not hours later
+        run.plan(stage)
     for stage in stages:
         torch.manual_seed(options.seed)  # of new weights
         if stage == "vae":
@@ -240,7 +247,7 @@ def main():
         elif stage == "image":
             train_image(run, clips, captions)
         else:
-            image_model = load_image_model(run.path, run.device)
+            image_model = load_image_model(run.path, run.device, options.precision)
             train_video(run, image_model, encode_clips(image_model.vae, clips), captions)
 
 

@@ -8,6 +8,7 @@ Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift,
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Attention, Downsample, ResnetBlock, Upsample
+from devices import free_bytes
+from layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 
 # Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
 EPS = 1e-6
-# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory.
+# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory. On
+# a GPU it is what a half of the free memory has room for.
 CHUNK_PIXELS = 2**18
+PIXEL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class PlaceAttention(Attention):
 
     def __init__(self, channels, groups):
         super().__init__(channels, num_heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.group_norm = GroupNorm(groups, channels, EPS)
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # n c h w -> n (h w) c
@@ -138,7 +142,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         ))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
@@ -160,12 +164,22 @@ class Decoder(nn.Module):
                   "up" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
         ))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z):
         x = self.up_blocks(self.mid_block(self.conv_in(z)))  # n 4 h w -> n c fh fw
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def frames_at_once(x, pixels):
+    """How many frames of so many pixels go through the network at once."""
+    if not x.is_cuda:
+        return max(1, CHUNK_PIXELS // pixels)
+    if torch.is_grad_enabled():  # the activations of all are stored anyway
+        return len(x)
+    room = max(1, free_bytes(x.device) // 2 // PIXEL_BYTES // pixels)
+    return 2 ** int(math.log2(room))  # few sizes: cuDNN looks for the best kernels of each
 
 
 class AutoencoderKL(nn.Module):
@@ -196,24 +210,24 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
         # In parts of a few frames: the largest activations have 128 channels at full size.
-        chunk = max(1, CHUNK_PIXELS // x.shape[2:].numel())
-        moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
+        parts = x.split(frames_at_once(x, x.shape[2:].numel()))
+        moments = [self.quant_conv(self.encoder(frames)) for frames in parts]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
         """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
         pixels = z.shape[2:].numel() * self.config.downscale**2  # of a frame
-        chunk = max(1, CHUNK_PIXELS // pixels)
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])
+        parts = z.split(frames_at_once(z, pixels))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
 
 @torch.no_grad()
 def encode_clip(vae, frames):
     """Scaled latents (t, c, h, w) of a clip's frames uint8 (t, 3, h, w): what the U-Net sees."""
     parameter = next(vae.parameters())
-    x = frames.to(parameter.device, parameter.dtype) / 127.5 - 1  # 0..255 -> -1..1
+    x = frames.to(parameter.device).float() / 127.5 - 1  # 0..255 -> -1..1
     # The mean and no sample: the U-Net adds noise of its own, far stronger than the Gaussian's.
-    return vae.encode(x).mean * vae.config.scaling_factor
+    return vae.encode(x.to(parameter.dtype)).mean.float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -234,5 +248,6 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    frames = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor)  # (b t) 3 fh fw
+    z = (latents.flatten(0, 1) / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+    frames = vae.decode(z)  # (b t) 3 fh fw
     return frames.clamp(-1, 1).unflatten(0, latents.shape[:2])

@@ -15,7 +15,9 @@ import processes
 import weights
 from cli import option
 from data import ClipFolder, random_window
+from devices import freeze
 from files import read_json
+from memory import Plan
 from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
@@ -61,6 +63,9 @@ class LongRun(Run):
     """The folder of such a training, with a record of its own."""
 
     record, stages = "long_video.json", ("long",)
+
+    def plan(self, stage):
+        return Plan(moments_on_cpu=self.options.offload)
 
     @classmethod
     def options_of(cls, path):
@@ -150,8 +155,9 @@ def train(run):
     if model.unet.config.num_conditions:
         raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
                          "run of the video model")
-    model.vae.to(run.device, memory_format=torch.channels_last)
-    model.text_encoder.to(run.device)
+    model.vae.to(memory_format=torch.channels_last)
+    for network in (model.vae, model.text_encoder):
+        freeze(network, run.device, options.precision)
     clips, rate = open_clips(options, model.sampling)
     captions = clips.captions
     latents = [encode_clip(model.vae, clips[i][0]).cpu()
@@ -187,8 +193,8 @@ def train(run):
         clean = torch.rand(b, generator=generator) < options.clean_part
         levels = levels.masked_fill(clean | ~known.any(), 0)
         conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
-        x0, noise, noise_of_known, timesteps, context, levels, known, conditions = run.to_device(
-            x0, noise, noise_of_known, timesteps, context, levels, known, conditions)
+        x0, noise, noise_of_known, timesteps, context, levels, conditions = run.to_device(
+            x0, noise, noise_of_known, timesteps, context, levels, conditions)
         with trainer.autocast():
             seen = perturb(model.diffusion, x0, levels, noise_of_known)
             loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,

@@ -12,6 +12,7 @@ from torch import nn
 
 import processes
 import trainer
+from memory import Plan
 from options import TrainOptions
 from trainer import Average, Trainer, drop_repeated, learning_rate_at, step_generator
 
@@ -28,7 +29,8 @@ class Line(Trainer):
         path.mkdir(exist_ok=True)
         options = TrainOptions(log_every=2, save_every=2, warmup_steps=0, vae_steps=num_steps,
                                vae_learning_rate=0.1, **options)
-        run = SimpleNamespace(path=path, options=options, device=torch.device("cpu"), state=None)
+        run = SimpleNamespace(path=path, options=options, device=torch.device("cpu"), state=None,
+                              plan=lambda stage: Plan(moments_on_cpu=options.offload))
         self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.0))
         self.draw, self.losses = draw, []
         super().__init__(run, "vae", [([self.a], 1.0), ([self.b], 0.1)])
