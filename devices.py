@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+PIXEL_BYTES = 4096  # that decoding takes at most for each pixel, with 128 and 256 channels there
+
 
 def uses_bf16(device, choice="auto"):
     """Whether networks compute in bfloat16 on a device; choice: "auto", "bf16" or "fp32"."""
@@ -39,6 +41,19 @@ def free_bytes(device):
     """Bytes that new tensors may take of a GPU's memory, those that PyTorch keeps for them too."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def frames_at_once(x, pixels, most):
+    """How many of the frames of x, of so many pixels each, go through an autoencoder at once.
+
+    On a CPU those of `most` pixels, on a GPU those that half of its free memory has room for.
+    """
+    if not x.is_cuda:
+        return max(1, most // pixels)
+    if torch.is_grad_enabled():  # the activations of all are stored anyway
+        return len(x)
+    room = max(1, free_bytes(x.device) // 2 // (PIXEL_BYTES * pixels))
+    return 2 ** (room.bit_length() - 1)  # few sizes: cuDNN looks for the best kernels of each
 
 
 @contextmanager

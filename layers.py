@@ -22,13 +22,10 @@ def per_frame(layer, x):
 
 
 def as_computed(x):
-    """x in the dtype of the layers after a norm: autocast computes norms in float32, and these not.
-
-    So x is cast once and not by each layer, and SiLU and shift move half the bytes.
-    """
-    kind = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if autocast else x
+    """A norm's output, which autocast makes float32, in the dtype of the layers after it."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))  # once; shift and SiLU move half the bytes
 
 
 class GroupNorm(nn.GroupNorm):

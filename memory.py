@@ -98,8 +98,8 @@ def learning(run, stage):
         if stage == "vae":
             config, n = options.vae(), options.vae_batch_size
             small = size // config.downscale
-            inputs = torch.empty(n, 3, size, size), torch.empty(n, config.latent_channels, small, small)
-            return [(vae.AutoencoderKL(config), inputs)]
+            noise = torch.empty(n, config.latent_channels, small, small)
+            return [(vae.AutoencoderKL(config), (torch.empty(n, 3, size, size), noise))]
         adopted = run.path / "image_unet"  # of --init, or of a finished stage
         config = weights.load_unet(adopted).config if adopted.exists() else options.unet()
         temporal = {"temporal": "none"} if stage == "image" else options.temporal_fields()

@@ -28,8 +28,8 @@ def start(name):
         torch.cuda.set_device(name)
     device = choose_device(name)
     if not distributed.is_initialized():
-        cuda = device.type == "cuda"
-        distributed.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        distributed.init_process_group(backend, device_id=own)
     return device
 
 

@@ -8,7 +8,6 @@ Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift,
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
 """
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import free_bytes
+from devices import frames_at_once
 from layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 
 # Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
 EPS = 1e-6
-# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory. On
-# a GPU it is what a half of the free memory has room for.
+# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory. A
+# GPU takes what it has room for (devices.py).
 CHUNK_PIXELS = 2**18
-PIXEL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -172,16 +170,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def frames_at_once(x, pixels):
-    """How many frames of so many pixels go through the network at once."""
-    if not x.is_cuda:
-        return max(1, CHUNK_PIXELS // pixels)
-    if torch.is_grad_enabled():  # the activations of all are stored anyway
-        return len(x)
-    room = max(1, free_bytes(x.device) // 2 // PIXEL_BYTES // pixels)
-    return 2 ** int(math.log2(room))  # few sizes: cuDNN looks for the best kernels of each
-
-
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion; all convolutions, so it takes frames of any size."""
 
@@ -210,14 +198,14 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
         # In parts of a few frames: the largest activations have 128 channels at full size.
-        parts = x.split(frames_at_once(x, x.shape[2:].numel()))
+        parts = x.split(frames_at_once(x, x.shape[2:].numel(), CHUNK_PIXELS))
         moments = [self.quant_conv(self.encoder(frames)) for frames in parts]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
         """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w)."""
         pixels = z.shape[2:].numel() * self.config.downscale**2  # of a frame
-        parts = z.split(frames_at_once(z, pixels))
+        parts = z.split(frames_at_once(z, pixels, CHUNK_PIXELS))
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
 

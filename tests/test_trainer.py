@@ -14,8 +14,8 @@ import processes
 import trainer
 from memory import Plan
 from options import TrainOptions
-from trainer import (Average, Trainer, drop_repeated, learning_rate_at, move_moments, step_generator,
-                     step_in_parts)
+from trainer import (Average, Trainer, drop_repeated, learning_rate_at, move_moments,
+                     step_generator, step_in_parts)
 
 
 def points(generator):
