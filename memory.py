@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+import processes
 import text
 import vae
 import weights
@@ -133,7 +134,8 @@ def plan(run, stage, needs=None, free=None):
         what = (f"the {stage} stage needs about {needed / 1e9:.1f} GB of GPU memory ({chosen}), "
                 f"{free / 1e9:.1f} are free")
         if needed <= free:
-            print(what)
+            if processes.is_main():
+                print(what)
             return chosen
     remedies = ["--offload"] * (not options.offload)
     remedies += ["--gradient-checkpointing"] * (wish is False and stage != "vae")
