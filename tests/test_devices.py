@@ -1,6 +1,7 @@
 """bfloat16 where a device has it, by autocast or by frozen weights, shown here on a CPU."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_the_output_of_a_norm_is_cast_once_and_before_what_reads_it(bf16):
             dtypes.append(norm(x).dtype)
     assert dtypes == [torch.bfloat16] * 2
     assert layers.GroupNorm(2, 4)(torch.randn(2, 4, 3, 3)).dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room, expected", [(0, 1), (1, 1), (8, 8), (11, 8), (16, 16)])
+def test_a_gpu_decodes_as_many_frames_as_half_of_its_free_memory_holds(monkeypatch, room, expected):
+    free = 2 * room * 100 * devices.PIXEL_BYTES
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free)
+    x = SimpleNamespace(is_cuda=True, device="cuda")
+    assert devices.frames_at_once(x, pixels=100, most=50) == expected
 
 
 def test_networks_visit_a_device_and_leave_it_after_an_error():
