@@ -47,7 +47,11 @@ def choose_device(name):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch built without CUDA
         raise ValueError(f"--device {name}: not usable ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":  # shapes repeat: cuDNN may look for the fastest kernels
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # products of what stays float32 are TF32
+    return device
 
 
 def run_main(main):

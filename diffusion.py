@@ -45,6 +45,7 @@ class Diffusion:
     set_alpha_to_one: bool = False
     trained_betas: tuple[float, ...] | None = None
     alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
+    _tables: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         for name, known in (("prediction_type", ("epsilon", "v_prediction")),
@@ -92,10 +93,14 @@ class Diffusion:
 
     def _coefficients(self, timesteps, like):
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (b,), shaped to multiply `like`."""
-        alpha_bar = self.alphas_cumprod.to(timesteps.device)[timesteps]  # b
-        alpha_bar = alpha_bar.view(-1, *[1] * (like.ndim - 1))  # b -> b 1 1 1 1
-        # Roots of float64 numbers, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+        key = like.device, like.dtype
+        if key not in self._tables:  # once a device: copying them at each step would wait for it
+            # Roots of float64, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
+            roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+            self._tables[key] = [root.to(like.device, like.dtype) for root in roots]
+        shape = -1, *[1] * (like.ndim - 1)  # b -> b 1 1 1 1
+        signal, sigma = self._tables[key]
+        return signal[timesteps].view(shape), sigma[timesteps].view(shape)
 
     def add_noise(self, x0, noise, timesteps):
         """x_t for clean x0 and noise of shape (b, ...) at timesteps (b,). DDPM, eq. 4."""

@@ -21,6 +21,23 @@ def per_frame(layer, x):
     return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])  # (b t) c h w -> b t c h w
 
 
+def as_computed(x):
+    """A norm's output, which autocast makes float32, in the dtype of the layers after it."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))  # once; shift and SiLU move half the bytes
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        return as_computed(super().forward(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return as_computed(super().forward(x))
+
+
 def sinusoids(positions, channels):
     """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
 
@@ -45,9 +62,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
                  scale_shift=False, shift_before=(), shift_fold=3, shift_causal=False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.scale_shift = scale_shift
         self.shift_before = shift_before

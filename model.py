@@ -19,9 +19,10 @@ from math import lcm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (checkpoint, create_selective_checkpoint_contexts,
+                                    noop_context_fn)
 
-from layers import Downsample, ResnetBlock, Upsample, per_frame, sinusoids
+from layers import Downsample, GroupNorm, ResnetBlock, Upsample, per_frame, sinusoids
 from temporal import VARIANTS, add_temporal_layers
 from transformer import Transformer2D
 
@@ -32,6 +33,7 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 ]
 
 
@@ -207,7 +209,7 @@ class UNet(nn.Module):
             enters = [width + skips.pop() for width in enters]  # concatenated channels
             transformers = len(enters) if config.attention_levels[i] else 0
             self.up_blocks.append(Level(config, i, enters, transformers, upsample=i > 0))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         add_temporal_layers(self)
 
@@ -252,6 +254,9 @@ class UNet(nn.Module):
         """Call a layer; with gradient checkpointing, forget what it computes until it is needed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             keep = partial(create_selective_checkpoint_contexts, KEPT)
+            # Choosing what is kept takes every operation through Python. A GPU would wait for it.
+            if inputs[1].is_cuda and not torch.compiler.is_compiling():
+                keep = noop_context_fn
             return checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep)
         return layer(*inputs)
 

@@ -31,6 +31,8 @@ class LoopOptions:
     ema_decay: float = option(0.99, "decay of the average of the weights")
     accumulate: int = option(1, "batches whose gradients make one step")
     device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
+    offload: bool = option(False, "keep AdamW's moments in CPU memory: a third less of a GPU's",
+                           **FREE)
     precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
                             choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
@@ -48,10 +50,6 @@ class LoopOptions:
             if not least <= value <= (1 if part else math.inf):  # "not <=", so that NaN fails
                 limit = "to lie in [0, 1]" if part else f">= {least}"
                 raise ValueError(f"--{name.replace('_', '-')} needs {limit}, got {value}")
-
-    def uses_bf16(self, device):
-        """Whether the networks compute in bfloat16 (their weights stay float32)."""
-        return device.type == "cuda" and self.precision != "fp32"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,8 @@ class TrainOptions(LoopOptions):
     caption_dropout: float = option(0.1, "part of the captions left out, for guidance")
     max_tokens: int = option(16, "tokens of a caption, with start and end")
     # optimisation
-    gradient_checkpointing: bool = option(False, "compute activations twice, store them once")
+    gradient_checkpointing: bool | None = option(
+        False, "compute activations twice, store few of them; None: where memory needs it", **FREE)
     preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
@@ -178,7 +177,7 @@ RECIPES = {
         image_steps=100000, image_batch_size=32, image_learning_rate=1e-4,
         video_steps=100000, video_batch_size=1, video_learning_rate=1e-5, image_every=8,
         prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0, early_noise=0.0,
-        warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=True,
+        warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=None,
         save_every=5000, preview_every=5000, workers=4, guidance_scale=7.5, num_steps=50,
     ),
 }

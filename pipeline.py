@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cli import option
+from devices import freeze
 from diffusion import Diffusion, classifier_free_guidance, randn, sample_loop
 from model import UNet
 from text import CLIPTextModel
@@ -59,9 +60,7 @@ class Pipeline:
     def to(self, device):
         """Move the networks to a device and set them up for sampling there."""
         for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device).eval().requires_grad_(False)
-            if torch.device(device).type != "cpu":  # a GPU convolves faster with channels innermost
-                network.to(memory_format=torch.channels_last)
+            freeze(network, device)
         return self
 
     @torch.no_grad()
@@ -88,18 +87,19 @@ class Pipeline:
         if guided:
             context = torch.cat([self.encode_text([""]).expand_as(context), context])  # 2b n d
 
-        def model(x_t, timesteps):
+        def model(x_t, timesteps):  # the U-Net may compute in bfloat16, all around it is float32
+            x = x_t.to(context.dtype)
             if not guided:
-                return self.unet(x_t, timesteps, context)
+                return self.unet(x, timesteps, context).float()
             # The U-Net answers twice, without the text and with it: one batch of 2b clips.
-            output = self.unet(torch.cat([x_t, x_t]), timesteps.repeat(2), context)
+            output = self.unet(torch.cat([x, x]), timesteps.repeat(2), context).float()
             return classifier_free_guidance(*output.chunk(2), sampling.guidance_scale)
 
         size = sampling.image_size // f  # of the latents
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
         # A generator for each clip, so that it does not depend on the clips beside it.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x_t = randn(shape, generators).to(context)  # b t c h w, on the context's device
+        x_t = randn(shape, generators).to(context.device)  # b t c h w
         yield from sample_loop(self.diffusion, model, x_t, sampling.num_steps, sampling.sampler,
                                sampling.eta, generators)
 

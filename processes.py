@@ -12,15 +12,24 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from cli import choose_device
 
-def start(device):
-    """Join the processes that torchrun started, if it did; returns the device of this one."""
-    if "RANK" not in os.environ or distributed.is_initialized():
-        return device
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+
+def start(name):
+    """Join the processes that torchrun started, if it did; returns the device of this one.
+
+    name is that of a --device flag. Of several processes each has the GPU of its own number, and
+    touches no other one: a look at it would take memory there.
+    """
+    if "RANK" not in os.environ:
+        return choose_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    device = choose_device(name)
+    if not distributed.is_initialized():
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        distributed.init_process_group(backend, device_id=own)
     return device
 
 
@@ -56,7 +65,9 @@ def wrap(network):
         return network
     # A step on images skips the temporal layers (temporal.py), which then get no gradient.
     skipped = any("temporal" in name for name, _ in network.named_parameters())
-    return DistributedDataParallel(network, find_unused_parameters=skipped)
+    # The gradients are the buckets that are exchanged: no second copy of them.
+    return DistributedDataParallel(network, find_unused_parameters=skipped,
+                                   gradient_as_bucket_view=True)
 
 
 def average_gradients(networks, now):

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import devices
+import memory
 import processes
 import weights
-from cli import choose_device
 from data import ClipFolder
 from files import read_json, write_json
 from media.write import side_by_side, write_clip
@@ -37,7 +38,7 @@ class Run:
 
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
-        self.device = processes.start(choose_device(options.device))
+        self.device, self.plans = processes.start(options.device), {}
         self.state, state_path = None, self.path / "training_state.pt"
         if state_path.exists():
             self.state = read_state(state_path)
@@ -93,6 +94,16 @@ class Run:
             weights.save_pipeline(model, self.path)
         self.finish("image")
 
+    def precision(self):
+        """The context in which networks that learn compute."""
+        return devices.precision(self.device, self.options.precision)
+
+    def plan(self, stage):
+        """memory.Plan of a stage, made at the first call. Raises ValueError if it cannot fit."""
+        if stage not in self.plans:
+            self.plans[stage] = memory.plan(self, stage)
+        return self.plans[stage]
+
     def to_device(self, *tensors):
         """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
         if self.device.type != "cuda":
@@ -100,19 +111,20 @@ class Run:
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
 
-def load_vae(path, device):
-    """A run's autoencoder."""
-    return weights.load_vae(Path(path) / "vae").to(device, memory_format=torch.channels_last)
+def load_vae(path, device, precision):
+    """A run's autoencoder, frozen."""
+    network = weights.load_vae(Path(path) / "vae").to(memory_format=torch.channels_last)
+    return devices.freeze(network, device, precision)
 
 
-def load_image_model(path, device):
+def load_image_model(path, device, precision):
     """A run's model as it was before it saw a clip: a Pipeline, all but its U-Net on a device.
 
     The U-Net stays mapped from its file: training copies its weights and then needs it no more.
     """
     model = weights.load_folder(Path(path), "none", unet="image_unet")
-    model.vae.to(device, memory_format=torch.channels_last)
-    model.text_encoder.to(device)
+    devices.freeze(model.vae.to(memory_format=torch.channels_last), device, precision)
+    devices.freeze(model.text_encoder, device, precision)
     return model
 
 
@@ -125,15 +137,23 @@ def open_data(options):
 
 
 def draw_previews(run, stage, pipeline, captions):
-    """A function of the step that draws nine captions with the average's weights."""
+    """A function of the step that draws nine captions with the average's weights.
+
+    From now on the networks that do not learn are in CPU memory but while a preview is drawn.
+    """
+    frozen = [network for network in (pipeline.vae, pipeline.text_encoder)
+              if not next(network.parameters()).requires_grad]
+    for network in frozen:
+        network.to("cpu")
     prompts = list(dict.fromkeys(captions))
     prompts = prompts[:: max(1, len(prompts) // 9)][:9]
 
     def preview(step):
         clips = []
-        for seed, prompt in enumerate(prompts):  # one by one, as training holds the memory
-            *_, latents = pipeline.sample([prompt], [seed])
-            clips.append(pipeline.decode(latents))
+        with devices.visit(frozen, run.device), run.precision():
+            for seed, prompt in enumerate(prompts):  # one by one, as training holds the memory
+                *_, latents = pipeline.sample([prompt], [seed])
+                clips.append(pipeline.decode(latents))
         suffix = ".png" if stage == "image" else ".gif"
         path = run.path / "previews" / f"{stage}-{step:06d}{suffix}"
         write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)

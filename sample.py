@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cli import add_flags, choose_device, given_flags, run_main
+from devices import compile_for_sampling
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from weights import add_checkpoint_flags, load_pipeline, use_decoder
@@ -39,9 +40,8 @@ def read_prompts(path):
 
 def generate(pipeline, prompts, sampling, seed, batch_size):
     """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
-    bf16 = next(pipeline.unet.parameters()).is_cuda  # halves the time of matrix products there
     bar = tqdm(total=len(prompts) * sampling.num_steps, desc="sample", unit="step", leave=False)
-    with bar, torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+    with bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(batch))
@@ -84,8 +84,8 @@ def main():
     for note in (*pipeline.report.notes, *use_decoder(pipeline, args.path, args.decoder)):
         print(note, file=sys.stderr)
     pipeline.to(device)
-    if args.compile:  # freezing lays the weights out once for a CPU's kernels
-        pipeline.unet.compile(options={"freezing": True})
+    if args.compile:
+        compile_for_sampling(pipeline.unet, device)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     is_run = (args.path / "train.json").exists()
     output = args.output or (args.path / "samples" if is_run else Path("samples"))

@@ -18,7 +18,7 @@ one frame skips every temporal layer, before training and after, so the image mo
 import torch
 from torch import nn
 
-from layers import Attention, ResnetBlock, sinusoids
+from layers import Attention, LayerNorm, ResnetBlock, sinusoids
 from transformer import TransformerBlock
 
 VARIANTS = ("none", "shift", "attention", "directed", "conv")
@@ -150,7 +150,7 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, channels, num_heads, max_frames=None):
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         kind = DirectedAttention if max_frames is None else AttentionOverTime
         self.attention = kind(channels, num_heads)
         self.positions = None

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import processes
 import text
 import vae
 from cache import cache_frames, cache_latents, cache_texts, read
@@ -80,7 +81,8 @@ def train_vae(run, clips):
     @torch.no_grad()
     def preview(step):
         x = pixels(frames.rows(torch.linspace(0, frames.num_rows - 1, 8).long().tolist()))
-        y = autoencoder.decode(autoencoder.encode(x).mean)
+        with trainer.autocast():
+            y = autoencoder.decode(autoencoder.encode(x).mean).float()
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
 
     chosen = (choose(step_generator(options.seed, "vae", step, micro))
@@ -94,7 +96,9 @@ def train_vae(run, clips):
         with trainer.autocast():
             loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
         trainer.backward(loss)
-    vae.standardise(autoencoder, some_latents(autoencoder, frames).to(run.device))
+    with trainer.autocast():
+        latents = some_latents(autoencoder, frames)
+    vae.standardise(autoencoder, latents.to(run.device))
     run.save(vae=autoencoder)
     run.finish("vae")
 
@@ -156,7 +160,7 @@ def train_image(run, autoencoder, latents, captions):
     encoder.to(run.device)
     unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = options.gradient_checkpointing
+    unet.gradient_checkpointing = run.plan("image").checkpointing
     diffusion, sampling = options.diffusion(), options.sampling(num_frames=1)
     pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
     # No image shows a direction, so an encoder that learns fast forgets those words: text_rate.
@@ -190,7 +194,7 @@ def train_video(run, image_model, latents, captions, preview=None):
     if options.start_as_shift:
         start_as_shift(unet)
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = options.gradient_checkpointing
+    unet.gradient_checkpointing = run.plan("video").checkpointing
     sampling = options.sampling(options.num_frames)
     pipeline = dataclasses.replace(image_model, unet=unet, sampling=sampling)
     context_of = cache_texts(run, captions, image_model)
@@ -199,8 +203,9 @@ def train_video(run, image_model, latents, captions, preview=None):
               ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
     trainer = Trainer(run, "video", [group for group in groups if group[0]])
     predict = trainer.wrap(unet)
-    usual = draw_previews(run, "video", pipeline, captions)
-    for step, generator in trainer.steps(usual if preview is None else lambda s: preview(s, unet)):
+    look = draw_previews(run, "video", pipeline, captions) if preview is None else (
+        lambda step: preview(step, unet))
+    for step, generator in trainer.steps(look):
         t, b = options.latent_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model; about as much work
@@ -237,20 +242,23 @@ def main():
         print(f"{args.run}: all stages are finished")
         return
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+    processes.start(options.device)  # so that the first one alone draws a bar for the data
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
+    for stage in stages:  # what does not fit is refused now and not hours later
+        run.plan(stage)
     for stage in stages:
         torch.manual_seed(options.seed)  # of new weights
         if stage == "vae":
             train_vae(run, clips)
         elif stage == "image":
-            autoencoder = load_vae(run.path, run.device)
+            autoencoder = load_vae(run.path, run.device, options.precision)
             latents = cache_latents(run, clips, autoencoder)
             train_image(run, autoencoder, latents, clips.captions)
         else:
-            image_model = load_image_model(run.path, run.device)
+            image_model = load_image_model(run.path, run.device, options.precision)
             latents = cache_latents(run, clips, image_model.vae)
             train_video(run, image_model, latents, clips.captions)
 

@@ -24,10 +24,13 @@ import torch
 from tqdm import tqdm
 
 import processes
+from devices import precision
 from files import atomic, write_text
 
 WEIGHT_DECAY = 0.01  # of AdamW
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
+AVERAGE_EVERY = 10  # steps of a GPU that count at once: an average in CPU memory has a long way
+PART = 8  # parameters whose moments are on the GPU at a time, if they live in CPU memory
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,13 +59,25 @@ class Average:
     the random initialisation for long. Karras et al. 2022, appendix F, discuss it for diffusion.
     """
 
-    def __init__(self, parameters, decay):
+    def __init__(self, parameters, decay, every=1, on_cpu=False):
         self.parameters, self.decay = [p.detach() for p in parameters], decay
-        self.values = [parameter.clone() for parameter in self.parameters]
+        self.every, self.on_cpu = every, on_cpu
+        places = ["cpu" if on_cpu else parameter.device for parameter in self.parameters]
+        # A copy that does not block is pinned, so later copies do not block either.
+        self.values = [parameter.to(place, copy=True, non_blocking=True)
+                       for parameter, place in zip(self.parameters, places, strict=True)]
 
     def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+        """Let every so many steps count at once, with the decay to that power."""
+        if (step + 1) % self.every:
+            return
+        rest = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.every
+        if not self.on_cpu:
+            torch._foreach_lerp_(self.values, self.parameters, rest)
+            return
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            average = value.to(parameter.device, non_blocking=True)  # visits the GPU, one by one
+            value.copy_(average.lerp(parameter, rest), non_blocking=True)
 
     @contextmanager
     def swapped(self):
@@ -78,6 +93,31 @@ class Average:
             kept = parameter.clone()
             parameter.copy_(value)
             value.copy_(kept)
+
+
+def move_moments(optimizer, parameters, device):
+    """Move AdamW's moments of some parameters, if there are any yet."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = state[name].to(device, non_blocking=True)
+
+
+def step_in_parts(optimizer):
+    """optimizer.step() with moments that are in CPU memory: they visit their parameters in parts.
+
+    The numbers are the same. Both copies of a part wait for nothing but the GPU's own queue.
+    """
+    groups = optimizer.param_groups
+    for group in groups:
+        for i in range(0, len(group["params"]), PART):
+            part = group["params"][i : i + PART]
+            move_moments(optimizer, part, part[0].device)
+            optimizer.param_groups = [group | {"params": part}]
+            optimizer.step()
+            move_moments(optimizer, part, "cpu")
+    optimizer.param_groups = groups
 
 
 def drop_repeated(path, stage, step):
@@ -126,7 +166,9 @@ class Trainer:
         self.learning_rate = getattr(options, f"{stage}_learning_rate")
         groups = [{"params": list(parameters), "part": part} for parameters, part in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.average = Average(self.parameters, options.ema_decay)
+        self.plan = run.plan(stage)
+        every = AVERAGE_EVERY if self.device.type == "cuda" else 1
+        self.average = Average(self.parameters, options.ema_decay, every, self.plan.average_on_cpu)
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99),
                                            weight_decay=WEIGHT_DECAY, fused=True)
         self.wrapped = []
@@ -137,15 +179,15 @@ class Trainer:
 
     def wrap(self, network):
         """A network as a step calls it: compiled if asked for, one with other processes' copies."""
-        if self.options.compile:
-            network = torch.compile(network)
-        self.wrapped.append(processes.wrap(network))
-        return self.wrapped[-1]
+        wrapped = processes.wrap(network)
+        if self.options.compile:  # in place; around DDP, so that it exchanges during the backward
+            wrapped.compile(dynamic=False)
+        self.wrapped.append(wrapped)
+        return wrapped
 
     def autocast(self):
         """On a GPU the networks compute in bfloat16; their weights stay float32."""
-        bf16 = self.options.uses_bf16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return precision(self.device, self.options.precision)
 
     def steps(self, preview=None):
         """Yield (step, generator) for each batch; answer each with backward(loss).
@@ -202,7 +244,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["part"]
         torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
-        self.optimizer.step()
+        if self.plan.moments_on_cpu:
+            step_in_parts(self.optimizer)
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.step)
         self.loss_count += 1
@@ -246,6 +291,8 @@ class Trainer:
             raise ValueError(f"{self.state_path}: belongs to a model of another configuration")
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.plan.moments_on_cpu:
+            move_moments(self.optimizer, self.parameters, "cpu")
         torch._foreach_copy_(self.average.parameters, state["parameters"])
         torch._foreach_copy_(self.average.values, state["average"])
 

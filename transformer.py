@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Attention, per_frame
+from layers import Attention, GroupNorm, LayerNorm, per_frame
 
 CHUNK_TOKENS = 2048  # that go through a FeedForward at once on a CPU: two frames of 32x32 latents
 
@@ -54,11 +54,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels, num_heads, context_channels):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, num_heads, context_channels)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
         self.temporal = None  # attention over time beside attn1, in one variant of temporal.py
 
@@ -82,7 +82,7 @@ class Transformer2D(nn.Module):
 
     def __init__(self, channels, num_heads, context_channels, groups, linear):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # Stable Diffusion 1 and 2 differ
+        self.norm = GroupNorm(groups, channels, eps=1e-6)  # Stable Diffusion 1 and 2 differ
         self.linear = linear  # only in this: 2 has linear projections, 1 has 1x1 convolutions
         project = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(channels, channels)

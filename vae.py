@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Attention, Downsample, ResnetBlock, Upsample, per_frame
+from devices import frames_at_once
+from layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample, per_frame
 from temporal import VARIANTS, add_decoder_layers
 
 # Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
 EPS = 1e-6
-# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory.
+# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory. A
+# GPU takes what it has room for (devices.py).
 CHUNK_PIXELS = 2**18
 
 
@@ -125,7 +127,7 @@ class PlaceAttention(Attention):
 
     def __init__(self, channels, groups):
         super().__init__(channels, num_heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.group_norm = GroupNorm(groups, channels, EPS)
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # n c h w -> n (h w) c
@@ -146,7 +148,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         ))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
@@ -168,7 +170,7 @@ class Decoder(nn.Module):
                   "up" if i < len(widths) - 1 else None)
             for i, width in enumerate(widths)
         ))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
         add_decoder_layers(self, config)
 
@@ -205,8 +207,8 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
         # In parts of a few frames: the largest activations have 128 channels at full size.
-        chunk = max(1, CHUNK_PIXELS // x.shape[2:].numel())
-        moments = [self.quant_conv(self.encoder(frames)) for frames in x.split(chunk)]
+        parts = x.split(frames_at_once(x, x.shape[2:].numel(), CHUNK_PIXELS))
+        moments = [self.quant_conv(self.encoder(frames)) for frames in parts]
         return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
@@ -219,18 +221,17 @@ class AutoencoderKL(nn.Module):
         if self.config.temporal != "none" and z.ndim != 5:
             raise ValueError(f"decode needs clips (b, t, c, h, w), got {tuple(z.shape)}")
         pixels = z[0, ..., 0, :, :].numel() * self.config.downscale**2  # of a frame, or of a clip
-        chunk = max(1, CHUNK_PIXELS // pixels)
-        return torch.cat([self.decoder(per_frame(self.post_quant_conv, part))
-                          for part in z.split(chunk)])
+        parts = z.split(frames_at_once(z, pixels, CHUNK_PIXELS))
+        return torch.cat([self.decoder(per_frame(self.post_quant_conv, part)) for part in parts])
 
 
 @torch.no_grad()
 def encode_clip(vae, frames):
     """Scaled latents (t, c, h, w) of a clip's frames uint8 (t, 3, h, w): what the U-Net sees."""
     parameter = next(vae.parameters())
-    x = frames.to(parameter.device, parameter.dtype) / 127.5 - 1  # 0..255 -> -1..1
+    x = frames.to(parameter.device).float() / 127.5 - 1  # 0..255 -> -1..1
     # The mean and no sample: the U-Net adds noise of its own, far stronger than the Gaussian's.
-    return vae.encode(x).mean * vae.config.scaling_factor
+    return vae.encode(x.to(parameter.dtype)).mean.float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -251,4 +252,5 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    return vae.decode(latents / vae.config.scaling_factor).clamp(-1, 1)
+    z = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+    return vae.decode(z).clamp(-1, 1)

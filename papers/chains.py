@@ -37,19 +37,19 @@ def seeds_of(seeds, window):
 def begin(model, context, chain, seeds, size, first=None):
     """The first window (b, t, c, h, w) of clips, of the text alone or with a known first frame."""
     shape = (len(seeds), chain.num_frames, model.unet.config.out_channels, size, size)
-    latents, known = torch.zeros(shape).to(context), torch.zeros(chain.num_frames, dtype=torch.bool)
+    latents = torch.zeros(shape, device=context.device)
+    known = torch.zeros(chain.num_frames, dtype=torch.bool)
     if first is not None:
         latents[:, 0], known[0] = first, True
     # The text decides here what is seen, as in sample.py; later windows follow the known frames.
     how = Guidance(model.sampling.num_steps, text=model.sampling.guidance_scale)
-    return draw(model, context, latents, known.to(context.device), chain.frame_rate,
-                seeds_of(seeds, 0), how)
+    return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 
 
 def follow(model, context, chain, seeds, last, window=1):
     """Yield the frames (b, n, c, h, w) that follow `last` (b, num_known, ...), without end."""
     new = chain.num_frames - chain.num_known
-    known = torch.arange(chain.num_frames, device=last.device) < chain.num_known
+    known = torch.arange(chain.num_frames) < chain.num_known
     while True:
         latents = torch.cat([last, last.new_zeros(last.shape[0], new, *last.shape[2:])], dim=1)
         latents = draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, window),
@@ -66,7 +66,7 @@ def fill(model, context, chain, seeds, keys, done=0):
     """
     span = 2 * (BETWEEN + 1)
     buffer = next(keys)
-    known = torch.arange(span + 1, device=buffer.device) % (BETWEEN + 1) == 0
+    known = torch.arange(span + 1) % (BETWEEN + 1) == 0
     for window in itertools.count():
         while buffer.shape[1] < 3:
             buffer = torch.cat([buffer, next(keys)], dim=1)

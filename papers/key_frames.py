@@ -38,7 +38,7 @@ def interpolate(model, context, keys, between, frame_rate, seeds, how=Guidance()
         start = max(0, min(first, last - gaps))  # the last window reaches back into the one before
         part = keys[:, start : start + gaps + 1]
         count = (part.shape[1] - 1) * step + 1
-        known = torch.arange(count, device=keys.device) % step == 0
+        known = torch.arange(count) % step == 0
         latents = keys.new_zeros(len(keys), count, *keys.shape[2:])
         latents[:, known] = part
         latents = draw(model, context, latents, known, frame_rate, seeds_of(seeds, 1 + first), how)

@@ -21,6 +21,9 @@ nearest known frames are held before every frame.
 Two numbers go to the model like the timestep (UNetConfig.num_conditions): the noise level s of the
 known frames (LVDM's conditional latent perturbation) and the frame rate (MagicVideo, Zhou et al.
 2022). papers/long_video.py and papers/key_frames.py are what can be done with such a model.
+
+Which frames are known stays on the CPU: what follows from it is computed there and copied, so that
+no step waits for a GPU to answer which they are.
 """
 
 import dataclasses
@@ -52,21 +55,27 @@ def nearest_known(known):
     return pairs
 
 
+def beside(x, latents):
+    """A small CPU tensor on the device of latents. The copy waits for nothing."""
+    return x.to(latents.device, non_blocking=True)
+
+
 def show_known(latents, known, hold=True):
     """The channels that show a model what is known of latents (b, t, c, h, w): (b, t, k, h, w).
 
-    known is (t,) bool, the same for all clips. The latents of other frames are not read.
+    known is (t,) bool on the CPU, the same for all clips. The latents of other frames are not read.
     """
     b, t, _, h, w = latents.shape
-    mask = known.to(latents)[:, None, None, None].expand(b, t, 1, h, w)
+    mask = beside(known, latents).to(latents.dtype)[:, None, None, None].expand(b, t, 1, h, w)
     if not hold:
         return mask
     if not known.any():
         return torch.cat([latents.new_zeros(b, t, 2 * latents.shape[2] + 2, h, w), mask], dim=2)
-    pairs = torch.tensor(nearest_known(known.tolist()), device=latents.device)  # t 2
-    distances = (pairs - torch.arange(t, device=latents.device)[:, None]) / DISTANCE
-    distances = distances.to(latents)[..., None, None].expand(b, t, 2, h, w)
-    return torch.cat([latents[:, pairs].flatten(2, 3), distances, mask], dim=2)  # b t 2 c -> b t 2c
+    pairs = torch.tensor(nearest_known(known.tolist()))  # t 2
+    distances = ((pairs - torch.arange(t)[:, None]) / DISTANCE).to(latents.dtype)
+    distances = beside(distances, latents)[..., None, None].expand(b, t, 2, h, w)
+    shown = latents[:, beside(pairs, latents)].flatten(2, 3)  # b t 2 c h w -> b t 2c h w
+    return torch.cat([shown, distances, mask], dim=2)
 
 
 def widen(unet, hold=True, max_frames=1):
@@ -93,7 +102,8 @@ def predict(unet, x_t, timesteps, context, seen, known, conditions, hold=True):
 
     conditions are (b, 2): noise level and frame rate.
     """
-    x_t = torch.where(known[:, None, None, None], seen, x_t)  # known frames overwrite the noise
+    places = beside(known, seen)[:, None, None, None]
+    x_t = torch.where(places, seen, x_t)  # known frames overwrite the noise
     return unet(torch.cat([x_t, show_known(seen, known, hold)], dim=2), timesteps, context,
                 conditions)
 
@@ -114,7 +124,8 @@ def known_frames_loss(unet, diffusion, x0, noise, timesteps, context, seen, know
     x_t = diffusion.add_noise(x0, noise, timesteps)
     prediction = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
     error = (prediction.float() - diffusion.target(x0, noise, timesteps)).square()
-    return error.mean() if on_known else error[:, ~known].mean()
+    unknown = beside((~known).nonzero()[:, 0], error)  # their places: a mask's are counted first
+    return error.mean() if on_known else error[:, unknown].mean()
 
 
 def load_model(path):
@@ -145,11 +156,11 @@ class Guidance:
 def draw(model, context, latents, known, frame_rate, seeds, how):
     """Clips (b, t, c, h, w): known frames (t,) bool are those of `latents`, the others are drawn.
 
-    context is (b, n, d), of model.encode_text; seeds has a number for each clip; frame_rate is in
-    frames per second.
+    latents are float32, whatever the U-Net computes in. context is (b, n, d), of
+    model.encode_text; seeds has a number for each clip; frame_rate is in frames per second.
     """
-    unet, b = model.unet, len(latents)
-    hold = unet.config.in_channels > unet.config.out_channels + 1
+    b, config = len(latents), model.unet.config
+    hold = config.in_channels > config.out_channels + 1
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     levels = torch.full((b,), how.level, device=latents.device)
     conditions = torch.tensor([[how.level, frame_rate]] * b).to(latents)
@@ -158,6 +169,9 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     empty = model.encode_text([""]).expand_as(context) if how.text != 1 else None
 
     nothing, no_noise = torch.zeros_like(known), conditions * conditions.new_tensor([0.0, 1.0])
+
+    def unet(x, timesteps, context, conditions):
+        return model.unet(x.to(context.dtype), timesteps, context, conditions).float()
 
     def predicted(x_t, timesteps):
         output = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
@@ -169,6 +183,5 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
             output = output + how.known * (output - without)
         return output
 
-    with torch.autocast("cuda", torch.bfloat16, enabled=latents.is_cuda):
-        *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps)
-    return torch.where(known[:, None, None, None], latents, x_t)
+    *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps)
+    return torch.where(beside(known, latents)[:, None, None, None], latents, x_t)

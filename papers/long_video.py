@@ -166,7 +166,7 @@ def sample(args):
     total = args.num_frames - (0 if clip is None else clip.shape[1])
     file = open_latents(args, model, chain, later, clip is not None)
     tail = max(0, file.count - chain.num_frames)  # only the last frames matter
-    done = file.read(tail, file.count)[None].to(contexts[0])
+    done = file.read(tail, file.count)[None].to(contexts[0].device)
     stream = long_latents(model, contexts, chain, [args.seed], file.shape[-1], args.hierarchical,
                           first, clip, done, file.count)
 
@@ -175,7 +175,7 @@ def sample(args):
             yield model.decode(clip)[0]
         for latents in drawn_windows(file, stream, total, received):
             bar.update(latents.shape[1])
-            yield model.decode(latents.to(contexts[0]))[0]
+            yield model.decode(latents.to(contexts[0].device))[0]
 
     with stop_signals() as received, tqdm(total=total, desc="sample", unit="frame",
                                           leave=False) as bar:

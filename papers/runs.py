@@ -2,11 +2,17 @@
 
 import dataclasses
 
+from memory import Plan
 from run import Run, read_record
 
 
 class PaperRun(Run):
     """A Run whose class names its `record`, its `stages` and its `options_type`."""
+
+    def plan(self, stage):
+        """What the flags say; a GPU's memory is not measured against it."""
+        checkpointing = bool(getattr(self.options, "gradient_checkpointing", False))
+        return Plan(checkpointing, moments_on_cpu=self.options.offload)
 
     @classmethod
     def open(cls, path, given, resume):

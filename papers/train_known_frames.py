@@ -20,6 +20,7 @@ import weights
 from cache import cache_latents, cache_texts
 from cli import option
 from data import ClipFolder, random_window
+from devices import freeze
 from options import LoopOptions, TrainOptions
 from papers.bouncing import BouncingShapes, plain_caption
 from papers.chains import BETWEEN
@@ -181,11 +182,13 @@ def train(run):
     if model.unet.config.num_conditions:
         raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
                          "run of the video model")
+    # The decoder learns in a copy, in float32; the frozen networks may be bfloat16.
     autoencoder = weights.load_vae(run.path / "vae") if run.finished else copy.deepcopy(model.vae)
+    autoencoder.to(run.device, memory_format=torch.channels_last)
+    model.vae.to(memory_format=torch.channels_last)
+    for network in (model.vae, model.text_encoder):
+        freeze(network, run.device, options.precision)
     sampling = dataclasses.replace(model.sampling, guidance_scale=options.guidance_scale)
-    for network in (model.vae, autoencoder):
-        network.to(run.device, memory_format=torch.channels_last)
-    model.text_encoder.to(run.device)
     clips, rate = open_clips(options, sampling)
     captions = clips.captions
     latents = cache_latents(run, clips, model.vae)
@@ -220,8 +223,8 @@ def train(run):
         clean = torch.rand(b, generator=generator) < options.clean_part
         levels = levels.masked_fill(clean | ~known.any(), 0)
         conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
-        x0, noise, noise_of_known, timesteps, context, levels, known, conditions = run.to_device(
-            x0, noise, noise_of_known, timesteps, context, levels, known, conditions)
+        x0, noise, noise_of_known, timesteps, context, levels, conditions = run.to_device(
+            x0, noise, noise_of_known, timesteps, context, levels, conditions)
         with trainer.autocast():
             seen = perturb(model.diffusion, x0, levels, noise_of_known)
             loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import choose_device, run_main
+from devices import precision
 from model import PRESETS, UNet
 from shift import temporal_shift
 
@@ -118,7 +119,7 @@ def bench_unet(preset, device, repetitions):
 
     def step(unet):
         unet.gradient_checkpointing = preset != "tiny"
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with precision(device):
             loss = F.mse_loss(unet(latents, timesteps, context), latents)
         loss.backward()
         unet.zero_grad()

@@ -6,7 +6,9 @@
 
 Needs diffusers and transformers (studies/requirements.txt). Weights are random, of Stable Diffusion
 1.5's full size. The numbers of both sides are compared before any time is taken, then the sides
-take turns. float32 on a CPU, bfloat16 on a GPU, PyTorch's own attention on both.
+take turns. On a CPU all is float32. On a GPU ours are set up as sample.py and train.py do: bfloat16
+weights, and for training float32 weights under autocast; theirs likewise. PyTorch's own attention
+on both.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from checkpoints import configs
 from checkpoints.names import current_names, names_in_file
 from checkpoints.tokenizers import save_tokenizer
 from cli import choose_device, run_main
+from devices import freeze, precision
 from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
 from pipeline import Pipeline, Sampling
@@ -57,57 +60,61 @@ PARTS = {  # our class, its config, the function that makes config.json, their c
         text.CLIPTextModel, text.PRESETS["sd1"], configs.text_to_json,
         lambda values: transformers.CLIPTextModel(transformers.CLIPTextConfig(**values))),
 }
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def make(part, device):
+def make(part, device, training=False):
     """(ours, theirs) of a part, with the same weights; on a CPU in the same memory."""
     network, config, to_json, build_theirs = PARTS[part]
     diffusers.logging.set_verbosity_error()  # it warns of the fields that are ours
-    theirs = build_theirs(to_json(config)).to(device, DTYPES[device.type]).eval()
+    theirs = build_theirs(to_json(config)).to(device).eval()
     with torch.device("meta"):
         ours = network(config).eval()
     ours.load_state_dict(current_names(theirs.state_dict())[0], assign=True)
-    if device.type != "cpu":
-        ours.to(memory_format=torch.channels_last)  # as Pipeline.to() does
-    return ours, theirs
+    if training:
+        if device.type != "cpu":
+            ours.to(memory_format=torch.channels_last)
+        return ours, theirs
+    freeze(ours, device)
+    return ours, theirs.to(next(ours.parameters()).dtype)
 
 
-def inputs(device, b, t):
-    """Latents (b, t, 4, 32, 32), timesteps (b,) and hidden states (b, 77, 768)."""
+def inputs(ours, b, t):
+    """Latents (b, t, 4, 32, 32), timesteps (b,) and hidden states (b, 77, 768) for a network."""
+    weight = next(ours.parameters())
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(b, t, 4, 32, 32, generator=generator)
     context = torch.randn(b, 77, 768, generator=generator)
-    latents, context = (x.to(device, DTYPES[device.type]) for x in (latents, context))
-    return latents, torch.full((b,), 500, device=device), context
+    return latents.to(weight), torch.full((b,), 500, device=weight.device), context.to(weight)
 
 
 def unet_job(device, b, t, training=False):
     """For diffusers the frames are a batch of images, each with its own timestep and text."""
-    ours, theirs = make("unet", device)
-    latents, timesteps, context = inputs(device, b, t)
+    ours, theirs = make("unet", device, training)
+    latents, timesteps, context = inputs(ours, b, t)
     images, texts = latents.flatten(0, 1), context.repeat_interleave(t, 0)
     ours.gradient_checkpointing = training
     if training:
         theirs.train().enable_gradient_checkpointing()
 
-    def finish(unet, output):
+    def call(unet, predict):
         if not training:
-            return output
-        F.mse_loss(output, images).backward()
+            return predict()
+        with precision(device):
+            loss = F.mse_loss(predict().float(), images)
+        loss.backward()
         gradient = unet.conv_in.weight.grad
         unet.zero_grad()
         return gradient
 
     return (
-        lambda: finish(ours, ours(latents, timesteps, context).flatten(0, 1)),
-        lambda: finish(theirs, theirs(images, timesteps.repeat_interleave(t), texts).sample),
+        lambda: call(ours, lambda: ours(latents, timesteps, context).flatten(0, 1)),
+        lambda: call(theirs, lambda: theirs(images, timesteps.repeat_interleave(t), texts).sample),
     )
 
 
 def decode_job(device):
     ours, theirs = make("vae", device)
-    latents = inputs(device, 1, FRAMES)[0]
+    latents = inputs(ours, 1, FRAMES)[0]
     factor = ours.config.scaling_factor
     return (lambda: vae.decode_clips(ours, latents)[0],
             lambda: theirs.decode(latents[0] / factor).sample.clamp(-1, 1))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import train
 from cli import add_flags, choose_device, given_flags, option, run_main
+from devices import precision
 from evaluate import choose_prompts, draw, evaluate_agreement
 from files import read_json, write_json
 from metrics import (
@@ -104,7 +105,8 @@ class Comparison:
             raise ValueError(f"{run}: needs a finished image stage on --data shapes; train one "
                              "with `python train.py NEW_RUN`")
         self.device = choose_device(choices.device)
-        self.model = load_image_model(run, self.device).to(self.device)
+        self.model = load_image_model(run, self.device, self.options.precision)
+        self.model.unet.to(self.device)  # in float32, since trainings start from it
         sampling = self.options.sampling(self.options.num_frames)
         self.model = dataclasses.replace(self.model, sampling=sampling)
         self.prompts = choose_prompts(choices.num_prompts)
@@ -131,7 +133,8 @@ class Comparison:
     def draw(self, unet, prompts, num_frames):
         """The clips that a U-Net draws of combinations, from noise that is always the same."""
         model = dataclasses.replace(self.model, unet=unet)
-        return draw(model, prompts, num_frames, PROMPT_SEED, self.choices.batch_size)
+        with precision(self.device, self.options.precision):
+            return draw(model, prompts, num_frames, PROMPT_SEED, self.choices.batch_size)
 
     def score(self, unet):
         """Agreement and quality of a U-Net's clips and images of the prompts."""

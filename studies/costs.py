@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from devices import precision
 from model import UNet
 from studies.bench import measure, peak_gib
 from temporal import temporal_state
@@ -46,7 +47,7 @@ def training_step(unet, options, device):
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.uses_bf16(device)):
+        with precision(device, options.precision):
             loss = denoising_loss(unet, diffusion, *batch)
         loss.backward()
         optimizer.step()
@@ -93,7 +94,7 @@ def measure_costs(model, settings, prompts, repetitions):
         costs[name]["parameters"] = sum(p.numel() for p in unet.parameters())
         costs[name]["new"] = sum(value.numel() for value in temporal_state(unet).values())
     options = next(iter(settings.values()))
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=options.uses_bf16(device))
+    bf16 = precision(device, options.precision)
     x0, _, timesteps, context = batch_of(options, device)
 
     def forward(unet):

@@ -176,6 +176,21 @@ def test_coefficients_keep_the_dtype_of_the_latents(method):
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("prediction", [SD1, ZERO_SNR], ids=["epsilon", "zero snr"])
+def test_tables_are_the_float64_roots_rounded_and_made_once(prediction):
+    diffusion, x0 = Diffusion(**prediction), torch.ones(1000, 1)
+    steps = torch.arange(1000)
+    for noise in (0.0, 1.0):
+        drawn = diffusion.add_noise(x0 * (1 - noise), x0 * noise, steps).double()[:, 0]
+        share = diffusion.alphas_cumprod if noise == 0 else 1 - diffusion.alphas_cumprod
+        torch.testing.assert_close(drawn, share.sqrt(), rtol=2**-24, atol=0)
+    (tables,) = diffusion._tables.values()
+    diffusion.target(x0, x0, steps)
+    assert list(diffusion._tables) == [(torch.device("cpu"), torch.float32)]
+    assert diffusion._tables[torch.device("cpu"), torch.float32] is tables
+    assert diffusion == Diffusion(**prediction)
+
+
 # Timesteps
 
 

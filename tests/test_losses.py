@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers import build_unet, unet_inputs
 from recorded.rule import normal
 
+import vae
 from diffusion import Diffusion
 from model import PRESETS, UNet
 from train import denoising_loss, reconstruction_loss
-from vae import DiagonalGaussian
+from vae import AutoencoderKL, DiagonalGaussian
 
 
 def autoencoder(x, noise):
@@ -60,6 +62,34 @@ def test_the_denoising_loss_by_a_loop_over_the_clips(prediction_type):
         expected += (prediction - target).square().mean().item() / 2
     loss = denoising_loss(unet, diffusion, x0, noise, timesteps, context)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def gradients_of(loss, network, *inputs):
+    network.zero_grad()
+    loss(network, *inputs).backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+def test_the_denoising_loss_compiles_to_one_graph_with_the_same_gradients():
+    unet = build_unet(block_out_channels=(8,), attention_levels=(True,))
+    unet.gradient_checkpointing = True
+    x0, timesteps, context = unet_inputs()
+    inputs = unet, Diffusion(prediction_type="v_prediction"), x0, x0.flip(1), timesteps, context
+    compiled = torch.compile(denoising_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    for a, b in zip(gradients_of(compiled, *inputs), gradients_of(denoising_loss, *inputs),
+                    strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_reconstruction_loss_compiles_to_one_graph_with_the_same_gradients():
+    torch.manual_seed(0)
+    inputs = (AutoencoderKL(vae.PRESETS["tiny"]), normal(2, 3, 16, 16), normal(2, 4, 4, 4, seed=2),
+              5.0, 1e-3)
+    compiled = torch.compile(reconstruction_loss, fullgraph=True, backend="aot_eager",
+                             dynamic=False)
+    for a, b in zip(gradients_of(compiled, *inputs), gradients_of(reconstruction_loss, *inputs),
+                    strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_tiny_unet_learns_one_batch_in_seconds():

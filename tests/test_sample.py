@@ -195,4 +195,4 @@ def test_compile_compiles_the_unet_with_frozen_weights(trained, tmp_path, monkey
                         lambda module, **options: compiled.append((type(module).__name__, options)))
     call(sample.main, trained, "a red circle", "--num-frames", 1, "--compile", "--output",
          tmp_path / "x.png")
-    assert compiled == [("UNet", {"options": {"freezing": True}})]
+    assert compiled == [("UNet", {"options": {"freezing": True}, "dynamic": False})]

@@ -12,8 +12,10 @@ from torch import nn
 
 import processes
 import trainer
+from memory import Plan
 from options import TrainOptions
-from trainer import Average, Trainer, drop_repeated, learning_rate_at, step_generator
+from trainer import (Average, Trainer, drop_repeated, learning_rate_at, move_moments,
+                     step_generator, step_in_parts)
 
 
 def points(generator):
@@ -28,7 +30,8 @@ class Line(Trainer):
         path.mkdir(exist_ok=True)
         options = TrainOptions(log_every=2, save_every=2, warmup_steps=0, vae_steps=num_steps,
                                vae_learning_rate=0.1, **options)
-        run = SimpleNamespace(path=path, options=options, device=torch.device("cpu"), state=None)
+        run = SimpleNamespace(path=path, options=options, device=torch.device("cpu"), state=None,
+                              plan=lambda stage: Plan(moments_on_cpu=options.offload))
         self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.0))
         self.draw, self.losses = draw, []
         super().__init__(run, "vae", [([self.a], 1.0), ([self.b], 0.1)])
@@ -70,6 +73,72 @@ def test_the_average_equals_a_loop_by_hand():
         decay = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4][step]  # warms up until 0.4
         expected = decay * expected + (1 - decay) * value
     assert average.values[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_an_average_of_every_fourth_step_is_the_closed_form(on_cpu):
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    average = Average([parameter], decay=0.4, every=4, on_cpu=on_cpu)
+    values = [2.0, -1.0, 5.0, 3.0, 0.0, 4.0, 1.0, -2.0, 7.0]
+    for step, value in enumerate(values):
+        parameter.data.fill_(value)
+        average.update(step)
+    # Steps 3 and 7 count, with the decays 4 / 13 and 0.4 to the fourth power.
+    early, late = (4 / 13) ** 4, 0.4**4
+    expected = late * (early * 1.0 + (1 - early) * 3.0) + (1 - late) * -2.0
+    assert average.values[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_average_in_cpu_memory_is_the_same():
+    parameters = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
+    averages = [Average(parameters, 0.9, 1, on_cpu) for on_cpu in (False, True)]
+    for step in range(3):
+        for parameter in parameters:
+            parameter.data.normal_()
+        for average in averages:
+            average.update(step)
+    for a, b in zip(*(average.values for average in averages), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_in_parts_is_the_step(monkeypatch):
+    monkeypatch.setattr(trainer, "PART", 2)
+    weights = [torch.randn(3, 5), torch.randn(7), torch.randn(2, 2), torch.randn(4)]
+    copies = [[nn.Parameter(weight.clone()) for weight in weights] for _ in range(2)]
+    optimizers = [torch.optim.AdamW([{"params": each[:3]}, {"params": each[3:], "lr": 0.1}],
+                                    lr=0.01, fused=True) for each in copies]
+    seen = []
+    monkeypatch.setattr(trainer, "move_moments",
+                        lambda optimizer, part, device: seen.append((len(part), str(device))))
+    for step in range(3):
+        for a, b in zip(*copies, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        optimizers[0].step()
+        step_in_parts(optimizers[1])
+    for a, b in zip(*copies, strict=True):
+        assert torch.equal(a, b)
+    assert seen == 3 * [(2, "cpu"), (2, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu")]
+    assert [len(group["params"]) for group in optimizers[1].param_groups] == [3, 1]
+
+
+def test_moments_move_and_the_count_of_steps_stays():
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter])
+    move_moments(optimizer, [parameter], "meta")  # before the first step there are none
+    optimizer.step()
+    move_moments(optimizer, [parameter], "meta")
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta and not state["step"].is_meta
+
+
+def test_offloaded_moments_lead_to_the_same_weights(tmp_path):
+    lines = [Line(tmp_path / str(offload), offload=offload) for offload in (False, True)]
+    for line in lines:
+        line.run()
+    a, b = ([p.item() for p in line.parameters] for line in lines)
+    assert a == b
 
 
 def test_the_average_can_stand_in_for_the_weights_and_leaves_again():
