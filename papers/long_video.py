@@ -245,7 +245,7 @@ def main():
     torch.set_flush_denormal(True)
     if args.command == "train":
         run = LongRun.open(args.run, given_flags(args, LongOptions()), args.resume)
-        if run.finished:
+        if "long" in run.finished:
             print(f"{args.run}: is trained")
             return
         torch.manual_seed(run.options.seed)

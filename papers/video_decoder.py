@@ -201,7 +201,7 @@ def compare(args):
     if args.num_prompts < 2 or args.seed < 0:
         raise ValueError("--num-prompts needs >= 2 and --seed >= 0, got "
                          f"{args.num_prompts} and {args.seed}")
-    if not (args.run / FOLDER / DecoderRun.result).exists():
+    if not (args.run / FOLDER / weights.UNET_WEIGHTS).exists():
         raise ValueError(f"{args.run}: has no trained {FOLDER}/; train it first")
     options = read_record(args.run / FOLDER, DecoderRun)[0]
     if (options.data or read_record(args.run)[0].data) != "shapes":

@@ -17,7 +17,8 @@ from papers.train_known_frames import Trainer
 from sample import main as sample_main
 
 SMALL = {"num_clips": 3, "clip_frames": 60, "num_frames": 4, "num_known": 2, "long_steps": 4,
-         "long_batch_size": 2, "warmup_steps": 1, "log_every": 2, "save_every": 2, "device": "cpu"}
+         "long_batch_size": 2, "decoder_steps": 4, "decoder_batch_size": 2, "warmup_steps": 1,
+         "log_every": 2, "save_every": 2, "device": "cpu"}
 
 
 def train(path, init, *arguments, **options):
@@ -45,12 +46,16 @@ def test_a_training_leaves_a_model_with_conditions_and_more_channels(long_run):
     assert not (long_run / "training_state.pt").exists()
 
 
-def test_a_training_that_was_stopped_goes_on_bit_for_bit(long_run, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["decoder", "long"])
+def test_a_training_that_was_stopped_goes_on_bit_for_bit(
+    stage, long_run, trained, tmp_path, monkeypatch
+):
     save = Trainer.save_state
 
     def stop(self):
         save(self)
-        raise KeyboardInterrupt
+        if self.stage == stage:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "save_state", stop)
