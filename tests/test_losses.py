@@ -74,7 +74,6 @@ def gradients_of(loss, network, *inputs):
 
 def test_the_denoising_loss_compiles_to_one_graph_with_the_same_gradients():
     unet = build_unet(block_out_channels=(8,), attention_levels=(True,))
-    unet.gradient_checkpointing = True
     x0, timesteps, context = unet_inputs()
     inputs = unet, Diffusion(prediction_type="v_prediction"), x0, x0.flip(1), timesteps, context
     compiled = torch.compile(denoising_loss, fullgraph=True, backend="aot_eager", dynamic=False)
