@@ -53,6 +53,9 @@ class BouncingShapes(MovingShapes):
         straight = middle + progress[:, None] * travel  # t -> t 2
         return radius, reflect(straight, extent, self.image_size - extent)
 
+    def version(self, i):
+        return *super().version(i), self.step
+
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")

@@ -114,3 +114,7 @@ def test_joints_are_counted_from_the_first_that_is_named():
     clip = data[0][0][[0, *order]] / 127.5 - 1
     right, wrong = (laws(clip, data.combinations[0], (first, 8))["joints"] for first in (9, 8))
     assert right > 2 and wrong < 1
+
+
+def test_clips_of_another_step_are_other_clips():
+    assert BouncingShapes(2, 8).version(1) != BouncingShapes(2, 8, step=0.5).version(1)
