@@ -7,11 +7,16 @@
     image_unet/                the U-Net before it saw a clip
     metrics.jsonl previews/    losses, and samples drawn during training
     cache/                     while stages are unfinished: clips and captions, encoded (cache.py)
+    .lock                      locked by the process that trains
 """
 
 import dataclasses
+import errno
+import fcntl
+import os
 import pickle
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
 
+LOCKS = {}  # {path: open file}: a file that is closed loses its lock
 REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only older runs have
 
 
@@ -39,6 +45,12 @@ class Run:
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
         self.device, self.plans = processes.start(options.device), {}
+        if processes.is_main():
+            lock(self.path / ".lock")
+        processes.barrier()
+        known = (self.path / self.record).exists()
+        if known and read_record(self.path, type(self))[1] != finished:
+            raise ValueError(f"{path}: another training has finished a stage of it; start again")
         self.state, state_path = None, self.path / "training_state.pt"
         if state_path.exists():
             self.state = read_state(state_path)
@@ -109,6 +121,26 @@ class Run:
         if self.device.type != "cuda":
             return tuple(x.to(self.device) for x in tensors)
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
+
+
+def lock(path):
+    """Lock a file for this process until it ends. Raises ValueError if another process has it."""
+    if path.absolute() in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:  # lockf and not flock: processes that are forked for the data do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a disk that knows no locks
+        file.seek(0)
+        raise ValueError(f"{path.parent}: {file.read(200) or 'another process'} is training here; "
+                         "stop it or wait for its end, or choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    LOCKS[path.absolute()] = file
 
 
 def load_vae(path, device, precision):
