@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import fcntl
 import os
-import pickle
 import shutil
 import socket
 import sys
@@ -28,7 +27,7 @@ import memory
 import processes
 import weights
 from data import ClipFolder
-from files import read_json, write_json
+from files import open_regular, read_json, write_json
 from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
@@ -45,6 +44,10 @@ class Run:
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
         self.device, self.plans = processes.start(options.device), {}
+        if resume and not (self.path / self.record).exists():
+            raise ValueError(f"{path}: nothing to resume, it is no run; leave out --resume to "
+                             "start one")
+        processes.barrier()  # until all processes have looked
         if processes.is_main():
             lock(self.path / ".lock")
         processes.barrier()
@@ -200,18 +203,43 @@ def progress(items, title, total=None):
 
 def read_state(path):
     """A training state; nothing but tensors and plain values is ever loaded from it."""
+    with open_regular(path) as file:
+        start = file.read(4)
     try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\3\4":  # torch would read it as a file of its first versions
-                raise RuntimeError("no archive")
+        if start != b"PK\3\4":  # torch would read it as a file of its first versions
+            raise RuntimeError("no archive")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "stage" not in state:
-            raise RuntimeError("of another program")
-        return state
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # an unpickler may raise anything for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
                          "anew") from None
+    if not _is_state(state):
+        raise ValueError(f"{path}: no training state (damaged, or of another program); remove it "
+                         "to start the stage anew")
+    return state
+
+
+def _is_state(state):
+    """Whether a state has the form of what Trainer.save_state writes."""
+    def tensors(values, like):
+        return (isinstance(values, list) and len(values) == len(like) and
+                all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape == y.shape
+                    for x, y in zip(values, like, strict=True)))
+
+    try:
+        parameters, optimizer = state["parameters"], state["optimizer"]
+        groups, moments = optimizer["param_groups"], optimizer["state"]
+        numbers = [number for group in groups for number in group["params"]]
+        return (type(state["stage"]) is str and type(state["step"]) is int and state["step"] >= 1
+                and type(state.get("processes", 1)) is int  # states of older versions have none
+                and tensors(parameters, parameters) and tensors(state["average"], parameters)
+                and numbers == list(range(len(parameters))) and moments.keys() <= set(numbers)
+                and all(tensors([moment["exp_avg"], moment["exp_avg_sq"]], 2 * [parameters[i]])
+                        and moment["step"].numel() == 1 for i, moment in moments.items())
+                and all({"lr", "betas", "eps", "weight_decay", "part"} <= group.keys()
+                        for group in groups))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def read_record(path, kind=Run):
