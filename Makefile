@@ -26,13 +26,15 @@ FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 	touch $@
 
 demo: .venv/installed
-	$(FAST) $(PY) train.py runs/demo --data shapes --resume
+	$(FAST) $(PY) train.py runs/demo --data shapes \
+		$(if $(wildcard runs/demo/train.json),--resume)
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
 	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif --zoom 4
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
 
 long: .venv/installed
-	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo --resume
+	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo \
+		$(if $(wildcard runs/long/long_video.json),--resume)
 	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" --resume \
 		--output runs/long/long.gif
 	$(FAST) $(PY) -m papers.long_video evaluate runs/long

@@ -10,11 +10,14 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
 import mmap
 import os
+import shutil
+import stat
 import struct
 from pathlib import Path
 
@@ -27,13 +30,20 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the reference implementation refuses longer headers, too
+MAX_TEXT = 100_000_000  # bytes of JSON, merges, captions and prompts
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+SWEPT = set()  # folders in which this process has looked for what dead ones left
 
 
 @contextlib.contextmanager
-def atomic(path):
-    """Yield a binary file that becomes `path` if the block ends without an error."""
+def atomic(path, size=0):
+    """Yield a binary file that becomes `path` if the block ends without an error.
+
+    size are the bytes that are expected, if known: a full disk's message says how many are missing.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -41,8 +51,62 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error  # torch's zip writer raises a RuntimeError over the OSError
+        while cause and getattr(cause, "errno", None) not in FULL:
+            cause = cause.__context__
+        if cause is None:
+            raise
+        written = temporary.stat().st_size if temporary.exists() else 0
+        missing = max(1, size - written)
+        raise OSError(f"{path}: {cause.strerror} after {written:,} bytes, at least {missing:,} are "
+                      "missing; make room and start again, no old file has changed") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder):
+    """Remove the temporary files that dead processes left in a folder."""
+    if folder.absolute() in SWEPT:
+        return
+    SWEPT.add(folder.absolute())
+    for path in folder.glob(".*.*.tmp"):
+        number = path.suffixes[-2][1:]
+        if number.isdecimal():
+            try:
+                os.kill(int(number), 0)  # signal 0 only asks whether the process exists
+            except (ProcessLookupError, OverflowError):
+                path.unlink(missing_ok=True)
+            except PermissionError:  # it does, and is of another user
+                pass
+
+
+def require_room(path, needed):
+    """Raise ValueError if the disk of a path has less than `needed` bytes."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents)
+                  if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{path}: needs {needed:,.0f} bytes of disk, got {free:,.0f}; make room")
+
+
+def open_regular(path, limit=None):
+    """Open a regular file for reading bytes. Raises ValueError for any other, or one > limit."""
+    # A FIFO without a writer would block without O_NONBLOCK, which regular files ignore.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
+        file.close()
+        what = ("a regular file, got a folder, device or pipe" if not stat.S_ISREG(status.st_mode)
+                else f"at most {limit:,} bytes, got {status.st_size:,}")
+        raise ValueError(f"{path}: needs {what}; name another file")
+    return file
+
+
+def read_bytes(path):
+    """The bytes of a text file, JSON, merges, captions or prompts. Errors as in open_regular."""
+    with open_regular(path, MAX_TEXT) as file:
+        return file.read()
 
 
 def write_text(path, text):
@@ -58,9 +122,10 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in a file. Raises ValueError naming the file if it holds anything else."""
+    data = read_bytes(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: needs a JSON object, got {type(value).__name__}")
@@ -101,7 +166,7 @@ def load_safetensors(path):
     Raises ValueError naming the file and what is wrong with it: truncated, a git-lfs pointer, a
     header that is not JSON, an unknown dtype, bytes outside the file or shared by two tensors.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(8)
         if start == b"version ":
             raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")

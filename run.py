@@ -7,11 +7,15 @@
     image_unet/                the U-Net before it saw a clip
     metrics.jsonl previews/    losses, and samples drawn during training
     cache/                     while stages are unfinished: clips and captions, encoded (cache.py)
+    .lock                      locked by the process that trains
 """
 
 import dataclasses
-import pickle
+import errno
+import fcntl
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -23,11 +27,12 @@ import memory
 import processes
 import weights
 from data import ClipFolder
-from files import read_json, write_json
+from files import open_regular, read_json, write_json
 from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
 
+LOCKS = {}  # {path: open file}: a file that is closed loses its lock
 REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only older runs have
 
 
@@ -39,6 +44,16 @@ class Run:
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
         self.device, self.plans = processes.start(options.device), {}
+        if resume and not (self.path / self.record).exists():
+            raise ValueError(f"{path}: nothing to resume, it is no run; leave out --resume to "
+                             "start one")
+        processes.barrier()  # until all processes have looked
+        if processes.is_main():
+            lock(self.path / ".lock")
+        processes.barrier()
+        known = (self.path / self.record).exists()
+        if known and read_record(self.path, type(self))[1] != finished:
+            raise ValueError(f"{path}: another training has finished a stage of it; start again")
         self.state, state_path = None, self.path / "training_state.pt"
         if state_path.exists():
             self.state = read_state(state_path)
@@ -111,6 +126,26 @@ class Run:
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
 
+def lock(path):
+    """Lock a file for this process until it ends. Raises ValueError if another process has it."""
+    if path.absolute() in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:  # lockf and not flock: processes that are forked for the data do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a disk that knows no locks
+        file.seek(0)
+        raise ValueError(f"{path.parent}: {file.read(200) or 'another process'} is training here; "
+                         "stop it or wait for its end, or choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    LOCKS[path.absolute()] = file
+
+
 def load_vae(path, device, precision):
     """A run's autoencoder, frozen."""
     network = weights.load_vae(Path(path) / "vae").to(memory_format=torch.channels_last)
@@ -168,18 +203,43 @@ def progress(items, title, total=None):
 
 def read_state(path):
     """A training state; nothing but tensors and plain values is ever loaded from it."""
+    with open_regular(path) as file:
+        start = file.read(4)
     try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\3\4":  # torch would read it as a file of its first versions
-                raise RuntimeError("no archive")
+        if start != b"PK\3\4":  # torch would read it as a file of its first versions
+            raise RuntimeError("no archive")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "stage" not in state:
-            raise RuntimeError("of another program")
-        return state
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # an unpickler may raise anything for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
                          "anew") from None
+    if not _is_state(state):
+        raise ValueError(f"{path}: no training state (damaged, or of another program); remove it "
+                         "to start the stage anew")
+    return state
+
+
+def _is_state(state):
+    """Whether a state has the form of what Trainer.save_state writes."""
+    def tensors(values, like):
+        return (isinstance(values, list) and len(values) == len(like) and
+                all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape == y.shape
+                    for x, y in zip(values, like, strict=True)))
+
+    try:
+        parameters, optimizer = state["parameters"], state["optimizer"]
+        groups, moments = optimizer["param_groups"], optimizer["state"]
+        numbers = [number for group in groups for number in group["params"]]
+        return (type(state["stage"]) is str and type(state["step"]) is int and state["step"] >= 1
+                and type(state.get("processes", 1)) is int  # states of older versions have none
+                and tensors(parameters, parameters) and tensors(state["average"], parameters)
+                and numbers == list(range(len(parameters))) and moments.keys() <= set(numbers)
+                and all(tensors([moment["exp_avg"], moment["exp_avg_sq"]], 2 * [parameters[i]])
+                        and moment["step"].numel() == 1 for i, moment in moments.items())
+                and all({"lr", "betas", "eps", "weight_decay", "part"} <= group.keys()
+                        for group in groups))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def read_record(path, kind=Run):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cli import add_flags, choose_device, given_flags, run_main
 from devices import compile_for_sampling
+from files import read_bytes
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from weights import add_checkpoint_flags, load_pipeline, use_decoder
@@ -29,7 +30,7 @@ from weights import add_checkpoint_flags, load_pipeline, use_decoder
 def read_prompts(path):
     """The prompts of a text file, one a line; empty lines are skipped."""
     try:  # utf-8-sig drops the mark that some Windows editors write in front
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -40,8 +41,7 @@ def read_prompts(path):
 
 def generate(pipeline, prompts, sampling, seed, batch_size):
     """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
-    bar = tqdm(total=len(prompts) * sampling.num_steps, desc="sample", unit="step", leave=False)
-    with bar:
+    with tqdm(None, "sample", len(prompts) * sampling.num_steps, leave=False, unit="step") as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(batch))

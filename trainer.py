@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import processes
 from devices import precision
-from files import atomic, write_text
+from files import atomic, require_room, write_text
 
 WEIGHT_DECAY = 0.01  # of AdamW
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
@@ -166,6 +166,8 @@ class Trainer:
         self.learning_rate = getattr(options, f"{stage}_learning_rate")
         groups = [{"params": list(parameters), "part": part} for parameters, part in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.state_bytes = 4 * sum(p.nbytes for p in self.parameters)  # with average and moments
+        require_room(run.path, 5 * self.state_bytes // 4)  # a state and a model
         self.plan = run.plan(stage)
         every = AVERAGE_EVERY if self.device.type == "cuda" else 1
         self.average = Average(self.parameters, options.ema_decay, every, self.plan.average_on_cpu)
@@ -278,7 +280,7 @@ class Trainer:
             "average": self.average.values, "optimizer": self.optimizer.state_dict(),
         }
         if processes.is_main():
-            with atomic(self.state_path) as file:
+            with atomic(self.state_path, self.state_bytes) as file:
                 torch.save(state, file)
 
     def load_state(self, state):

@@ -10,7 +10,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from files import read_json, write_json, write_text
+from files import read_bytes, read_json, write_json, write_text
 from tokenizer import BYTE_TO_CHARACTER, END, START, CLIPTokenizer
 
 CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges file
@@ -70,7 +70,7 @@ def save_tokenizer(folder, tokenizer):
 
 def read_merges(path, num_merges=None):
     """The first num_merges pairs (or all) of a merges file, plain or .gz."""
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     try:
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 
+from files import open_regular, read_bytes
 from media.read import CLIP_SUFFIXES, natural_key
 
 METADATA = "metadata.jsonl"
@@ -72,7 +73,9 @@ def _parse(line, folder):
 def _clips_by_metadata(folder):
     """find_clips for a folder with metadata.jsonl."""
     source, clips, problems, lines = folder / METADATA, [], [], {}
-    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
+    with open_regular(source) as file:  # of any size: millions of clips have gigabytes of captions
+        text = file.read()
+    for number, line in enumerate(text.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -113,7 +116,7 @@ def _clips_by_name(folder):
         else:
             try:
                 name = path.parent.name.replace("_", " ")
-                caption = text.read_text("utf-8-sig") if text in texts else name
+                caption = read_bytes(text).decode("utf-8-sig") if text in texts else name
                 clips.append((path, _caption(caption)))
             except ValueError as error:  # also a UnicodeDecodeError
                 problems.append(f"{text}: {error}; write a caption in UTF-8")

@@ -173,7 +173,8 @@ class Comparison:
         if (folder / "train.json").exists() and "video" in read_record(folder)[1]:
             unet = load_unet(folder / "unet").to(self.device)  # stopped before it was scored
         else:
-            run = Run(folder, options, ["vae", "image"], resume=True)
+            run = Run(folder, options, ["vae", "image"],
+                      resume=(folder / "train.json").exists())
             unet = train.train_video(run, self.model, self.latents, self.captions, look)
         look(self.choices.steps, unet)
         result = {"scores": self.score(unet), "curve": read_json(curve)}

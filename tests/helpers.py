@@ -110,7 +110,7 @@ def weights_of(path):
     names = [file.relative_to(path).as_posix() for file in files]
     return {
         name: file.read_bytes() for name, file in zip(names, files, strict=True)
-        if name not in ("metrics.jsonl", "train.json") and "previews" not in name
+        if name not in ("metrics.jsonl", "train.json", ".lock") and "previews" not in name
     }
 
 

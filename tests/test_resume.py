@@ -73,7 +73,7 @@ def killed_runs(tmp_path_factory):
     for stage in STAGES:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             before_step(patch, stage, 3, lambda: fail(Killed))
-            train_small(path, "--resume", log_every=1)
+            train_small(path, *["--resume"] * path.exists(), log_every=1)
         runs[stage] = shutil.copytree(path, path.parent / stage)
     return runs
 

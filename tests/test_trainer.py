@@ -43,6 +43,15 @@ class Line(Trainer):
             self.backward(self.losses[-1])
 
 
+def test_a_disk_without_room_for_a_state_and_a_model_is_refused_at_once(tmp_path, monkeypatch):
+    for free in (40, 39):  # two numbers of 4 bytes: weights, average, two moments, and a model
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if free == 40:
+            Line(tmp_path)
+    with pytest.raises(ValueError, match="needs 40 bytes of disk, got 39; make room"):
+        Line(tmp_path)
+
+
 def test_the_learning_rate_rises_and_falls_as_worked_out_by_hand():
     rates = [learning_rate_at(step, 100, 2.0, 10) for step in (0, 4, 9, 50, 99)]
     assert rates == pytest.approx([
