@@ -67,7 +67,7 @@ def atomic(path, size=0):
 
 def _sweep(folder):
     """Remove the temporary files that dead processes left in a folder."""
-    if folder.absolute() in SWEPT:
+    if folder.absolute() in SWEPT or os.name == "nt":  # there os.kill ends a process
         return
     SWEPT.add(folder.absolute())
     for path in folder.glob(".*.*.tmp"):
@@ -93,7 +93,8 @@ def require_room(path, needed):
 def open_regular(path, limit=None):
     """Open a regular file for reading bytes. Raises ValueError for any other, or one > limit."""
     # A FIFO without a writer would block without O_NONBLOCK, which regular files ignore.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags), "rb")
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode) or (limit is not None and status.st_size > limit):
         file.close()

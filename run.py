@@ -12,7 +12,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -31,6 +30,11 @@ from files import open_regular, read_json, write_json
 from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None
 
 LOCKS = {}  # {path: open file}: a file that is closed loses its lock
 REMOVED = ("weight_decay", "gradient_clip", "shared_noise")  # options that only older runs have
@@ -128,7 +132,7 @@ class Run:
 
 def lock(path):
     """Lock a file for this process until it ends. Raises ValueError if another process has it."""
-    if path.absolute() in LOCKS:
+    if path.absolute() in LOCKS or fcntl is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
