@@ -41,7 +41,8 @@ def read_prompts(path):
 
 def generate(pipeline, prompts, sampling, seed, batch_size):
     """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
-    with tqdm(None, "sample", len(prompts) * sampling.num_steps, leave=False, unit="step") as bar:
+    total = len(prompts) * sampling.num_steps
+    with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(batch))

@@ -128,7 +128,7 @@ def test_training_leaves_a_folder_in_the_layout_of_diffusers(trained):
         "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/config.json", "text_encoder/model.safetensors",
         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
-        "train.json", "metrics.jsonl",
+        "train.json", "metrics.jsonl", ".lock",
     }
 
 
