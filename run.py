@@ -260,13 +260,18 @@ def read_record(path, kind=Run):
     return options, finished
 
 
+def is_used(path):
+    """Whether there is something in a folder; a lock alone is what a kill left at the start."""
+    return Path(path).exists() and any(file.name != ".lock" for file in Path(path).iterdir())
+
+
 def merge_options(path, given):
     """(TrainOptions, finished stages) of a run: its own if it exists, with the flags given.
 
     Raises ValueError if a flag contradicts what the run has been trained with.
     """
     known = (Path(path) / "train.json").exists()
-    if not known and Path(path).exists() and any(Path(path).iterdir()):
+    if not known and is_used(path):
         raise ValueError(f"{path}: is not empty and no run; choose a new folder")
     stored, finished = read_record(path) if known else (None, [])
     begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]

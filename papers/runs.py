@@ -3,7 +3,7 @@
 import dataclasses
 
 from memory import Plan
-from run import Run, read_record
+from run import Run, is_used, read_record
 
 
 class PaperRun(Run):
@@ -18,7 +18,7 @@ class PaperRun(Run):
     def open(cls, path, given, resume):
         """The run of a folder, new or resumed, with the flags given."""
         known = (path / cls.record).exists()
-        if not known and path.exists() and any(path.iterdir()):
+        if not known and is_used(path):
             raise ValueError(f"{path}: is not empty and no run of this command; choose a new "
                              "folder")
         old, finished = read_record(path, cls) if known else (cls.options_type(), [])

@@ -74,6 +74,14 @@ def test_there_is_nothing_to_resume_where_no_run_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_with_nothing_but_a_lock_is_new(tmp_path):
+    (tmp_path / ".lock").touch()
+    assert runs.merge_options(tmp_path, {})[1] == []
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and no run"):
+        runs.merge_options(tmp_path, {})
+
+
 # Full disks and kills
 
 
