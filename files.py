@@ -81,13 +81,13 @@ def _sweep(folder):
                 pass
 
 
-def require_room(path, needed):
+def require_room(path, needed, remedy="make room"):
     """Raise ValueError if the disk of a path has less than `needed` bytes."""
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents)
                   if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{path}: needs {needed:,.0f} bytes of disk, got {free:,.0f}; make room")
+        raise ValueError(f"{path}: needs {needed:,.0f} bytes of disk, got {free:,.0f}; {remedy}")
 
 
 def open_regular(path, limit=None):

@@ -90,7 +90,7 @@ def train_vae(run, clips):
               for micro in range(options.accumulate))
     batches = read(frames.rows, chosen, options.workers)  # ahead of the steps
     for (_, generator), x in zip(trainer.steps(preview), batches, strict=True):
-        choose(generator)  # the noise comes after this
+        choose(generator)  # drawn for x already: the noise is what the generator gives next
         noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
         x, (noise,) = pixels(x), run.to_device(noise)
         with trainer.autocast():

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from cli import add_flags, choose_device, given_flags, run_main
-from files import atomic, write_json
+from files import atomic, require_room, write_json
 from media.read import read_clip
 from media.write import require_writer, write_parts
 from papers.bouncing import SHORTEST, plain_caption
@@ -136,7 +135,8 @@ def open_latents(args, model, chain, later, from_clip):
     path = args.output.with_name(args.output.name + ".latents")
     there = path.stat().st_size if path.exists() else 0
     frame_bytes = 4 * math.prod(shape) + model.sampling.image_size**2  # latents; a GIF at most
-    require_space(args.output, args.num_frames * frame_bytes - there)
+    require_room(args.output, args.num_frames * frame_bytes - there,
+                 "make room or ask for fewer --num-frames")
     return LatentsFile(path, what, shape, 0 if from_clip else first, each, args.resume)
 
 
@@ -185,15 +185,6 @@ def sample(args):
         raise Stopped(f"stopped after {file.count} of {total} frames, which are written; continue "
                       "with --resume")
     file.path.unlink()
-
-
-def require_space(path, needed):
-    """Raise ValueError if the disk of a file has less than `needed` bytes."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(f"{path}: needs up to {needed / 1e6:,.0f} MB, {folder} has "
-                         f"{free / 1e6:,.0f} MB; ask for fewer --num-frames")
 
 
 def add_chain_flags(command):

@@ -57,7 +57,8 @@ def test_a_version_changes_with_size_time_and_how_a_clip_is_read(tmp_path):
 
     first = version()
     assert first == version() and first[0] == str(path)
-    others = [version(image_size=8), version(stride=2), version(frame_rate=5), version(max_frames=3)]
+    others = [version(image_size=8), version(stride=2), version(frame_rate=5),
+              version(max_frames=3)]
     os.utime(path, (5, 6))
     others.append(version())
     make_clip(path, num_frames=4)
