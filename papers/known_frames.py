@@ -173,7 +173,8 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     def unet(x, timesteps, context, conditions):
         return model.unet(x.to(context.dtype), timesteps, context, conditions).float()
 
-    def predicted(x_t, timesteps):
+    def predicted(x_t, t):
+        timesteps = torch.full((b,), t, device=x_t.device)
         output = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
         if how.text != 1:
             without = predict(unet, x_t, timesteps, empty, seen, known, conditions, hold)
