@@ -13,7 +13,7 @@ from files import open_regular
 TYPES = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png", ".mp4": "video/mp4"}
 MAX_BYTES = 3_000_000  # of the files in a gallery
 WIDTH, HEIGHT = 360, 220  # of a chart, in pixels
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 32, 40  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 26, 32, 40  # its margins
 
 
 def element(name, *children, **attributes):
@@ -35,8 +35,8 @@ def write(elements):
 
 
 def missing(what, *command):
-    """A paragraph that says what there is not, and the command that makes it."""
-    code = [" Make it with ", element("code", shlex.join(command)), "."] if command else []
+    """A paragraph that says what there is not, and ends with the command that makes it."""
+    code = [" ", element("code", shlex.join(command))] if command else []
     return element("p", what, *code, class_="missing")
 
 
@@ -116,8 +116,11 @@ def chart(title, note, points):
         marks.append(element("text", f"{step:,}", x=x, y=bottom + 16, text_anchor="middle"))
     places = [place(step, loss) for step, loss in points]
     line = element("polyline", class_="curve", points=" ".join(f"{x},{y}" for x, y in places))
+    size = 2.5 if len(points) <= 60 else 1
     dots = [element("circle", element("title", f"step {step:,.0f}: loss {loss:.4g}"), class_="dot",
-                    cx=x, cy=y, r=2.5) for (x, y), (step, loss) in zip(places, points, strict=True)]
+                    cx=x, cy=y, r=size)
+            for (x, y), (step, loss) in zip(places, points, strict=True)]
     drawing = element("svg", *marks, line, *dots, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
                       aria_label=f"{title}: {note}")
-    return element("figure", drawing, element("figcaption", element("b", title), element("small", note)))
+    caption = element("figcaption", element("b", title), element("small", note))
+    return element("figure", drawing, caption)

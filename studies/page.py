@@ -54,7 +54,8 @@ def samples(path, options):
         try:
             seen = judge(file, asked)
         except (ValueError, OSError) as error:
-            return [prompt, element("small", f"not read: {error}"), *held_out]
+            reason = element("small", f"not judged: {error}".replace(f"{file}: ", ""))
+            return [prompt, reason, *held_out]
         results.append(all(right for _, right in seen))
         marks = [element("span", f"✓ {text}" if right else f"✗ {text}",
                          class_="right" if right else "wrong") for text, right in seen]
@@ -62,8 +63,8 @@ def samples(path, options):
 
     clips = gallery(path / "samples", caption, "clips", MAX_CLIPS)
     if not clips:
-        return [missing("There are no samples yet.", "python", "sample.py", str(path),
-                        "--prompts-file", "prompts.txt")]
+        command = "python", "sample.py", str(path), "--prompts-file", "prompts.txt"
+        return [missing("There are no samples yet; draw some with", *command)]
     line = f"{sum(results)} of {len(results)} clips are right in all that their prompt names."
     return [element("p", line), *clips] if results else clips
 
@@ -78,9 +79,9 @@ def previews(path):
         missing("There are none: training draws one each --preview-every steps.")]
 
 
-def read_metrics(path):
-    """{stage: [(step, loss, steps a second), ...]} of a metrics.jsonl; {} if there is none."""
-    stages = {}
+def read_metrics(folder):
+    """{stage: [(step, loss, steps a second), ...]} of a folder's metrics.jsonl; {} without one."""
+    stages, path = {}, folder / "metrics.jsonl"
     for line in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
             entry = json.loads(line)
@@ -113,7 +114,7 @@ def scores(path, options, found):
         return [missing(f"The run was trained on {options.data}; only of MovingShapes is the truth "
                         "known.")]
     if not found:
-        return [missing("There are no scores yet.", "python", "evaluate.py", str(path))]
+        return [missing("There are none yet; measure with", "python", "evaluate.py", str(path))]
     agreement = [[name, percentage(row["all"]), *(f"{row[k]:.1f}" if k in row else "–"
                                                   for k in PARTS), f"{row['count']:,}"]
                  for name, row in found["agreement"].items()]
@@ -134,24 +135,23 @@ def settings(options):
     """All options with their help, those first that differ from the recipe; versions."""
     fields, recipe = dataclasses.fields(options), RECIPES[options.preset]
     changed = [f for f in fields if getattr(options, f.name) != getattr(recipe, f.name)]
-    rows = [["--" + f.name.replace("_", "-"), str(getattr(options, f.name)),
-             "changed" if f in changed else "", f.metadata["help"]]
+    mark = element("span", "changed", class_="badge")
+    rows = [["--" + f.name.replace("_", "-"), element("span", f"{getattr(options, f.name)} ",
+             *([mark] if f in changed else [])), f.metadata["help"]]
             for f in sorted(fields, key=lambda f: f not in changed)]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "pillow"))
     return [
         element("details", element("summary", f"{len(fields)} options, changed: {len(changed)}"),
-                table(["option", "value", "", "meaning"], rows, "words")),
-        element("p", f"This page was made with Python {platform.python_version()}, {versions} on "
-                f"{platform.system()} ({platform.machine()})."),
+                table(["option", "value", "meaning"], rows, "words")),
+        element("p", f"This page was made with Python {platform.python_version()}, {versions}."),
     ]
 
 
 def summary(path, options, finished, found, stages):
     """What the run is, in a sentence and a few numbers."""
     data = "MovingShapes" if options.data == "shapes" else options.data
-    start = f", starting from {options.init}" if options.init else ""
-    text = (f"A text-to-video model of the preset {options.preset}{start}: {options.num_frames} "
-            f"frames of {options.image_size} × {options.image_size} pixels, temporal variant "
+    text = (f"A text-to-video model of the preset {options.preset}: {options.num_frames} frames of "
+            f"{options.image_size} × {options.image_size} pixels, temporal variant "
             f"{options.temporal}, trained on {data}.")
     kinds = {"clips, seen": "clips right, seen in training",
              "clips, held out": "clips right, held out", "images, all": "images right"}
@@ -162,8 +162,9 @@ def summary(path, options, finished, found, stages):
     tiles = [element("div", element("b", number), element("span", what), class_="tile")
              for number, what in numbers]
     left = ", ".join(stage for stage in STAGES if stage not in finished)
-    rest = [missing(f"Not finished: {left}.", "python", "train.py", str(path), "--resume")]
-    return [element("p", text), *(rest if left else []), element("div", *tiles, class_="tiles")]
+    command = "python", "train.py", str(path), "--resume"
+    rest = [missing(f"Not finished: {left}; continue with", *command)] if left else []
+    return [element("p", text), *rest, element("div", *tiles, class_="tiles")]
 
 
 def write_page(path):
@@ -173,8 +174,7 @@ def write_page(path):
     options, finished = read_record(path)
     record = path / "evaluation.json"
     found = read_json(record) if record.exists() else {}
-    stages = read_metrics(path / "metrics.jsonl")
-    stages |= read_metrics(path / "video_decoder" / "metrics.jsonl")
+    stages = read_metrics(path) | read_metrics(path / "video_decoder")
     try:
         parts = {"summary": summary(path, options, finished, found, stages),
                  "scores": scores(path, options, found)}

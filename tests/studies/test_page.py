@@ -167,7 +167,7 @@ def test_an_image_is_right_without_a_direction(made):
 def test_a_clip_that_cannot_be_read_is_shown_with_the_reason(made):
     (made / "samples" / "a-red-circle-moving-left.gif").write_bytes(b"no GIF")
     caption = figures_of(page.write_page(made).read_text(encoding="utf-8"))[0][1]
-    assert caption[1].startswith("not read:") and "0 of 1 clips" in read(made).text
+    assert caption[1].startswith("not judged: cannot be read") and "0 of 1 clips" in read(made).text
 
 
 def test_the_scores_of_the_file_are_in_the_tables(made):
@@ -196,7 +196,7 @@ def test_a_ladder_surrounds_its_numbers():
 def test_changed_options_come_first(made):
     rows = [text for path, text in read(made).texts if "details" in path and "td" in path]
     heads = [text for path, text in read(made).texts if "details" in path and "th" in path]
-    assert heads[3] == "--video-steps" and rows[:2] == ["7", "changed"]
+    assert heads[3] == "--video-steps" and rows[:2] == ["7 ", "changed"]
     assert rows.count("changed") == 1
 
 
@@ -209,7 +209,7 @@ def test_what_a_new_run_lacks_is_said_with_the_command_that_makes_it(tmp_path):
                             f"python sample.py '{path}' --prompts-file prompts.txt",
                             f"python evaluate.py '{path}'"]
     missing = [x for x in reader.all("p") if x.get("class") == "missing"]
-    assert len(missing) == 5 and "Not finished: image, video." in reader.text
+    assert len(missing) == 5 and "Not finished: image, video; continue with" in reader.text
 
 
 def test_clips_of_a_folder_are_shown_and_not_judged(made):
