@@ -11,126 +11,46 @@ import argparse
 import dataclasses
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from PIL import Image
 
 from cli import run_main
 from diffusion import Diffusion
-from evaluate import agreement, choose_prompts, draw, rates, recognise
-from files import atomic
-from media.write import SEPARATOR, contact_sheet, enlarge, to_uint8, write_clip
+from evaluate import choose_prompts, draw, recognise
+from media.write import enlarge, to_uint8, write_clip
 from metrics import psnr
 from model import UNet
-from options import TrainOptions
 from papers.bouncing import BASE_FRAMES, EXTENTS, ideal, track
 from papers.chains import Chain
 from papers.known_frames import load_model
 from papers.scores import long_clips
 from papers.train_known_frames import LongRun
-from pipeline import Pipeline
-from run import Run, load_image_model, read_record
+from run import Run, read_record
 from shapes import HELD_OUT, SHAPES, MovingShapes, caption_of
 from shift import temporal_shift
-from studies.curves import COLOURS, Figure
-from studies.inside import (as_variant, attention_of, denoise, flops_of, last_modules, reach_of,
-                            without_third)
+from studies.curves import COLOURS
+from studies.inside import (as_variant, attention_of, denoise, flops_of, last_modules, load,
+                            measure, reach_of, without_third)
+from studies.sheets import new_figure, pixels, save, show
 from train import denoising_loss, train_video
 from vae import encode_clip
-from weights import load_pipeline, load_unet
+from weights import load_unet
 
 SHOWN = HELD_OUT[2]  # the combination that most pictures show; training has never seen it
 SEED = 3  # of its noise
-NUM_CLIPS = 16  # of which a picture says how many percent are right
 TRAINED = (0, 50, 100, 200, 300)  # steps of training after which a picture looks
-TRAINING_CLIPS = 480
+TRAINING_CLIPS = 480  # that it learns from, not all of the run's: encoding takes time
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
 LONG_CLIPS, LONG_FRAMES = 8, 400
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run: its options, its video model, and the image model that this was."""
-
-    path: Path
-    options: TrainOptions
-    image: Pipeline
-    video: Pipeline
-
-    def clips(self, count):
-        """Real clips (count, t, 3, h, w) in [-1, 1] that training has not seen, and captions."""
-        size = self.options.num_frames, self.options.image_size
-        data = MovingShapes(count, *size, self.options.seed + 1)
-        return torch.stack([frames for frames, _ in data]) / 127.5 - 1, data.captions
-
-    def with_unet(self, unet, **sampling):
-        """The video model with another U-Net and other fields of its Sampling."""
-        return dataclasses.replace(self.video, unet=unet, sampling=dataclasses.replace(
-            self.video.sampling, **sampling))
-
-
-def load(path):
-    """The Trained of a folder; raises ValueError if it is no finished run on MovingShapes."""
-    options, finished = read_record(path)
-    if "video" not in finished or options.data != "shapes":
-        raise ValueError(f"{path}: needs a finished video stage on --data shapes; train one with "
-                         "`python train.py NEW_RUN`")
-    image = load_image_model(path, "cpu", "fp32").to("cpu")
-    return Trained(path, options, image, load_pipeline(path).to("cpu"))
-
-
-# How pictures are made
-
-
-def new_figure(height, dpi=150):
-    """A figure 8 inches wide: 1,200 pixels, to be read at 800."""
-    return Figure(figsize=(8, height), dpi=dpi, layout="constrained")
-
-
-def pixels(figure):
-    """A figure as an array (h, w, 3) uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def save(figure, path):
-    """Write a PNG of at most 256 colours."""
-    with atomic(path) as file:
-        Image.fromarray(pixels(figure)).quantize(256, kmeans=1).save(file, "PNG", optimize=True)
-
-
-def show(axes, clips, rows, title, x_label="frame", columns=None):
-    """Clips (t, 3, h, w) in [-1, 1], one a row, with names of rows and columns."""
-    axes.imshow(to_uint8(contact_sheet(clips))[0], interpolation="nearest")
-    height, width = (n + SEPARATOR for n in clips[0].shape[-2:])
-    columns = range(1, 1 + max(map(len, clips))) if columns is None else columns
-    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, rows)
-    axes.set_xticks((np.arange(len(columns)) + 0.5) * width, columns)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x_label)
 
 
 def draw_one(model):
     """A clip (t, 3, h, w) of the combination SHOWN, always from the same noise."""
     *_, latents = model.sample([caption_of(*SHOWN)], [SEED])
     return model.decode(latents)[0]
-
-
-def measure(model, num_frames):
-    """"81 % right, 9.6 px": how many of some clips are right in all, how far their shape moves."""
-    prompts = choose_prompts(NUM_CLIPS)
-    clips = draw(model, prompts, num_frames, 1000, NUM_CLIPS)
-    paths = [track(clip, shape).centres for clip, (_, shape, _) in zip(clips, prompts, strict=True)]
-    travel = np.nanmean([np.linalg.norm(path[-1] - path[0]) for path in paths])
-    return f"{rates(agreement(clips, prompts))['all']:.0f} % right, {travel:.1f} px"
 
 
 # The pictures, in the order of the lesson
@@ -143,7 +63,7 @@ def shift(run, output):
     after = temporal_shift(before)  # 0 where there is no such frame
     figure = new_figure(3.9)
     for i, (axes, x) in enumerate(zip(figure.subplots(1, 2), (before, after), strict=True)):
-        paint = np.array([to_rgb(colour) for colour in ("white", *COLOURS[:t])])
+        paint = np.array([to_rgb(colour) for colour in ("#E8E8E8", *COLOURS[:t])])
         axes.imshow(paint[x[0]])
         for (frame, channel), origin in np.ndenumerate(x[0].numpy()):
             axes.text(channel, frame, origin, ha="center", va="center", fontweight="bold",
@@ -261,8 +181,9 @@ def denoising(run, output):
 def guidance(run, output):
     """The same noise with more and more weight of the text."""
     settings = {f"guidance {scale}": {"guidance_scale": float(scale)} for scale in (1, 2, 3, 4, 6)}
-    settings["6, where SNR < 1"] = {"guidance_scale": 6.0, "guidance_max_snr": 1.0}
-    models = [run.with_unet(run.video.unet, **fields) for fields in settings.values()]
+    settings["6, where SNR <= 0.2"] = {"guidance_scale": 6.0, "guidance_max_snr": 0.2}
+    models = [run.with_unet(run.video.unet, **{"guidance_max_snr": None} | fields)
+              for fields in settings.values()]
     t = run.options.num_frames
     rows = [f"{name}\n{measure(model, t)}" for name, model in zip(settings, models, strict=True)]
     figure = new_figure(5.4)
@@ -356,7 +277,7 @@ def held_out(run, output):
 
 
 def loss(run, output):
-    """The loss at each noise level: of the image model and the video model, with and without text."""
+    """The loss at each noise level: image and video model, with and without text."""
     diffusion, (clips, captions) = run.video.diffusion, run.clips(LOSS_CLIPS)
     x0 = torch.stack([encode_clip(run.video.vae, 127.5 * (clip + 1)) for clip in clips])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))

@@ -4,8 +4,11 @@
 """
 
 import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,10 +16,60 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import layers
 from diffusion import randn
+from evaluate import agreement, choose_prompts, crispness, draw, rates
 from model import UNet
+from options import TrainOptions
+from papers.bouncing import track
+from pipeline import Pipeline
+from run import load_image_model, read_record
+from shapes import MovingShapes
 from shift import temporal_shift
 from temporal import temporal_state
 from transformer import TransformerBlock
+from weights import load_pipeline
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its options, its video model, and the image model that this was."""
+
+    path: Path
+    options: TrainOptions
+    image: Pipeline
+    video: Pipeline
+
+    def clips(self, count):
+        """Real clips (count, t, 3, h, w) in [-1, 1] that training has not seen, and captions."""
+        size = self.options.num_frames, self.options.image_size
+        data = MovingShapes(count, *size, self.options.seed + 1)
+        return torch.stack([frames for frames, _ in data]) / 127.5 - 1, data.captions
+
+    def with_unet(self, unet, **sampling):
+        """The video model with another U-Net and other fields of its Sampling."""
+        return dataclasses.replace(self.video, unet=unet, sampling=dataclasses.replace(
+            self.video.sampling, **sampling))
+
+
+def load(path):
+    """The Trained of a folder; raises ValueError if it is no finished run on MovingShapes."""
+    options, finished = read_record(path)
+    if "video" not in finished or options.data != "shapes":
+        raise ValueError(f"{path}: needs a finished video stage on --data shapes; train one with "
+                         "`python train.py NEW_RUN`")
+    image = load_image_model(path, "cpu", "fp32").to("cpu")
+    return Trained(path, options, image, load_pipeline(path).to("cpu"))
+
+
+def measure(model, num_frames, num_clips=16):
+    """Drawn clips as a line of text: how many are right in all, how far the shape moves, ..."""
+    prompts = choose_prompts(num_clips)
+    clips = draw(model, prompts, num_frames, 1000, num_clips)
+    paths = [track(clip, shape).centres for clip, (_, shape, _) in zip(clips, prompts, strict=True)]
+    travel = np.nanmean([np.linalg.norm(path[-1] - path[0]) for path in paths])
+    overlap = np.mean([crispness(clip, shape)
+                       for clip, (_, shape, _) in zip(clips, prompts, strict=True)])
+    right = rates(agreement(clips, prompts))["all"]
+    return f"{right:.0f} % right, {travel:.1f} px\ncrispness {overlap:.2f}"
 
 
 def as_variant(unet, temporal, num_frames, seed=0):
@@ -98,7 +151,7 @@ def denoise(model, prompt, seed):
     size = sampling.image_size // model.vae.config.downscale
     shape = 1, sampling.num_frames, model.unet.config.in_channels, size, size
     x_t = randn(shape, [torch.Generator().manual_seed(seed)])  # as model.sample draws it
-    pairs = diffusion.timestep_pairs(sampling.num_steps)
+    pairs = diffusion.timestep_pairs(sampling.num_steps, sampling.timestep_power)
     for (t, t_next), x_next in zip(pairs, model.sample([prompt], [seed], sampling), strict=True):
         (a, s), (a_next, s_next) = mixture(t), mixture(t_next)
         yield t, x_t, (s * x_next - s_next * x_t) / (s * a_next - s_next * a)
