@@ -8,8 +8,6 @@ All seeds are fixed, so a run gives the same pictures each time, pixel by pixel.
 """
 
 import argparse
-import dataclasses
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,20 +20,17 @@ from diffusion import Diffusion
 from evaluate import choose_prompts, draw, recognise
 from media.write import enlarge, to_uint8, write_clip
 from metrics import psnr
-from model import UNet
-from papers.bouncing import BASE_FRAMES, EXTENTS, ideal, track
 from papers.chains import Chain
 from papers.known_frames import load_model
 from papers.scores import long_clips
 from papers.train_known_frames import LongRun
-from run import Run, read_record
-from shapes import HELD_OUT, SHAPES, MovingShapes, caption_of
+from run import read_record
+from shapes import HELD_OUT, caption_of
 from shift import temporal_shift
 from studies.curves import COLOURS
-from studies.inside import (as_variant, attention_of, denoise, flops_of, last_modules, load,
-                            measure, reach_of, without_third)
+from studies.inside import (as_variant, attention_of, denoise, last_modules, load, losses_of,
+                            measure, operations_of, path_of, reach_of, train_briefly, without_third)
 from studies.sheets import new_figure, pixels, save, show
-from train import denoising_loss, train_video
 from vae import encode_clip
 from weights import load_unet
 
@@ -61,9 +56,9 @@ def shift(run, output):
     t, c = 6, 9
     before = torch.arange(1, t + 1)[None, :, None].expand(1, t, c)  # b t c
     after = temporal_shift(before)  # 0 where there is no such frame
+    paint = np.array([to_rgb(colour) for colour in ("#E8E8E8", *COLOURS[:t])])
     figure = new_figure(3.9)
     for i, (axes, x) in enumerate(zip(figure.subplots(1, 2), (before, after), strict=True)):
-        paint = np.array([to_rgb(colour) for colour in ("#E8E8E8", *COLOURS[:t])])
         axes.imshow(paint[x[0]])
         for (frame, channel), origin in np.ndenumerate(x[0].numpy()):
             axes.text(channel, frame, origin, ha="center", va="center", fontweight="bold",
@@ -96,7 +91,8 @@ def reach(run, output):
                             extent=(-t / 2, t / 2, num_layers + 0.5, 0.5))
         for n, seen in enumerate((strength > 0).sum(1).tolist(), 1):
             axes.text(t / 2 + 0.7, n, seen, va="center", fontsize=9)
-        axes.set_title(f"{temporal}                 sees", fontsize=11, loc="right")
+        axes.text(t / 2 + 0.7, 0.4, "sees", fontsize=9)
+        axes.set_title(temporal, fontsize=11)
         axes.set(xlabel="frame, from the middle one", yticks=range(1, num_layers + 1))
     panels[0].set_ylabel("after so many layers")
     figure.colorbar(image, ax=panels, location="bottom", shrink=0.6, aspect=40,
@@ -107,21 +103,17 @@ def reach(run, output):
 def latents(run, output):
     """What the autoencoder makes of frames, and what a step of diffusion costs there."""
     model, clip = run.video, run.clips(2)[0][1]
-    vae, unet, z = model.vae, model.unet, encode_clip(model.vae, 127.5 * (clip + 1))  # t c h w
+    z = encode_clip(model.vae, 127.5 * (clip + 1))  # t c h w
     decoded, channels = model.decode(z[None])[0], range(z.shape[1])
-    gray = [enlarge((z[:, [i, i, i]] / 3).clamp(-1, 1), vae.config.downscale) for i in channels]
+    gray = [enlarge((z[:, [i, i, i]] / 3).clamp(-1, 1), model.vae.config.downscale)
+            for i in channels]
     figure = new_figure(6.2)
     top, bottom = figure.subplots(2, 1, height_ratios=(5, 2))
     show(top, [clip, *gray, decoded],
          ["frames", *(f"latents, channel {i + 1}" for i in channels),
           f"decoded: {psnr(decoded, clip).mean():.1f} dB"],
          f"A frame of {clip[0].numel():,} numbers, its {z[0].numel():,} latents, and back")
-    in_pixels = UNet(dataclasses.replace(unet.config, in_channels=3, out_channels=3))
-    context, t = model.encode_text([""]), torch.tensor([500])
-    costs = {"encode, once": flops_of(lambda: vae.encode(clip[:1])),
-             "U-Net on pixels, each step": flops_of(lambda: in_pixels(clip[None, :1], t, context)),
-             "U-Net on latents, each step": flops_of(lambda: unet(z[None, :1], t, context)),
-             "decode, once": flops_of(lambda: vae.decode(z[:1]))}
+    costs = operations_of(model, clip[:1], z[:1])
     bars = bottom.barh(range(4), [cost / 1e6 for cost in costs.values()],
                        color=[COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[0]])
     bottom.bar_label(bars, fmt="{:,.1f}", padding=3)
@@ -201,7 +193,7 @@ def words(run, output):
     heat = (2 * (maps - low) / (high - low) - 1)[:, :, None].expand(-1, -1, 3, -1, -1)
     shares = 100 * maps.mean((1, 2, 3))
     rows = [f"{name}: {share:.1f} %" for name, share in
-            zip([*names, "(end, padding)"], shares, strict=True)]
+            zip([*names, "(end)"], shares, strict=True)]
     figure = new_figure(6.6)
     show(figure.subplots(), [clip, *heat], ["the clip", *rows],
          "Attention of places to words; white: a word's most, black: its least")
@@ -211,21 +203,8 @@ def words(run, output):
 def training(run, output):
     """A video model in its first steps, from the image model on, always from the same noise."""
     clips = {}
-
-    def look(step, unet):
-        if step in TRAINED:
-            clips[step] = draw_one(run.with_unet(unet))
-
-    options = dataclasses.replace(
-        run.options, num_clips=TRAINING_CLIPS, video_steps=TRAINED[-1], preview_every=TRAINED[1],
-        log_every=TRAINED[-1], save_every=TRAINED[-1], device="cpu")
-    data = MovingShapes(options.num_clips, options.num_frames, options.image_size, options.seed)
-    codes = [encode_clip(run.image.vae, frames) for frames, _ in data]
-    look(0, load_unet(run.path / "image_unet", options.temporal))
-    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-        torch.manual_seed(options.seed)
-        trial = Run(folder, options, ["vae", "image"], resume=False)
-        look(TRAINED[-1], train_video(trial, run.image, codes, data.captions, look))
+    train_briefly(run, TRAINED, TRAINING_CLIPS,
+                  lambda step, unet: clips.update({step: draw_one(run.with_unet(unet))}))
     figure = new_figure(4.6)
     show(figure.subplots(), list(clips.values()), [f"{step} steps" for step in clips],
          f'"{caption_of(*SHOWN)}", after so many steps of training on clips')
@@ -262,9 +241,9 @@ def held_out(run, output):
     for axes, clip, prompt in zip(figure.subplots(3, 4).flat, clips, HELD_OUT, strict=True):
         images.append(axes.imshow(to_uint8(clip)[0], interpolation="nearest"))
         seen = recognise((clip.double().numpy() + 1) / 2)
-        verdict = "right" if seen == prompt else "seen: " + ", ".join(map(str, seen))
-        axes.set_title(f"{caption_of(*prompt).replace(' moving', chr(10) + 'moving')}", fontsize=10)
-        axes.set_xlabel(verdict, color=COLOURS[2] if seen == prompt else COLOURS[1])
+        axes.set_title(caption_of(*prompt).replace(" moving", "\nmoving"), fontsize=10)
+        axes.set_xlabel("recognised" if seen == prompt else "taken for: {} {} {}".format(*seen),
+                        color=COLOURS[2] if seen == prompt else COLOURS[1])
         axes.set(xticks=[], yticks=[])
     figure.suptitle("Twelve combinations that were not in the training data")
     frames = []
@@ -278,19 +257,16 @@ def held_out(run, output):
 
 def loss(run, output):
     """The loss at each noise level: image and video model, with and without text."""
-    diffusion, (clips, captions) = run.video.diffusion, run.clips(LOSS_CLIPS)
+    clips, captions = run.clips(LOSS_CLIPS)
     x0 = torch.stack([encode_clip(run.video.vae, 127.5 * (clip + 1)) for clip in clips])
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))
-    levels = torch.linspace(0, diffusion.num_train_timesteps - 1, LOSS_LEVELS).long()
+    levels = torch.linspace(0, run.video.diffusion.num_train_timesteps - 1, LOSS_LEVELS).long()
     axes = (figure := new_figure(4.4)).subplots()
     for (name, model), colour in zip({"image": run.image, "video": run.video}.items(), COLOURS,
                                      strict=False):
-        for texts, what, style in (([""] * len(x0), "no text", "--"), (captions, "the text", "-")):
-            context = model.encode_text(texts)
-            losses = [denoising_loss(model.unet, diffusion, x0, eps, t.expand(len(x0)), context)
-                      for t in levels]
-            axes.plot(levels, losses, style, color=colour, marker="o",
-                      label=f"{name} model, {what}")
+        for texts, what, style in (([""] * len(x0), "no text", "--"), (captions, "with text", "-")):
+            axes.plot(levels, losses_of(model, x0, eps, texts, levels), style, color=colour,
+                      marker="o", label=f"{name} model, {what}")
     axes.set(xlabel="timestep: on the left almost no noise, on the right nothing else",
              ylabel="mean squared error of v", ylim=(0, None))
     axes.set_title(f"Loss on {len(x0)} clips that training has not seen", loc="left", fontsize=11)
@@ -305,26 +281,19 @@ def long(run, output, path):
     chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second)
     prompts = choose_prompts(LONG_CLIPS)
     clips, _ = long_clips(model, chain, prompts, SEED, LONG_FRAMES, plain=options.plain_captions)
-    size, drift = clips.shape[-1], []
+    places, truths, drifts = zip(*map(path_of, clips, prompts), strict=True)
     figure = new_figure(6.4)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=(1, 2, 2))
     some = range(0, LONG_FRAMES, LONG_FRAMES // 10)
     show(top, [clips[0, some]], [""], f'"{caption_of(*prompts[0])}", then {LONG_FRAMES} frames, '
          f"{chain.num_frames} at a time", columns=[i + 1 for i in some])
-    for i, (clip, (_, shape, direction)) in enumerate(zip(clips, prompts, strict=True)):
-        seen, axis = track(clip, shape), int(direction in ("up", "down"))
-        if i == 0:
-            radius = np.sqrt(seen.areas[:BASE_FRAMES].mean() / SHAPES[shape])
-            truth = ideal(seen, axis, radius * EXTENTS[shape][axis], LONG_FRAMES, size)
-            middle.plot(seen.centres[:, axis], color=COLOURS[0], label="the clip")
-            middle.plot(truth, "--", color=COLOURS[1], linewidth=1, label="its first 8 frames, "
-                        "continued at their speed")
-        across = seen.centres[:, 1 - axis]
-        drift.append(np.abs(across - across[:BASE_FRAMES].mean()))
-    middle.set(ylabel="place, pixels", xlim=(0, LONG_FRAMES), ylim=(0, size))
+    middle.plot(places[0], color=COLOURS[0], label="the clip")
+    middle.plot(truths[0], "--", color=COLOURS[1], linewidth=1,
+                label="its first 8 frames, continued at their speed")
+    middle.set(ylabel="place, pixels", xlim=(0, LONG_FRAMES), ylim=(0, clips.shape[-1]))
     middle.legend(loc="upper right", ncols=2)
-    bottom.plot(np.transpose(drift), color="lightgray")
-    bottom.plot(np.mean(drift, 0), color=COLOURS[0], label=f"mean of {LONG_CLIPS} clips (gray)")
+    bottom.plot(np.transpose(drifts), color="lightgray")
+    bottom.plot(np.mean(drifts, 0), color=COLOURS[0], label=f"mean of {LONG_CLIPS} clips (gray)")
     bottom.set(xlabel="frame", ylabel="drift, pixels", xlim=(0, LONG_FRAMES), ylim=(0, None))
     bottom.legend(loc="upper left")
     save(figure, output / "long.png")
@@ -355,7 +324,7 @@ def main():
     for name in names:
         with torch.no_grad():
             FIGURES[name](run, args.output, *([args.long] if name == "long" else []))
-        print(args.output / name, flush=True)
+        print(name, flush=True)
 
 
 if __name__ == "__main__":

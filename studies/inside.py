@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -19,14 +20,16 @@ from diffusion import randn
 from evaluate import agreement, choose_prompts, crispness, draw, rates
 from model import UNet
 from options import TrainOptions
-from papers.bouncing import track
+from papers.bouncing import BASE_FRAMES, EXTENTS, ideal, track
 from pipeline import Pipeline
-from run import load_image_model, read_record
-from shapes import MovingShapes
+from run import Run, load_image_model, open_data, read_record
+from shapes import SHAPES, MovingShapes
 from shift import temporal_shift
 from temporal import temporal_state
+from train import denoising_loss, train_video
 from transformer import TransformerBlock
-from weights import load_pipeline
+from vae import encode_clip
+from weights import load_pipeline, load_unet
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,53 @@ def flops_of(call):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
+
+
+def operations_of(model, frame, latents):
+    """Operations of each part for one frame (1, 3, h, w) and its latents (1, c, h/f, w/f)."""
+    unet, vae, context, t = model.unet, model.vae, model.encode_text([""]), torch.tensor([500])
+    in_pixels = UNet(dataclasses.replace(unet.config, in_channels=3, out_channels=3))
+    return {"encode, once": flops_of(lambda: vae.encode(frame)),
+            "U-Net on pixels, each step": flops_of(lambda: in_pixels(frame[None], t, context)),
+            "U-Net on latents, each step": flops_of(lambda: unet(latents[None], t, context)),
+            "decode, once": flops_of(lambda: vae.decode(latents))}
+
+
+def losses_of(model, x0, noise, texts, levels):
+    """The loss of clips x0 (b, t, c, h, w) with their texts, at each of some timesteps."""
+    context = model.encode_text(texts)
+    return [denoising_loss(model.unet, model.diffusion, x0, noise, level.expand(len(x0)), context)
+            for level in levels]
+
+
+def train_briefly(run, looks, num_clips, look):
+    """Train a video model from the run's image model on some of its clips, with its options.
+
+    look(step, unet) is called after each of the steps `looks`: 0, n, some multiples of n.
+    """
+    last = looks[-1]
+    options = dataclasses.replace(run.options, num_clips=num_clips, video_steps=last, device="cpu",
+                                  compile=False, preview_every=looks[1], log_every=last,
+                                  save_every=last)
+    data = open_data(options)
+    latents = [encode_clip(run.image.vae, frames) for frames, _ in data]
+    look(0, load_unet(run.path / "image_unet", options.temporal))
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+        torch.manual_seed(options.seed)
+        trial = Run(folder, options, ["vae", "image"], resume=False)
+        look(last, train_video(trial, run.image, latents, data.captions,
+                               lambda step, unet: look(step, unet) if step in looks else None))
+
+
+def path_of(clip, combination):
+    """Where the shape of a clip (t, 3, h, w) is, in pixels, (t,) each.
+
+    Its place along its motion, the place that follows from the first 8 frames at constant speed,
+    and how far it is from its first place across its motion.
+    """
+    _, shape, direction = combination
+    seen, axis = track(clip, shape), int(direction in ("up", "down"))
+    radius = np.sqrt(seen.areas[:BASE_FRAMES].mean() / SHAPES[shape])
+    truth = ideal(seen, axis, radius * EXTENTS[shape][axis], len(clip), clip.shape[-1])
+    across = seen.centres[:, 1 - axis]
+    return seen.centres[:, axis], truth, np.abs(across - across[:BASE_FRAMES].mean())
