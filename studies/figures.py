@@ -173,7 +173,7 @@ def denoising(run, output):
 def guidance(run, output):
     """The same noise with more and more weight of the text."""
     settings = {f"guidance {scale}": {"guidance_scale": float(scale)} for scale in (1, 2, 3, 4, 6)}
-    settings["6, where SNR <= 0.2"] = {"guidance_scale": 6.0, "guidance_max_snr": 0.2}
+    settings["6, SNR <= 0.2"] = {"guidance_scale": 6.0, "guidance_max_snr": 0.2}
     models = [run.with_unet(run.video.unet, **{"guidance_max_snr": None} | fields)
               for fields in settings.values()]
     t = run.options.num_frames
@@ -216,9 +216,9 @@ def without(run, output):
     t, model = run.options.num_frames, run.video
     none = run.with_unet(load_unet(run.path / "unet", "none"))
     cases = {"as trained": (model, nullcontext()), "no shift": (none, nullcontext()),
-             "nothing from the past": (model, without_third(0)),
-             "nothing from the future": (model, without_third(1)),
-             "its own third is 0": (model, without_third(2))}
+             "without the past": (model, without_third(0)),
+             "without the future": (model, without_third(1)),
+             "own third 0": (model, without_third(2))}
     clips, rows = [], []
     for name, (changed, context) in cases.items():
         with context:

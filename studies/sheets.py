@@ -32,7 +32,7 @@ def show(axes, clips, rows, title, x_label="frame", columns=None):
     axes.imshow(to_uint8(contact_sheet(clips))[0], interpolation="nearest")
     height, width = (n + SEPARATOR for n in clips[0].shape[-2:])
     columns = range(1, 1 + max(map(len, clips))) if columns is None else columns
-    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, rows)
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, rows, fontsize=9)
     axes.set_xticks((np.arange(len(columns)) + 0.5) * width, columns)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
