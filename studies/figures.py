@@ -28,14 +28,16 @@ from run import read_record
 from shapes import HELD_OUT, caption_of
 from shift import temporal_shift
 from studies.curves import COLOURS
-from studies.inside import (as_variant, attention_of, denoise, last_modules, load, losses_of,
-                            measure, operations_of, path_of, reach_of, train_briefly, without_third)
+from studies.inside import (MEASURED, as_variant, attention_of, denoise, last_modules, load,
+                            losses_of, measure, operations_of, path_of, reach_of, train_briefly,
+                            without_third)
 from studies.sheets import new_figure, pixels, save, show
 from vae import encode_clip
 from weights import load_unet
 
 SHOWN = HELD_OUT[2]  # the combination that most pictures show; training has never seen it
 SEED = 3  # of its noise
+TITLE = f'"{caption_of(*SHOWN)}", always from the same noise; numbers: of {MEASURED} other clips'
 TRAINED = (0, 50, 100, 200, 300)  # steps of training after which a picture looks
 TRAINING_CLIPS = 480  # that it learns from, not all of the run's: encoding takes time
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
@@ -66,11 +68,10 @@ def shift(run, output):
         axes.hlines(np.arange(1, t) - 0.5, -0.5, c - 0.5, "white", linewidth=3)
         axes.vlines(np.arange(1, c) - 0.5, -0.5, t - 0.5, "white",
                     linewidth=[8 if i and n % 3 == 0 else 2 for n in range(1, c)])
-        axes.set_xticks(range(c), range(1, c + 1))
-        axes.set_yticks(range(t), range(1, t + 1))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set(xlabel="channel", ylabel="frame")
+        axes.set(xlabel="channel", xticks=range(c), xticklabels=range(1, c + 1),
+                 ylabel="frame", yticks=range(t), yticklabels=range(1, t + 1))
     figure.axes[0].set_title("before: every frame has its own channels\n\n", fontsize=11)
     figure.axes[1].set_title("after: two thirds come from its neighbours\n\n", fontsize=11)
     for third, name in enumerate(("from the\nframe before", "from the\nframe after", "its own")):
@@ -86,7 +87,7 @@ def reach(run, output):
     panels = figure.subplots(1, 3, sharey=True)
     for axes, temporal in zip(panels, ("none", "shift", "attention"), strict=True):
         strength = reach_of(as_variant(run.image.unet, temporal, t), t)
-        relative = (strength / strength.amax(1, keepdim=True)).log10()  # of 0: -inf, drawn white
+        relative = (strength / strength.amax(1, keepdim=True)).log10().numpy()  # -inf: white
         image = axes.imshow(relative, cmap="viridis", vmin=-8, vmax=0, aspect="auto",
                             extent=(-t / 2, t / 2, num_layers + 0.5, 0.5))
         for n, seen in enumerate((strength > 0).sum(1).tolist(), 1):
@@ -114,12 +115,11 @@ def latents(run, output):
           f"decoded: {psnr(decoded, clip).mean():.1f} dB"],
          f"A frame of {clip[0].numel():,} numbers, its {z[0].numel():,} latents, and back")
     costs = operations_of(model, clip[:1], z[:1])
-    bars = bottom.barh(range(4), [cost / 1e6 for cost in costs.values()],
+    bars = bottom.barh(range(4)[::-1], [cost / 1e6 for cost in costs.values()],
                        color=[COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[0]])
     bottom.bar_label(bars, fmt="{:,.1f}", padding=3)
-    bottom.set_yticks(range(4), costs)
+    bottom.set_yticks(range(4)[::-1], costs)
     bottom.margins(x=0.1)
-    bottom.invert_yaxis()
     bottom.spines[["top", "right"]].set_visible(False)
     bottom.set(xlabel="million operations a frame")
     save(figure, output / "latents.png")
@@ -179,8 +179,7 @@ def guidance(run, output):
     t = run.options.num_frames
     rows = [f"{name}\n{measure(model, t)}" for name, model in zip(settings, models, strict=True)]
     figure = new_figure(5.4)
-    show(figure.subplots(), [draw_one(model) for model in models], rows,
-         f'"{caption_of(*SHOWN)}", always from the same noise')
+    show(figure.subplots(), [draw_one(model) for model in models], rows, TITLE)
     save(figure, output / "guidance.png")
 
 
@@ -228,7 +227,7 @@ def without(run, output):
     clips += draw_one(longer).split(t)
     rows += [f"{2 * t} frames at once\n{measure(longer, 2 * t)}", "and its second half"]
     figure = new_figure(6.2)
-    show(figure.subplots(), clips, rows, f'"{caption_of(*SHOWN)}", always from the same noise')
+    show(figure.subplots(), clips, rows, TITLE)
     save(figure, output / "without.png")
 
 
@@ -236,8 +235,7 @@ def held_out(run, output):
     """The combinations that training has never seen, as a moving grid."""
     t, rate = run.options.num_frames, run.options.frames_per_second
     clips = draw(run.video, HELD_OUT, t, SEED, len(HELD_OUT))
-    figure = new_figure(6.8, dpi=100)
-    images = []
+    figure, images = new_figure(6.8, dpi=100), []
     for axes, clip, prompt in zip(figure.subplots(3, 4).flat, clips, HELD_OUT, strict=True):
         images.append(axes.imshow(to_uint8(clip)[0], interpolation="nearest"))
         seen = recognise((clip.double().numpy() + 1) / 2)
@@ -282,18 +280,20 @@ def long(run, output, path):
     prompts = choose_prompts(LONG_CLIPS)
     clips, _ = long_clips(model, chain, prompts, SEED, LONG_FRAMES, plain=options.plain_captions)
     places, truths, drifts = zip(*map(path_of, clips, prompts), strict=True)
+    shown = np.argsort(np.mean(drifts, 1))[LONG_CLIPS // 2]  # neither the best nor the worst
     figure = new_figure(6.4)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=(1, 2, 2))
     some = range(0, LONG_FRAMES, LONG_FRAMES // 10)
-    show(top, [clips[0, some]], [""], f'"{caption_of(*prompts[0])}", then {LONG_FRAMES} frames, '
+    show(top, [clips[shown, some]], [""], f'"{caption_of(*prompts[shown])}", {LONG_FRAMES} frames, '
          f"{chain.num_frames} at a time", columns=[i + 1 for i in some])
-    middle.plot(places[0], color=COLOURS[0], label="the clip")
-    middle.plot(truths[0], "--", color=COLOURS[1], linewidth=1,
+    middle.plot(places[shown], color=COLOURS[0], label="the clip")
+    middle.plot(truths[shown], "--", color=COLOURS[1], linewidth=1,
                 label="its first 8 frames, continued at their speed")
-    middle.set(ylabel="place, pixels", xlim=(0, LONG_FRAMES), ylim=(0, clips.shape[-1]))
+    middle.set(ylabel="along its motion, pixels", xlim=(0, LONG_FRAMES), ylim=(0, clips.shape[-1]))
     middle.legend(loc="upper right", ncols=2)
     bottom.plot(np.transpose(drifts), color="lightgray")
-    bottom.plot(np.mean(drifts, 0), color=COLOURS[0], label=f"mean of {LONG_CLIPS} clips (gray)")
+    bottom.plot(np.median(drifts, 0), color=COLOURS[0], linewidth=2,
+                label=f"median of {LONG_CLIPS} clips (gray)")
     bottom.set(xlabel="frame", ylabel="drift, pixels", xlim=(0, LONG_FRAMES), ylim=(0, None))
     bottom.legend(loc="upper left")
     save(figure, output / "long.png")

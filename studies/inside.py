@@ -31,6 +31,8 @@ from transformer import TransformerBlock
 from vae import encode_clip
 from weights import load_pipeline, load_unet
 
+MEASURED = 16  # clips that `measure` draws
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -63,10 +65,10 @@ def load(path):
     return Trained(path, options, image, load_pipeline(path).to("cpu"))
 
 
-def measure(model, num_frames, num_clips=16):
+def measure(model, num_frames):
     """Drawn clips as a line of text: how many are right in all, how far the shape moves, ..."""
-    prompts = choose_prompts(num_clips)
-    clips = draw(model, prompts, num_frames, 1000, num_clips)
+    prompts = choose_prompts(MEASURED)
+    clips = draw(model, prompts, num_frames, 1000, MEASURED)
     paths = [track(clip, shape).centres for clip, (_, shape, _) in zip(clips, prompts, strict=True)]
     travel = np.nanmean([np.linalg.norm(path[-1] - path[0]) for path in paths])
     overlap = np.mean([crispness(clip, shape)
