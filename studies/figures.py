@@ -66,8 +66,8 @@ def shift(run, output):
             axes.text(channel, frame, origin, ha="center", va="center", fontweight="bold",
                       color="white" if origin else "gray")
         axes.hlines(np.arange(1, t) - 0.5, -0.5, c - 0.5, "white", linewidth=3)
-        axes.vlines(np.arange(1, c) - 0.5, -0.5, t - 0.5, "white",
-                    linewidth=[8 if i and n % 3 == 0 else 2 for n in range(1, c)])
+        axes.vlines(np.arange(1, c) - 0.5, -0.5, t - 0.5, "white", capstyle="projecting",
+                    clip_on=False, linewidth=[8 if i and n % 3 == 0 else 2 for n in range(1, c)])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set(xlabel="channel", xticks=range(c), xticklabels=range(1, c + 1),
