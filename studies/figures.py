@@ -28,9 +28,10 @@ from run import read_record
 from shapes import HELD_OUT, caption_of
 from shift import temporal_shift
 from studies.curves import COLOURS
-from studies.inside import (MEASURED, as_variant, attention_of, denoise, last_modules, load,
-                            losses_of, measure, operations_of, path_of, reach_of, train_briefly,
+from studies.inside import (MEASURED, as_variant, attention_of, denoise, draw_prompt, last_modules,
+                            load, losses_of, measure, operations_of, path_of, previews_of, reach_of,
                             without_third)
+from studies.page import read_metrics
 from studies.sheets import new_figure, pixels, save, show
 from vae import encode_clip
 from weights import load_unet
@@ -38,16 +39,13 @@ from weights import load_unet
 SHOWN = HELD_OUT[2]  # the combination that most pictures show; training has never seen it
 SEED = 3  # of its noise
 TITLE = f'"{caption_of(*SHOWN)}", always from the same noise; numbers: of {MEASURED} other clips'
-TRAINED = (0, 50, 100, 200, 300)  # steps of training after which a picture looks
-TRAINING_CLIPS = 480  # that it learns from, not all of the run's: encoding takes time
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
 LONG_CLIPS, LONG_FRAMES = 8, 400
 
 
 def draw_one(model):
     """A clip (t, 3, h, w) of the combination SHOWN, always from the same noise."""
-    *_, latents = model.sample([caption_of(*SHOWN)], [SEED])
-    return model.decode(latents)[0]
+    return draw_prompt(model, caption_of(*SHOWN), SEED)
 
 
 # The pictures, in the order of the lesson
@@ -200,13 +198,15 @@ def words(run, output):
 
 
 def training(run, output):
-    """A video model in its first steps, from the image model on, always from the same noise."""
-    clips = {}
-    train_briefly(run, TRAINED, TRAINING_CLIPS,
-                  lambda step, unet: clips.update({step: draw_one(run.with_unet(unet))}))
-    figure = new_figure(4.6)
-    show(figure.subplots(), list(clips.values()), [f"{step} steps" for step in clips],
-         f'"{caption_of(*SHOWN)}", after so many steps of training on clips')
+    """From the image model to the video model: a clip at some steps, and the loss."""
+    prompt, clips = previews_of(run)
+    figure = new_figure(5.6)
+    top, bottom = figure.subplots(2, 1, height_ratios=(len(clips), 2))
+    show(top, list(clips.values()), [f"{step:,} steps" for step in clips],
+         f'"{prompt}", from the same noise after so many steps of training on clips')
+    steps, losses, _ = zip(*read_metrics(run.path)["video"], strict=True)
+    bottom.plot(steps, losses, color=COLOURS[0])
+    bottom.set(xlabel="training step", ylabel="loss", xlim=(0, None), ylim=(0, None))
     save(figure, output / "training.png")
 
 
@@ -233,8 +233,7 @@ def without(run, output):
 
 def held_out(run, output):
     """The combinations that training has never seen, as a moving grid."""
-    t, rate = run.options.num_frames, run.options.frames_per_second
-    clips = draw(run.video, HELD_OUT, t, SEED, len(HELD_OUT))
+    clips = draw(run.video, HELD_OUT, run.options.num_frames, SEED, len(HELD_OUT))
     figure, images = new_figure(6.8, dpi=100), []
     for axes, clip, prompt in zip(figure.subplots(3, 4).flat, clips, HELD_OUT, strict=True):
         images.append(axes.imshow(to_uint8(clip)[0], interpolation="nearest"))
@@ -245,12 +244,12 @@ def held_out(run, output):
         axes.set(xticks=[], yticks=[])
     figure.suptitle("Twelve combinations that were not in the training data")
     frames = []
-    for i in range(t):
+    for i in range(clips.shape[1]):
         for image, clip in zip(images, clips, strict=True):
             image.set_data(to_uint8(clip)[i])
         frames.append(torch.from_numpy(pixels(figure).copy()).permute(2, 0, 1) / 127.5 - 1)
         figure.set_layout_engine("none")  # where things are does not change
-    write_clip(output / "held_out.gif", torch.stack(frames), rate)
+    write_clip(output / "held_out.gif", torch.stack(frames), run.options.frames_per_second)
 
 
 def loss(run, output):

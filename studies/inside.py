@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -18,17 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import layers
 from diffusion import randn
 from evaluate import agreement, choose_prompts, crispness, draw, rates
+from media.read import read_clip
+from media.write import SEPARATOR
 from model import UNet
 from options import TrainOptions
 from papers.bouncing import BASE_FRAMES, EXTENTS, ideal, track
 from pipeline import Pipeline
-from run import Run, load_image_model, open_data, read_record
+from run import load_image_model, open_data, read_record
 from shapes import SHAPES, MovingShapes
 from shift import temporal_shift
 from temporal import temporal_state
-from train import denoising_loss, train_video
+from train import denoising_loss
 from transformer import TransformerBlock
-from vae import encode_clip
 from weights import load_pipeline, load_unet
 
 MEASURED = 16  # clips that `measure` draws
@@ -56,13 +56,19 @@ class Trained:
 
 
 def load(path):
-    """The Trained of a folder; raises ValueError if it is no finished run on MovingShapes."""
+    """The Trained of a folder. Raises ValueError if it is no finished run with the shift."""
     options, finished = read_record(path)
-    if "video" not in finished or options.data != "shapes":
-        raise ValueError(f"{path}: needs a finished video stage on --data shapes; train one with "
-                         "`python train.py NEW_RUN`")
+    if "video" not in finished or (options.data, options.temporal) != ("shapes", "shift"):
+        raise ValueError(f"{path}: needs a finished video stage with --temporal shift on --data "
+                         "shapes; train one with `python train.py NEW_RUN`")
     image = load_image_model(path, "cpu", "fp32").to("cpu")
     return Trained(path, options, image, load_pipeline(path).to("cpu"))
+
+
+def draw_prompt(model, prompt, seed):
+    """A clip (t, 3, h, w) in [-1, 1] of a prompt."""
+    *_, latents = model.sample([prompt], [seed])
+    return model.decode(latents)[0]
 
 
 def measure(model, num_frames):
@@ -203,23 +209,21 @@ def losses_of(model, x0, noise, texts, levels):
             for level in levels]
 
 
-def train_briefly(run, looks, num_clips, look):
-    """Train a video model from the run's image model on some of its clips, with its options.
+def previews_of(run, number=4):
+    """(prompt, {step: clip (t, 3, h, w)}) of one of the nine clips that training draws as previews.
 
-    look(step, unet) is called after each of the steps `looks`: 0, n, some multiples of n.
+    Step 0, the image model with the shift, and the last step are drawn here, from the same noise.
     """
-    last = looks[-1]
-    options = dataclasses.replace(run.options, num_clips=num_clips, video_steps=last, device="cpu",
-                                  compile=False, preview_every=looks[1], log_every=last,
-                                  save_every=last)
-    data = open_data(options)
-    latents = [encode_clip(run.image.vae, frames) for frames, _ in data]
-    look(0, load_unet(run.path / "image_unet", options.temporal))
-    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-        torch.manual_seed(options.seed)
-        trial = Run(folder, options, ["vae", "image"], resume=False)
-        look(last, train_video(trial, run.image, latents, data.captions,
-                               lambda step, unet: look(step, unet) if step in looks else None))
+    size = run.options.image_size
+    prompts = list(dict.fromkeys(open_data(run.options).captions))
+    prompt = prompts[number * max(1, len(prompts) // 9)]  # as run.draw_previews chooses them
+    start = load_unet(run.path / "image_unet", "shift")
+    clips = {0: draw_prompt(run.with_unet(start), prompt, number)}
+    y, x = ((size + SEPARATOR) * i for i in divmod(number, 3))  # in the grid of a preview
+    for path in sorted((run.path / "previews").glob("video-*.gif")):
+        frames = torch.from_numpy(read_clip(path)[0]).movedim(-1, 1)  # t h w 3 -> t 3 h w
+        clips[int(path.stem.split("-")[1])] = frames[:, :, y : y + size, x : x + size] / 127.5 - 1
+    return prompt, clips | {run.options.video_steps: draw_prompt(run.video, prompt, number)}
 
 
 def path_of(clip, combination):

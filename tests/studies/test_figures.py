@@ -1,6 +1,7 @@
 """Each picture is drawn of a tiny run; what pictures say is checked by numbers."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from helpers import call, flags
 from PIL import Image
 
 import layers
+from files import write_json
 from media.read import read_clip
+from media.write import side_by_side, write_clip
 from papers import long_video
+from shapes import MovingShapes
 from shift import temporal_shift
 from studies import figures, inside
 from studies.inside import as_variant, attention_of, denoise, flops_of, load, reach_of
@@ -30,8 +34,8 @@ def run(trained):
 def few(monkeypatch):
     """Few clips, steps and frames."""
     monkeypatch.setattr(figures, "measure", lambda model, num_frames: "no % right")
-    for name, value in {"TRAINED": (0, 1, 2), "TRAINING_CLIPS": 3, "LOSS_CLIPS": 2,
-                        "LOSS_LEVELS": 3, "LONG_CLIPS": 2, "LONG_FRAMES": 20}.items():
+    for name, value in {"LOSS_CLIPS": 2, "LOSS_LEVELS": 3, "LONG_CLIPS": 2,
+                        "LONG_FRAMES": 20}.items():
         monkeypatch.setattr(figures, name, value)
 
 
@@ -92,6 +96,24 @@ def test_few_colours_change_no_pixel_by_much(tmp_path):
 # What they show
 
 
+def test_previews_are_cut_out_of_their_grid_and_ends_are_drawn(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "run")
+    gray = torch.linspace(-1, 1, 8)[:, None, None, None, None].expand(8, 3, 3, 16, 16)
+    write_clip(path / "previews" / "video-000002.gif", side_by_side(gray))
+    prompt, clips = inside.previews_of(load(path))
+    assert list(clips) == [0, 2, 4] and prompt == MovingShapes(8).captions[4]
+    assert clips[2].sub(gray[4]).abs().max() < 0.02
+    assert clips[0].shape == clips[4].shape == (3, 3, 16, 16) and (clips[0] != clips[4]).any()
+
+
+@pytest.mark.parametrize(("field", "value"), [("temporal", "conv"), ("data", "clips")])
+def test_other_runs_are_refused(run, tmp_path, field, value):
+    options = dataclasses.asdict(run.options) | {field: value}
+    write_json(tmp_path / "train.json", {"options": options, "finished": ["vae", "image", "video"]})
+    with pytest.raises(ValueError, match="needs a finished video stage with --temporal shift on"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(("temporal", "frames"), [
     ("none", lambda n: 1), ("shift", lambda n: 1 + 4 * n), ("attention", lambda n: 41),
 ])
@@ -139,7 +161,7 @@ def test_operations_of_a_matrix_product_are_two_for_each_number_and_output():
 
 def test_a_measure_of_clips_says_what_is_right(run, monkeypatch):
     def real(model, prompts, num_frames, seed, batch_size):
-        data = inside.MovingShapes(len(prompts), num_frames, 32, seed, prompts)
+        data = MovingShapes(len(prompts), num_frames, 32, seed, prompts)
         return torch.stack([frames for frames, _ in data]) / 127.5 - 1
 
     monkeypatch.setattr(inside, "draw", real)
