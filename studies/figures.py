@@ -203,7 +203,7 @@ def training(run, output):
     figure = new_figure(5.6)
     top, bottom = figure.subplots(2, 1, height_ratios=(len(clips), 2))
     show(top, list(clips.values()), [f"{step:,} steps" for step in clips],
-         f'"{prompt}", from the same noise after so many steps of training on clips')
+         f'"{prompt}", the same noise after so many training steps')
     steps, losses, _ = zip(*read_metrics(run.path)["video"], strict=True)
     bottom.plot(steps, losses, color=COLOURS[0])
     bottom.set(xlabel="training step", ylabel="loss", xlim=(0, None), ylim=(0, None))
