@@ -38,7 +38,7 @@ from weights import load_unet
 
 SHOWN = HELD_OUT[2]  # the combination that most pictures show; training has never seen it
 SEED = 3  # of its noise
-TITLE = f'"{caption_of(*SHOWN)}", always from the same noise; numbers: of {MEASURED} other clips'
+TITLE = f'"{caption_of(*SHOWN)}", the same noise each time; numbers: of {MEASURED} clips'
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
 LONG_CLIPS, LONG_FRAMES = 8, 400
 
