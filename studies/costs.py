@@ -11,6 +11,7 @@ bytes of all tensors that exist at once in a forward pass, without a kernel's ow
 
 import argparse
 import multiprocessing
+import statistics
 import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
@@ -164,8 +165,9 @@ class PeakBytes(TorchDispatchMode):
 
 def activation_bytes(unet, options):
     """The peak of a forward pass of a U-Net of the meta device, beside weights and inputs."""
+    shapes = {name: x.shape for name, x in unet.state_dict().items()}
     with FakeTensorMode(), torch.no_grad():  # without memory, and yet they take the CPU's kernels
-        weights = {name: torch.empty(x.shape) for name, x in unet.state_dict().items()}
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         x0, _, *conditions = batch_of(options, torch.device("cpu"))
         with PeakBytes(x0, *conditions, *weights.values()) as counter:
             functional_call(unet, weights, (x0, *conditions))
@@ -185,7 +187,7 @@ def share_weights(unets):
 def on_pixels(options):
     """operations() of the same U-Net on the pixels of a clip, without an autoencoder."""
     config = replace(options.unet(), in_channels=3, out_channels=3)
-    _, _, timesteps, context = batch_of(options, torch.device("meta"))
+    *_, timesteps, context = batch_of(options, torch.device("meta"))
     with torch.device("meta"):
         pixels = torch.empty(1, options.num_frames, 3, options.image_size, options.image_size)
         return operations(UNet(config), pixels, timesteps, context)
@@ -222,23 +224,32 @@ def main():
     configs = {name: replace(options, temporal=name).unet() for name in VARIANTS}
     with torch.device("meta"):
         unets = {name: UNet(config) for name, config in configs.items()}
-    seconds, rows = measure_forward(unets, options, args.turns) if args.turns else None, []
+    counts = {name: operations(unet, x0, *conditions) for name, unet in unets.items()}
+    rows = {}
     for name, unet in unets.items():
-        unet.to("meta")
-        counts = operations(unet, x0, *conditions)
         size, new = (sum(x.numel() for x in state.values())
                      for state in (unet.state_dict(), temporal_state(unet)))
-        rows.append([
-            name, f"{size / 1e6:.1f}", f"{new / 1e6:.1f}", f"{sum(counts.values()) / 1e12:.3g}",
+        rows[name] = [
+            name, f"{size / 1e6:.1f}", f"{new / 1e6:.1f}",
+            f"{sum(counts[name].values()) / 1e12:.3g}",
             f"{size * 4 / 1e9:.2f} + {activation_bytes(unet, options) / 1e9:.2f}",
-            ratio(seconds, name, "shift") if seconds else "-",
-        ])
-    print(f"{args.preset}: a clip of {options.num_frames} frames of {x0.shape[-1]}x{x0.shape[-1]} "
-          f"latents, fp32, {device_name(torch.device('cpu'))}\n")
-    print(table(["variant", "parameters, M", "new, M", "TFLOP", "weights + activations, GB",
-                 "CPU time over the shift's"], *rows))
-    pixels = on_pixels(options)
-    print(pixels)
+        ]
+    columns = ["variant", "parameters, M", "new, M", "TFLOP", "weights + activations, GB"]
+    if args.turns:
+        seconds = measure_forward(unets, options, args.turns)
+        columns += ["time over the shift's", "CPU seconds, median"]
+        for name, row in rows.items():
+            row += [ratio(seconds, name, "shift"), f"{statistics.median(seconds[name]):.3g}"]
+    print(f"{args.preset}: a forward pass for {options.num_frames} frames of {x0.shape[-1]} x "
+          f"{x0.shape[-1]} latents, fp32, {device_name(torch.device('cpu'))}\n")
+    print(table(columns, *rows.values()))
+    print(f"\nThe shift's U-Net on {options.image_size} x {options.image_size} pixels instead:")
+    pixels, latents = on_pixels(options), counts["shift"]
+    products = {"aten.bmm"}
+    parts = {"all": latents.keys(), "attention": products, "others": latents.keys() - products}
+    for part, names in parts.items():
+        many, few = (sum(count[name] for name in names) for count in (pixels, latents))
+        print(f"{part}: {many / 1e12:.3g} TFLOP, {many / few:.1f} times as many")
 
 
 if __name__ == "__main__":
