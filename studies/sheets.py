@@ -1,0 +1,40 @@
+"""Figures as files: PNGs of few colours, and tables of images with names of rows and columns."""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from files import atomic
+from media.write import SEPARATOR, contact_sheet, to_uint8
+from studies.curves import Figure
+
+
+def new_figure(height, dpi=150):
+    """A figure 8 inches wide: 1,200 pixels, to be read at 800."""
+    return Figure(figsize=(8, height), dpi=dpi, layout="constrained")
+
+
+def pixels(figure):
+    """A figure as an array (h, w, 3) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def save(figure, path):
+    """Write a PNG of at most 256 colours."""
+    with atomic(path) as file:
+        Image.fromarray(pixels(figure)).quantize(256, kmeans=1).save(file, "PNG", optimize=True)
+
+
+def show(axes, clips, rows, title, x_label="frame", columns=None):
+    """Clips (t, 3, h, w) in [-1, 1], one a row, with names of rows and columns."""
+    axes.imshow(to_uint8(contact_sheet(clips))[0], interpolation="nearest")
+    height, width = (n + SEPARATOR for n in clips[0].shape[-2:])
+    columns = range(1, 1 + max(map(len, clips))) if columns is None else columns
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, rows, fontsize=9)
+    axes.set_xticks((np.arange(len(columns)) + 0.5) * width, columns)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x_label)
