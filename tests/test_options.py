@@ -87,12 +87,12 @@ def test_a_stage_out_of_turn_is_refused(stage, message):
 @pytest.mark.parametrize("text, message", [
     ("", "not a JSON file"), ('{"options": {"seed"', "not a JSON file"),
     ("[]", "needs a JSON object"), ("{}", "damaged, or of another version"),
-    ('{"options": {"speed": 3}, "finished": []}', "damaged, or of another version .*speed"),
-    ('{"options": {"seed": "x"}, "finished": []}', "damaged, or of another version"),
+    ('{"options": {"speed": 3}, "finished": []}', "speed is unknown; is the file damaged"),
+    ('{"options": {"seed": "x"}, "finished": []}', "seed needs int, .* got 'x'"),
     ('{"options": [], "finished": []}', "damaged, or of another version"),
     ('{"options": {}, "finished": 3}', "damaged, or of another version"),
     ('{"options": {}, "finished": ["gan"]}', "damaged, or of another version"),
-    ('{"options": {"preset": "big"}, "finished": []}', "damaged, or of another version"),
+    ('{"options": {"preset": "big"}, "finished": []}', "preset needs one of .* got 'big'"),
 ])
 def test_a_damaged_record_is_refused_by_name(stopped, text, message):
     (stopped / "train.json").write_text(text)
