@@ -11,7 +11,7 @@ PY := .venv/bin/python
 # to do.
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
-.PHONY: demo long test test-studies bench clean
+.PHONY: demo long test test-1 test-2 test-3 test-studies bench clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -39,8 +39,16 @@ long: .venv/installed
 		--output runs/long/long.gif
 	$(FAST) $(PY) -m papers.long_video evaluate runs/long
 
+# Tests are small: two processes with a core each are faster than one with two.
 test: .venv/installed
-	$(PY) -m pytest -q --ignore tests/studies
+	@$(MAKE) --no-print-directory --jobs 2 test-1 test-2 test-3 \
+		$(if $(filter output-sync,$(.FEATURES)),--output-sync)
+
+test-1: FILES := $(wildcard tests/test_[a-n]*.py)
+test-2: FILES := $(wildcard tests/test_[o-z]*.py)
+test-3: FILES := tests/checkpoints tests/media tests/papers
+test-1 test-2 test-3:
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $(FILES)
 
 test-studies: .venv/studies
 	$(PY) -m pytest -q tests/studies

@@ -123,25 +123,34 @@ class Diffusion:
         # v and x_t are eps and x0 turned by an angle; turning back needs no division.
         return signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
 
-    def timestep_pairs(self, num_steps):
+    def snr(self, t):
+        """Signal-to-noise ratio at timestep t, a float; 0 where nothing but noise is left."""
+        alpha_bar = self.alphas_cumprod[t].item()
+        return alpha_bar / (1 - alpha_bar)
+
+    def timestep_pairs(self, num_steps, power=1.0):
         """Exactly num_steps pairs (t, t_prev) from noisy to clean; the last t_prev is -1.
 
         Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
         The spacings are those of Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
-        the noisiest timestep, trailing begins at it, linspace takes both ends.
+        the noisiest timestep, trailing begins at it, linspace takes both ends. A power other than 1
+        is trailing with more of the steps where noise prevails (below 1) or where it is weak.
         """
         total = self.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
-        if self.timestep_spacing == "leading":
+        if power != 1 or self.timestep_spacing == "trailing":
+            steps = [round(total * (1 - i / num_steps) ** power) - 1 for i in range(num_steps)]
+        elif self.timestep_spacing == "leading":
             stride = total // num_steps
             offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside
             steps = [i * stride + offset for i in reversed(range(num_steps))]
-        elif self.timestep_spacing == "trailing":
-            steps = [round(total - i * (total / num_steps)) - 1 for i in range(num_steps)]
         else:
             ends = torch.linspace(0, total - 1, num_steps, dtype=torch.float64)
             steps = [round(step) for step in reversed(ends.tolist())]
+        if len(set(steps)) < num_steps:
+            raise ValueError(f"timestep_power {power} needs fewer than {num_steps} steps: some of "
+                             f"them fall on the same of {total} timesteps")
         return list(pairwise([*steps, -1]))
 
     def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
@@ -192,17 +201,15 @@ def classifier_free_guidance(unconditional, conditional, guidance_scale):
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, generator=None):
+def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, generator=None, power=1.0):
     """Yield x_t after each of num_steps steps; the last one is the sample.
 
-    `model(x_t, timesteps)` predicts for latents x_t (b, ...) at timesteps (b,) int64. A generator
-    function, so that a script can draw a bar or a preview between the steps.
+    `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. A generator function, so that a script can draw a bar or a preview between the steps.
     """
     if sampler not in ("ddim", "ddpm"):
         raise ValueError(f"sampler needs to be 'ddim' or 'ddpm', got {sampler!r}")
-    for t, t_prev in diffusion.timestep_pairs(num_steps):
-        timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)  # b, all the same
-        output = model(x_t, timesteps)
+    for t, t_prev in diffusion.timestep_pairs(num_steps, power):
+        output = model(x_t, t)
         if sampler == "ddim":
             x_t = diffusion.ddim_step(output, x_t, t, t_prev, eta, generator)
         else:

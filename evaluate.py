@@ -112,6 +112,14 @@ def recognise_direction(x, y, size):
     return None
 
 
+def crispness(clip, shape):
+    """Intersection over union of what a clip (t, 3, h, w) shows with the ideal shape, in [0, 1]."""
+    found = segment((clip.double().numpy() + 1) / 2)
+    if found is None:  # a blank clip
+        return 0.0
+    return overlaps_of(found[1], *centres_of(found[1]))[shape]
+
+
 def agreement(clips, combinations):
     """Which of colour, shape, direction of clips (t, 3, h, w) in [-1, 1] are right: (n, 3) bool."""
     seen = [recognise((clip.double().numpy() + 1) / 2) for clip in clips]
@@ -156,15 +164,18 @@ def references(pipeline, prompts, seed):
 
 def evaluate_agreement(drawn, others, prompts):
     """The first table. drawn: {"clips" or "images": clips of prompts}, others: `references`."""
+    def row(clips, part=slice(None)):
+        clips, asked = clips[part], prompts[part]
+        overlaps = [crispness(clip, prompt[1]) for clip, prompt in zip(clips, asked, strict=True)]
+        return (rates(agreement(clips, asked), image=clips.shape[1] == 1)
+                | {"crispness": round(float(np.mean(overlaps)), 3)})
+
     result, held_out = {}, len(prompts) // 2  # choose_prompts has these first
     for kind, clips in drawn.items():
-        right = agreement(clips, prompts)
-        parts = {"seen": right[held_out:], "held out": right[:held_out], "all": right}
+        parts = {"seen": slice(held_out, None), "held out": slice(held_out), "all": slice(None)}
         for name, part in parts.items():
-            result[f"{kind}, {name}"] = rates(part, image=clips.shape[1] == 1)
-    for name, clips in others.items():
-        result[name] = rates(agreement(clips, prompts), image=clips.shape[1] == 1)
-    return result
+            result[f"{kind}, {name}"] = row(clips, part)
+    return result | {name: row(clips) for name, clips in others.items()}
 
 
 def evaluate(pipeline, num_prompts, seed, batch_size, net=None):

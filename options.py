@@ -81,7 +81,7 @@ class TrainOptions(LoopOptions):
     text_rate: float = option(0.01, "the text encoder's part of the image stage's learning rate")
     video_steps: int = option(1200, "steps of the video stage")
     video_batch_size: int = option(8, "clips a step")
-    video_learning_rate: float = option(2e-3, "learning rate of the video stage")
+    video_learning_rate: float = option(1e-3, "learning rate of the video stage")
     image_every: int = option(20, "every so many steps of the video stage see images; 0: none do")
     # the temporal variant
     temporal: str = option("shift", "what mixes frames (temporal.py)", choices=VARIANTS)
@@ -105,7 +105,10 @@ class TrainOptions(LoopOptions):
     preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
-    num_steps: int = option(12, "denoising steps of samples", **FREE)
+    guidance_max_snr: float | None = option(0.2, "guide samples where the signal-to-noise ratio is "
+                                            "at most this", **FREE)
+    num_steps: int = option(8, "denoising steps of samples", **FREE)
+    timestep_power: float = option(0.6, "below 1: more of the steps where noise prevails", **FREE)
     frames_per_second: float = option(8.0, "of the clips that are written", **FREE)
 
     def __post_init__(self):
@@ -119,7 +122,7 @@ class TrainOptions(LoopOptions):
         factor = self.vae().downscale * self.unet().downscale
         if self.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")
-        self.diffusion().timestep_pairs(self.num_steps)
+        self.diffusion().timestep_pairs(self.num_steps, self.timestep_power)
         self.sampling(self.num_frames)
 
     @property
@@ -146,9 +149,9 @@ class TrainOptions(LoopOptions):
 
     def sampling(self, num_frames):
         """The defaults of sample.py for the run."""
-        return Sampling(num_frames=num_frames, image_size=self.image_size, num_steps=self.num_steps,
-                        frames_per_second=self.frames_per_second,
-                        guidance_scale=self.guidance_scale)
+        same = ("image_size", "frames_per_second", "num_steps", "guidance_scale",
+                "guidance_max_snr", "timestep_power")
+        return Sampling(num_frames=num_frames, **{name: getattr(self, name) for name in same})
 
     def diffusion(self):
         """The noise schedule of the run."""
@@ -161,7 +164,8 @@ class TrainOptions(LoopOptions):
         alpha_bar = base / (base + self.snr_divisor * (1 - base))
         betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
         return Diffusion(prediction_type=self.prediction_type, trained_betas=tuple(betas.tolist()),
-                         timestep_spacing="trailing" if zero else "leading")
+                         timestep_spacing="trailing" if zero else "leading",
+                         set_alpha_to_one=True)
 
 
 RECIPES = {
@@ -182,7 +186,8 @@ RECIPES = {
         video_steps=100000, video_batch_size=1, video_learning_rate=1e-5, image_every=8,
         prediction_type="epsilon", zero_terminal_snr=False, snr_divisor=1.0, early_noise=0.0,
         warmup_steps=1000, ema_decay=0.9999, gradient_checkpointing=None,
-        save_every=5000, preview_every=5000, workers=4, guidance_scale=7.5, num_steps=50,
+        save_every=5000, preview_every=5000, workers=4, guidance_scale=7.5,
+        guidance_max_snr=None, num_steps=50, timestep_power=1.0,
     ),
 }
 RECIPES["sd2"] = dataclasses.replace(RECIPES["sd1"], preset="sd2", prediction_type="v_prediction")

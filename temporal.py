@@ -6,6 +6,7 @@ model.py, which imports this file.
                 is a line in ResnetBlock.forward and has no layer here
     attention   behind each layer, a place attends to itself in all frames (Latent-VDM, the baseline
                 of An et al. 2023; LVDM, He et al. 2022)
+    joint       the same, but a place attends to all places of all frames, in one attention
     directed    behind convolutions, a scale and an offset for each frame; beside the spatial
                 attention, attention to this frame and earlier ones (MagicVideo, Zhou et al. 2022)
     conv        behind convolutions, one over time (Make-A-Video, Singer et al. 2022, section 3.2)
@@ -21,7 +22,7 @@ from torch import nn
 from layers import Attention, LayerNorm, ResnetBlock, sinusoids
 from transformer import TransformerBlock
 
-VARIANTS = ("none", "shift", "attention", "directed", "conv")
+VARIANTS = ("none", "shift", "attention", "joint", "directed", "conv")
 DECODER_HEADS = 4  # of attention over time in an autoencoder's decoder
 
 
@@ -40,7 +41,7 @@ def add_temporal_layers(unet):
         elif isinstance(block, TransformerBlock) and config.temporal == "directed":
             channels, num_heads = block.norm1.normalized_shape[0], block.attn1.num_heads
             block.temporal = DirectedAttention(channels, num_heads)
-    if config.temporal == "attention":
+    if config.temporal in ("attention", "joint"):
         # The papers have one behind each spatial transformer. Here layers without a transformer get
         # one, too: the tiny U-Net has none at its finest level, where motion shows best.
         heads = config.num_heads
@@ -49,16 +50,18 @@ def add_temporal_layers(unet):
         for level, num_heads in levels:
             channels = level.resnets[0].conv2.out_channels
             for _ in range(1 if level is unet.mid_block else len(level.resnets)):
-                level.temporal.append(TemporalAttention(channels, num_heads, config.max_frames))
+                attention = ATTENTIONS[config.temporal](channels, num_heads)
+                level.temporal.append(TemporalAttention(channels, attention, config.max_frames))
 
 
 def add_decoder_layers(decoder, config):
     """Put the layers of a VAEConfig's variant into an autoencoder's new decoder."""
     for level in decoder.up_blocks:
         channels = level.resnets[0].conv2.out_channels
-        if config.temporal in ("attention", "directed"):
-            max_frames = config.max_frames if config.temporal == "attention" else None
-            level.temporal.append(TemporalAttention(channels, DECODER_HEADS, max_frames))
+        if config.temporal in ATTENTIONS:
+            attention = ATTENTIONS[config.temporal](channels, DECODER_HEADS)
+            max_frames = None if config.temporal == "directed" else config.max_frames
+            level.temporal.append(TemporalAttention(channels, attention, max_frames))
         for block in level.resnets:
             if config.temporal == "shift":
                 block.shift_before = ("conv1", "conv2")
@@ -141,18 +144,17 @@ class AttentionOverTime(Attention):
 
 
 class TemporalAttention(nn.Module):
-    """x + attention over time (norm(x) + positions), of clips (b, t, c, h, w).
+    """x + attention (norm(x) + positions), of clips (b, t, c, h, w).
 
-    Positions are learned. They start as sinusoids: if all were equal, attention, which sees its
-    frames as a set, could not tell their order. Without max_frames the attention is directed and
-    has no positions, so it takes any number of frames.
+    Positions of frames are learned. They start as sinusoids: if all were equal, attention, which
+    sees its frames as a set, could not tell their order. Directed attention can do without them
+    (max_frames None), and then takes any number of frames.
     """
 
-    def __init__(self, channels, num_heads, max_frames=None):
+    def __init__(self, channels, attention, max_frames=None):
         super().__init__()
         self.norm = LayerNorm(channels)
-        kind = DirectedAttention if max_frames is None else AttentionOverTime
-        self.attention = kind(channels, num_heads)
+        self.attention = attention
         self.positions = None
         if max_frames is not None:
             self.positions = nn.Parameter(sinusoids(torch.arange(max_frames), channels))
@@ -167,6 +169,13 @@ class TemporalAttention(nn.Module):
         return x + y.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
 
 
+class JointAttention(AttentionOverTime):
+    """Self-attention of each place to all places of all frames of tokens (b, t, n, c)."""
+
+    def forward(self, x):
+        return Attention.forward(self, x.flatten(1, 2)).view_as(x)  # b (t n) c -> b t n c
+
+
 class DirectedAttention(AttentionOverTime):
     """A frame's attention to itself and earlier ones, added to the spatial one's. MagicVideo."""
 
@@ -176,3 +185,7 @@ class DirectedAttention(AttentionOverTime):
             return torch.zeros_like(x)
         past = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()  # row i: columns <= i
         return super().forward(x, past)
+
+
+ATTENTIONS = {"attention": AttentionOverTime, "joint": JointAttention,
+              "directed": DirectedAttention}

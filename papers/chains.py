@@ -42,7 +42,9 @@ def begin(model, context, chain, seeds, size, first=None):
     if first is not None:
         latents[:, 0], known[0] = first, True
     # The text decides here what is seen, as in sample.py; later windows follow the known frames.
-    how = Guidance(model.sampling.num_steps, text=model.sampling.guidance_scale)
+    like = model.sampling
+    how = Guidance(like.num_steps, text=like.guidance_scale, max_snr=like.guidance_max_snr,
+                   power=like.timestep_power)
     return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 
 

@@ -143,12 +143,15 @@ class Guidance:
     """How one window is drawn.
 
     level: timestep to which known frames are noised, 0 for none. text: guidance by the text, 1 for
-    none. known: LVDM's w in e + w (e - e without known frames).
+    none, max_snr its limit and power that of the timesteps (Sampling). known: LVDM's w in
+    e + w (e - e without known frames).
     """
 
     num_steps: int = 1
     level: int = 0
     text: float = 1.0
+    max_snr: float | None = None
+    power: float = 1.0
     known: float = 0.0
 
 
@@ -173,9 +176,10 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     def unet(x, timesteps, context, conditions):
         return model.unet(x.to(context.dtype), timesteps, context, conditions).float()
 
-    def predicted(x_t, timesteps):
+    def predicted(x_t, t):
+        timesteps = torch.full((b,), t, device=x_t.device)
         output = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
-        if how.text != 1:
+        if how.text != 1 and (how.max_snr is None or model.diffusion.snr(t) <= how.max_snr):
             without = predict(unet, x_t, timesteps, empty, seen, known, conditions, hold)
             output = without + how.text * (output - without)
         if how.known:
@@ -183,5 +187,5 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
             output = output + how.known * (output - without)
         return output
 
-    *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps)
+    *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps, power=how.power)
     return torch.where(beside(known, latents)[:, None, None, None], latents, x_t)

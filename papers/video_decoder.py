@@ -30,8 +30,7 @@ import vae
 import weights
 from cache import cache_frames
 from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
-from evaluate import (agreement, centres_of, choose_prompts, overlaps_of, print_table, rates,
-                      segment)
+from evaluate import agreement, choose_prompts, crispness, print_table, rates
 from files import write_json
 from layers import per_frame
 from memory import check_sampling
@@ -67,7 +66,7 @@ class DecoderOptions(LoopOptions):
         super().__post_init__()
         if self.only_new and self.temporal in ("none", "shift"):
             raise ValueError(f"--only-new needs a variant with layers of its own, got --temporal "
-                             f"{self.temporal}; choose directed, attention or conv")
+                             f"{self.temporal}; choose directed, attention, joint or conv")
 
 
 class DecoderRun(PaperRun):
@@ -127,14 +126,6 @@ def train(run, folder):
 def flicker(decoded, true):
     """Mean squared error of the changes from frame to frame, of clips (b, t, c, h, w)."""
     return (decoded.diff(dim=1) - true.diff(dim=1)).square().mean()
-
-
-def crispness(clip, shape):
-    """Intersection over union of what a clip (t, 3, h, w) shows with the ideal shape, in [0, 1]."""
-    found = segment((clip.double().numpy() + 1) / 2)
-    if found is None:  # a blank clip
-        return 0.0
-    return overlaps_of(found[1], *centres_of(found[1]))[shape]
 
 
 def scores(clips, prompts, true=None):

@@ -50,6 +50,7 @@ VARIANTS = {
     "shift-eighth": {"temporal": "shift", "shift_fold": 8},
     "shift-causal": {"temporal": "shift", "shift_causal": True},
     "attention": {"temporal": "attention", "new_layers_rate": 3.0},
+    "joint": {"temporal": "joint", "new_layers_rate": 3.0},
     "directed": {"temporal": "directed"},
     "conv": {"temporal": "conv"},
     "conv-as-shift": {"temporal": "conv", "start_as_shift": True},

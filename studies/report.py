@@ -70,6 +70,15 @@ def agreement_table(results):
     return table(["variant", "combinations", *parts], *rows)
 
 
+def curve_table(results):
+    """Percentages of clips that are right in all, after so many steps."""
+    steps = set.intersection(*(set(run["curve"]) for runs in results.values() for run in runs))
+    steps = sorted(steps, key=int)
+    rows = [[name, *(cell([run["curve"][step]["all"] for run in runs]) for step in steps)]
+            for name, runs in results.items()]
+    return table(["variant", *(f"{step} steps" for step in steps)], *rows)
+
+
 def quality_table(results, references):
     """Images right, how steady clips are, and how far from real ones."""
     rows = [
@@ -121,7 +130,7 @@ def write_report(output, title, costs, results, references):
         title, cost_table(costs, names),
         "Agreement with the text, %; where there is an interval, it is that of the mean over seeds"
         " (95 %, Student).",
-        agreement_table(results), quality_table(results, references),
+        agreement_table(results), curve_table(results), quality_table(results, references),
     ])
     write_text(output / "report.md", text + "\n")
     write_json(output / "report.json", {

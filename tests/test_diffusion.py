@@ -158,13 +158,13 @@ def test_a_perfect_prediction_gives_back_x0_and_noise(prediction, t):
 def test_epsilon_and_v_sample_the_same_clip():
     eps, v = Diffusion(), Diffusion(**SD2)
 
-    def as_v(x_t, timesteps):  # the same opinion about x0, said as v
-        signal, sigma = coefficients(v, timesteps[0])
+    def as_v(x_t, t):  # the same opinion about x0, said as v
+        signal, sigma = coefficients(v, t)
         noise = torch.tanh(x_t)
         return signal * noise - sigma * (x_t - sigma * noise) / signal
 
     start = normal(2, 3, seed=1).double()
-    *_, expected = sample_loop(eps, lambda x_t, timesteps: torch.tanh(x_t), start, 10)
+    *_, expected = sample_loop(eps, lambda x_t, t: torch.tanh(x_t), start, 10)
     *_, actual = sample_loop(v, as_v, start, 10)
     torch.testing.assert_close(actual, expected)
 
@@ -225,6 +225,20 @@ def test_each_step_begins_where_the_one_before_ended(spacing):
     assert [t_prev for _, t_prev in pairs] == [t for t, _ in pairs[1:]] + [-1]
 
 
+def test_the_power_of_timesteps_by_hand():
+    steps = [t for t, _ in Diffusion(timestep_spacing="leading").timestep_pairs(4, 0.5)]
+    assert steps == [999, 865, 706, 499]  # 1000 sqrt(1 - i / 4), rounded, - 1
+    with pytest.raises(ValueError, match="timestep_power 0.6 needs fewer than 900 steps"):
+        Diffusion().timestep_pairs(900, 0.6)
+
+
+def test_the_ratio_of_signal_to_noise_by_hand():
+    diffusion = Diffusion(**ZERO_SNR)
+    signal, sigma = coefficients(diffusion, 300)
+    assert diffusion.snr(300) == pytest.approx(signal**2 / sigma**2)
+    assert diffusion.snr(999) == 0
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_refuses_an_impossible_number_of_steps(num_steps):
     message = rf"num_steps needs to lie in \[1, 1000\], got {num_steps}"
@@ -278,7 +292,7 @@ def test_ddpm_step_is_bayes_rule(monkeypatch):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 9, 11])  # where rounding makes the rest -1e-17
 def test_zero_terminal_snr_can_be_sampled_with_full_noise(num_steps):
-    model = lambda x, timesteps: torch.zeros_like(x)  # noqa: E731
+    model = lambda x, t: torch.zeros_like(x)  # noqa: E731
     *_, sample = sample_loop(Diffusion(**ZERO_SNR), model, normal(1, 4), num_steps, eta=1.0)
     assert sample.isfinite().all()
 
@@ -299,8 +313,8 @@ class Perfect:
     def __init__(self, diffusion, mean, deviation):
         self.diffusion, self.mean, self.deviation = diffusion, mean, deviation
 
-    def __call__(self, x_t, timesteps):
-        signal, sigma = coefficients(self.diffusion, timesteps[0])
+    def __call__(self, x_t, t):
+        signal, sigma = coefficients(self.diffusion, t)
         gain = signal * self.deviation**2 / (signal**2 * self.deviation**2 + sigma**2)
         x0 = self.mean + gain * (x_t - signal * self.mean)
         eps = (x_t - signal * x0) / sigma
@@ -347,7 +361,7 @@ TRAJECTORIES = {
 def test_a_whole_run_equals_that_of_diffusers(name):
     options, sampler, eta = TRAJECTORIES[name]
     (generator,) = generators(3)
-    model = lambda x, timesteps: torch.tanh(x + timesteps[:, None] / 1000)  # noqa: E731
+    model = lambda x, t: torch.tanh(x + t / 1000)  # noqa: E731
     states = sample_loop(Diffusion(**options), model, normal(1, 4), 10, sampler, eta, generator)
     torch.testing.assert_close(
         torch.cat(list(states)), torch.tensor(RECORDED["trajectories"][name]), atol=1e-4, rtol=0
@@ -357,12 +371,12 @@ def test_a_whole_run_equals_that_of_diffusers(name):
 def test_the_loop_yields_once_a_step_and_ends_with_the_sample():
     diffusion, seen = Diffusion(), []
 
-    def model(x_t, timesteps):
-        seen.append(timesteps.tolist())
+    def model(x_t, t):
+        seen.append(t)
         return x_t
 
     states = list(sample_loop(diffusion, model, normal(2, 3), 7))
-    assert seen == [[t, t] for t, _ in diffusion.timestep_pairs(7)] and len(states) == 7
+    assert seen == [t for t, _ in diffusion.timestep_pairs(7)] and len(states) == 7
 
 
 def test_refuses_an_unknown_sampler():
@@ -384,7 +398,7 @@ def test_a_clip_does_not_depend_on_the_clips_beside_it(sampler, eta):
     def sample(*seeds):
         each = generators(*seeds)
         start = randn((len(seeds), 3, 4, 2, 5), each)
-        model = lambda x, timesteps: torch.tanh(x)  # noqa: E731
+        model = lambda x, t: torch.tanh(x)  # noqa: E731
         return list(sample_loop(Diffusion(), model, start, 4, sampler, eta, each))[-1]
 
     assert torch.equal(sample(11, 12, 13)[1:2], sample(12))

@@ -11,7 +11,7 @@ from helpers import call, train_small
 
 import evaluate
 import metrics
-from evaluate import agreement, rates, recognise
+from evaluate import agreement, crispness, rates, recognise
 from metrics import psnr, ssim
 from media.write import write_clip
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SHAPES, MovingShapes, caption_of
@@ -134,6 +134,13 @@ def test_agreement_is_counted_for_each_word():
     assert agreement(clips, asked).tolist() == [
         [True, True, True], [True, False, True], [False, True, False],
     ]
+
+
+def test_crispness_is_that_of_the_shape_asked_for():
+    frames, _ = MovingShapes(1, 3, 32, combinations=[("red", "square", "left")])[0]
+    clip = frames / 127.5 - 1
+    assert crispness(clip, "square") > 0.98 > 0.9 > crispness(clip, "triangle")
+    assert crispness(torch.zeros(3, 3, 32, 32), "square") == 0.0
 
 
 def test_rates_are_percentages_of_clips():
@@ -263,6 +270,7 @@ def test_a_run_without_a_video_stage_is_measured_on_images(tmp_path, capsys):
     written = json.loads((tmp_path / "run/evaluation.json").read_text())
     rows = written["agreement"]
     assert not any(name.startswith("clips") for name in rows)
+    assert rows["real clips"].pop("crispness") > 0.98
     assert rows["real clips"] == {"count": 2, "colour": 100.0, "shape": 100.0, "all": 100.0}
     assert all("consistency" not in row for row in written["quality"].values())
     with pytest.raises(ValueError, match="needs a model of clips; .*run has no video stage"):

@@ -43,13 +43,14 @@ def last(pipeline, prompts, seeds, **options):
 def test_other_models_draw_16_frames_at_256_pixels_with_stable_diffusions_steps_and_guidance():
     assert Sampling() == Sampling(
         num_frames=16, image_size=256, frames_per_second=8.0, num_steps=50, guidance_scale=7.5,
-        sampler="ddim", eta=0.0,
+        guidance_max_snr=None, timestep_power=1.0, sampler="ddim", eta=0.0,
     )
 
 
 @pytest.mark.parametrize("name, values", [
     ("num_frames", (1, 10**6)), ("image_size", (1, 10**6)), ("num_steps", (1, 10**6)),
-    ("frames_per_second", (0.1, 50)), ("eta", (0, 1)),
+    ("frames_per_second", (0.1, 50)), ("eta", (0, 1)), ("guidance_max_snr", (0, 10**6, None)),
+    ("timestep_power", (0.1, 10)),
 ])
 def test_settings_may_take_their_limits(name, values):
     for value in values:
@@ -60,7 +61,8 @@ def test_settings_may_take_their_limits(name, values):
     ("num_frames", 0, ">= 1, got 0"), ("image_size", 0, ">= 1"), ("num_steps", 0, ">= 1"),
     ("frames_per_second", 0.09, r"to lie in \[0.1, 50\], got 0.09"),
     ("frames_per_second", 50.1, "to lie in"), ("eta", -0.01, r"to lie in \[0, 1\], got -0.01"),
-    ("eta", 1.01, "to lie in"),
+    ("eta", 1.01, "to lie in"), ("guidance_max_snr", -0.1, ">= 0, got -0.1"),
+    ("timestep_power", 0.09, "to lie in"), ("timestep_power", 10.1, "to lie in"),
 ])
 def test_settings_beyond_their_limits_are_refused(name, value, message):
     with pytest.raises(ValueError, match=f"{name} needs {message}"):
@@ -114,6 +116,20 @@ def test_with_guidance_the_network_sees_each_clip_twice_without_its_text_and_wit
     for x, timesteps, context in calls:
         assert torch.equal(x[:2], x[2:]) and len(set(timesteps.tolist())) == 1
         torch.testing.assert_close(context, torch.stack([none, none, *texts]), atol=1e-6, rtol=0)
+
+
+def test_guidance_ends_where_the_signal_is_stronger_than_its_limit(pipeline, calls):
+    snr = [pipeline.diffusion.snr(t) for t, _ in pipeline.diffusion.timestep_pairs(4)]
+    last(pipeline, PROMPTS[:2], [0, 1], num_steps=4, guidance_max_snr=snr[1])
+    text = pipeline.encode_text(PROMPTS[:2])
+    assert [len(x) for x, _, _ in calls] == [4, 4, 2, 2]  # the limit itself is guided
+    assert all(torch.equal(context, text) for _, _, context in calls[2:])
+
+
+def test_a_power_of_the_timesteps_reaches_the_network(pipeline, calls):
+    last(pipeline, PROMPTS[:1], [0], num_steps=3, timestep_power=0.6)
+    expected = [t for t, _ in pipeline.diffusion.timestep_pairs(3, 0.6)]
+    assert [timesteps[0].item() for _, timesteps, _ in calls] == expected
 
 
 # What a clip depends on

@@ -12,8 +12,10 @@ from model import PRESETS, UNet, UNetConfig
 from shift import temporal_shift
 from temporal import (
     VARIANTS,
+    AttentionOverTime,
     DirectedAttention,
     FrameAdaptor,
+    JointAttention,
     TemporalAttention,
     TemporalConvolution,
     start_as_shift,
@@ -26,7 +28,7 @@ SMALL = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
     attention_levels=(False, True), attention_head_dim=2, temporal="none", max_frames=4,
 )
-LEARNED = ("attention", "directed", "conv")
+LEARNED = ("attention", "joint", "directed", "conv")
 SHAPE = (2, 3, 6, 5, 4)  # b t c h w, all different
 
 
@@ -80,7 +82,7 @@ def attention_by_loops(attention, tokens, directed):
 
 @torch.no_grad()
 def test_temporal_attention_equals_attention_place_by_place():
-    layer, x = fill(TemporalAttention(6, num_heads=2, max_frames=4)), clip()
+    layer, x = fill(TemporalAttention(6, AttentionOverTime(6, 2), max_frames=4)), clip()
     tokens = layer.norm(x.permute(0, 1, 3, 4, 2).flatten(2, 3))
     tokens = tokens + layer.positions[:3, None]
     y = attention_by_loops(layer.attention, tokens, directed=False)
@@ -89,7 +91,7 @@ def test_temporal_attention_equals_attention_place_by_place():
 
 
 def test_positions_tell_every_frame_from_every_other():
-    positions = TemporalAttention(8, num_heads=2, max_frames=16).positions.detach()
+    positions = TemporalAttention(8, AttentionOverTime(8, 2), max_frames=16).positions.detach()
     assert torch.cdist(positions, positions).fill_diagonal_(9.0).min() > 0.5
 
 
@@ -97,6 +99,14 @@ def test_positions_tell_every_frame_from_every_other():
 def test_directed_attention_is_attention_to_the_past_place_by_place():
     layer, tokens = fill(DirectedAttention(6, 2)), clip(2, 3, 5, 6)
     expected = attention_by_loops(layer, tokens, directed=True)
+    torch.testing.assert_close(layer(tokens), expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_joint_attention_is_attention_of_every_place_to_all_places_of_all_frames():
+    layer, tokens = fill(JointAttention(6, 2)), clip(2, 3, 5, 6)
+    row = tokens.reshape(2, 15, 1, 6)  # the places of all frames, as if they were frames
+    expected = attention_by_loops(layer, row, directed=False).view_as(tokens)
     torch.testing.assert_close(layer(tokens), expected, atol=1e-6, rtol=0)
 
 
@@ -157,7 +167,7 @@ def test_the_convolution_over_time_is_a_3d_convolution_of_one_place():
 
 
 @pytest.mark.parametrize("layer", [
-    TemporalAttention(6, 2, 4), TemporalConvolution(6), FrameAdaptor(6, 4),
+    TemporalAttention(6, AttentionOverTime(6, 2), 4), TemporalConvolution(6), FrameAdaptor(6, 4),
 ])
 @torch.no_grad()
 def test_frames_that_lie_in_memory_as_h_w_c_stay_so(layer):
@@ -227,9 +237,10 @@ def test_names_of_the_new_parameters():
     }
     projections = [f"to_{part}" for part in ("k.weight", "out.0.bias", "out.0.weight", "q.weight",
                                              "v.weight")]
+    attention = [f"attention.{name}" for name in projections]
+    attention += ["norm.bias", "norm.weight", "positions"]
     assert parts == {
-        "attention": [f"attention.{name}" for name in projections]
-        + ["norm.bias", "norm.weight", "positions"],
+        "attention": attention, "joint": attention,
         "directed": ["after1.offset", "after1.scale", "after2.offset", "after2.scale"]
         + projections,
         "conv": ["after1.bias", "after1.weight", "after2.bias", "after2.weight"],

@@ -42,7 +42,7 @@ class Model:
     """What begin() asks of a model."""
 
     class sampling:
-        num_steps, guidance_scale = 4, 2.0
+        num_steps, guidance_scale, guidance_max_snr, timestep_power = 4, 2.0, None, 1.0
 
     class unet:
         class config:

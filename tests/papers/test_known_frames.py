@@ -172,6 +172,17 @@ def test_a_window_does_not_depend_on_frames_it_may_not_see(model):
     assert results[0].equal(results[1])
 
 
+def test_guidance_by_the_text_ends_at_its_ratio_of_signal_to_noise(model):
+    latents, known = normal(1, 3, 4, 8, 8), torch.zeros(3, dtype=torch.bool)
+    context = model.encode_text(["a red circle"])
+    everywhere, nowhere, up_to_0, up_to_9 = (
+        draw(model, context, latents, known, 8.0, [3], Guidance(2, text=scale, max_snr=max_snr))
+        for scale, max_snr in ((2.0, None), (1.0, None), (2.0, 0.0), (2.0, 1e9)))
+    assert everywhere.equal(up_to_9) and not everywhere.equal(nowhere)
+    # The first of the two steps has no signal at all: it alone is guided.
+    assert not up_to_0.equal(everywhere) and not up_to_0.equal(nowhere)
+
+
 def test_guidance_by_known_frames_is_lvdms_formula(model):
     latents, known = normal(1, 3, 4, 8, 8), torch.tensor([True, False, False])
     context = model.encode_text(["a red circle"])

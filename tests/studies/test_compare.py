@@ -64,21 +64,23 @@ def tables_of(text):
 
 
 def test_the_tables_have_a_row_for_each_variant(compared):
-    cost, agreement, quality = tables_of((compared / "report.md").read_text())
+    cost, agreement, curve, quality = tables_of((compared / "report.md").read_text())
     assert [row[0] for row in cost[2:]] == ["shift", "conv"]
     assert [row[:2] for row in agreement[2:]] == [
         ["shift", "seen"], ["shift", "held out"], ["conv", "seen"], ["conv", "held out"],
     ]
+    assert [row[0] for row in curve[2:]] == ["shift", "conv"]
     assert [row[0] for row in quality[2:]] == ["shift", "conv", "the image model", "real clips"]
 
 
 def test_the_tables_have_these_columns(compared):
-    cost, agreement, quality = tables_of((compared / "report.md").read_text())
+    cost, agreement, curve, quality = tables_of((compared / "report.md").read_text())
     assert cost[0] == [
         "variant", "parameters", "new", "GFLOPs a clip", "forward over shift",
         "training step over shift", "sampling over shift", "training step, s", "peak GiB",
     ]
     assert agreement[0] == ["variant", "combinations", "colour", "shape", "direction", "all"]
+    assert curve[0] == ["variant", "2 steps"]
     assert quality[0] == ["variant", "images right, %", "consistency", "FVD-shapes"]
     assert {len(row) for row in cost} == {9} and {len(row) for row in quality} == {4}
 
