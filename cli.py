@@ -37,7 +37,7 @@ def check_ranges(args, **limits):
     """Raise ValueError unless flags lie in their limits, name=(low, high). None is not checked."""
     for name, (low, high) in limits.items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
+        if value is not None and not low <= value <= high:  # "not <=", so that NaN fails
             raise ValueError(f"--{name.replace('_', '-')} needs to lie in [{low}, {high}], got "
                              f"{value}")
 

@@ -141,6 +141,17 @@ def require_memory(needed, flags):
                          f"{there / 1e9:,.1f}; lower {flags}")
 
 
+def least_bytes(options, stage):
+    """Bytes that a step on a CPU surely takes: 8 maps of a block of the first level, and a clip."""
+    config, size, frames = options.vae(), options.image_size, options.vae_batch_size
+    if stage != "vae":
+        config, size, frames = options.unet(), size // config.downscale, options.image_batch_size
+    if stage == "video":
+        frames = options.video_batch_size * options.latent_frames
+    clip = CLIP_BYTES * options.num_frames * options.image_size**2
+    return 4 * 8 * frames * config.block_out_channels[0] * size**2 + clip
+
+
 def check_sampling(pipeline, sampling, batch_size, kept, zoom=1):
     """Refuse, as require_memory does, to draw what cannot fit; counted is what surely is needed.
 
@@ -158,13 +169,11 @@ def check_sampling(pipeline, sampling, batch_size, kept, zoom=1):
 def plan(run, stage, needs=None, free=None):
     """The Plan of a stage; on a GPU, says what it needs. Raises ValueError if it cannot fit."""
     options = run.options
-    needs = needs or needs_of(learning(run, stage))
     if run.device.type != "cuda":
-        chosen = Plan(options.gradient_checkpointing is not False, False, options.offload)
-        clip = CLIP_BYTES * options.num_frames * options.image_size**2
-        require_memory(needs.peak(chosen, bf16=False) + clip,
+        require_memory(least_bytes(options, stage),
                        f"--{stage}-batch-size, --num-frames or --image-size")
-        return chosen
+        return Plan(options.gradient_checkpointing is not False, False, options.offload)
+    needs = needs or needs_of(learning(run, stage))
     free = free or free_bytes(run.device)
     bf16 = uses_bf16(run.device, options.precision)
     wish = options.gradient_checkpointing

@@ -12,7 +12,7 @@ import torch
 
 import model
 import vae
-from cli import option
+from cli import check_ranges, option
 from diffusion import Diffusion
 from pipeline import Sampling
 from temporal import VARIANTS
@@ -45,12 +45,10 @@ class LoopOptions:
             ("seed", "image_every", "warmup_steps", "max_level", "decoder_steps", "workers"), 0)
         most = {"seed": 2**62, "num_clips": 10**6, "max_tokens": 65536, "workers": 256}
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
-            value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
+            least = 0 if kinds[name] is float else others.get(name, 1)
             part = name in ("caption_dropout", "ema_decay") or name.endswith("_part")
             limit = 1 if part else most.get(name, 10**6 if name.endswith("_size") else 10**9)
-            if not least <= value <= limit:  # "not <=", so that NaN fails
-                raise ValueError(f"--{name.replace('_', '-')} needs to lie in "
-                                 f"[{least}, {limit:,}], got {value}")
+            check_ranges(self, **{name: (least, limit)})
 
 
 @dataclass(frozen=True)

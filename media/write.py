@@ -135,7 +135,8 @@ def _write_mp4(file, parts, frames_per_second):
         process.wait()
         error = ffmpeg_error(log)
     if process.returncode:
-        raise ValueError(f"ffmpeg cannot write an .mp4 ({error}); write a .gif")
+        raise ValueError(f"{file.name}: ffmpeg cannot write it ({error}); make room, or write a "
+                         ".gif")
 
 
 WRITERS = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_png, ".mp4": _write_mp4}

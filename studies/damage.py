@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from media.write import write_clip
 from papers import long_video, video_autoencoder, video_decoder
 from shapes import MovingShapes
 from tokenizer import CLIPTokenizer
+from trainer import Trainer
 
 SECONDS = 20  # of CPU time that a command may take; ten times as many if it waits
 ODD = (None, True, -1, 0, 2**63, 10**30, 1e308, math.nan, math.inf, "", "x", [], [[]], [10**9], {})
@@ -109,8 +111,7 @@ def cases(folders):
     networks += [str(Path(file).with_name("config.json")) for file in networks]
     others = ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
               "scheduler/scheduler_config.json", "sampling.json"]
-    kept = ["training_state.pt", "train.json", "metrics.jsonl", "cache/latents/000000.safetensors",
-            "cache/texts/000000.safetensors", "image_unet/config.json"]
+    kept = ["training_state.pt", "train.json", "metrics.jsonl", "cache/frames/000000.safetensors"]
     all_cases = [
         *(("run", file, sample.main, draw) for file in networks + others),
         ("run", "train.json", evaluate.main, few),
@@ -118,7 +119,7 @@ def cases(folders):
                                                "RUN/prompts.txt", "--output", "RUN/x.png"]),
         ("texts", "merges.txt.gz", sample.main, [folders["run"], "a cat", *DRAW, "--merges",
                                                  "RUN/merges.txt.gz", "--output", "RUN/x.png"]),
-        *(("stopped", file, train.main, ["RUN", "--resume"]) for file in kept),
+        *(("stopped", file, train.main, ["RUN", "--resume", "--stage", "vae"]) for file in kept),
         *(("files", file, weights.main, [f"RUN/{file}"]) for file in ("sd.ckpt", "sd.safetensors")),
         *((kind, file, data.main, ["check", "RUN", "--image-size", "16"]) for kind, file in (
             ("gif", "1.gif"), ("gif", "1.txt"), ("webp", "1.webp"), ("npy", "1.npy"),
@@ -132,6 +133,13 @@ def cases(folders):
          ["sample", "RUN", "a red circle", "--output", "RUN/x.gif"]),
     ]
     return [case for case in all_cases if case[0] in folders]
+
+
+def stopped_run(path, *options):
+    """A training that Ctrl-C has stopped in its first stage before the last of four steps."""
+    with mock.patch.object(Trainer, "_stopping", lambda self, _: self.step == 3):
+        fault_of(train.main, [path, *options, "--vae-steps", "4", "--stage", "vae"])
+    return path
 
 
 def trial(case, folders, work, chance):

@@ -33,8 +33,7 @@ import weights
 from cli import check_ranges, run_main
 from papers import key_frames, long_video, video_autoencoder, video_decoder
 from studies import bench
-from studies.damage import DRAW, cases, fault_of, small_files, trial
-from trainer import Trainer
+from studies.damage import DRAW, cases, fault_of, small_files, stopped_run, trial
 
 ROOT = Path(train.__file__).parent
 NUMBERS = "0", "-1", "1" + 30 * "0", "inf", "nan", str(2**64), "", "x"
@@ -47,14 +46,6 @@ def must(main, *words):
     """Call a command that has to work."""
     if fault := fault_of(main, words):
         raise ValueError(f"{' '.join(map(str, words))}: {fault}")
-
-
-def stopped_run(path):
-    """A training that Ctrl-C has stopped, as it leaves its folder."""
-    with mock.patch.object(Trainer, "_stopping", lambda self, _: (self.stage, self.step) == (
-            "video", 3)):
-        fault_of(train.main, [path, *SMALL])
-    return path
 
 
 def paper_runs(root, run):
@@ -183,7 +174,7 @@ def main():
         root = Path(folder)
         os.chdir(root)
         must(train.main, root / "run", *SMALL)
-        folders = {"run": root / "run", "stopped": stopped_run(root / "stopped"),
+        folders = {"run": root / "run", "stopped": stopped_run(root / "stopped", *SMALL),
                    **small_files(root), **paper_runs(root, root / "run")}
         print(bench.table(["test", "tried", "held"]))
         for case in cases(folders):

@@ -68,7 +68,9 @@ def test_a_wrong_flag_is_named_and_ends_with_status_2(capsys, words, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("--rate", "nan"), ("--rate", "-inf"), ("--num-steps", "1" * 30)])
+@pytest.mark.parametrize("words", [
+    ("--rate", "nan"), ("--rate", "-inf"), ("--num-steps", 30 * "1"),
+])
 def test_numbers_of_flags_are_finite_and_fit_into_64_bits(capsys, words):
     with pytest.raises(SystemExit):
         given(*words)

@@ -15,9 +15,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, change, flags
+from helpers import SMALL, call, flags
 
 import evaluate
+import memory
 import run as runs
 import sample
 import train
@@ -30,8 +31,8 @@ from media.write import write_clip
 from options import RECIPES
 from pipeline import Sampling
 from sample import read_prompts
-from studies.damage import cases, places, small_files, trial
-from trainer import Trainer, drop_repeated
+from studies.damage import cases, places, small_files, stopped_run, trial
+from trainer import drop_repeated
 
 
 @pytest.fixture
@@ -223,12 +224,7 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def folders(trained, tmp_path_factory):
     """{name: folder}: finished and stopped runs, clips, texts and single files."""
-    path = shutil.copytree(trained, tmp_path_factory.mktemp("stopped") / "run")
-    change(path / "train.json", finished=["vae", "image"])
-    shutil.copy(trained.parent / "states" / "video-2.pt", path / "training_state.pt")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_stopping", lambda self, received: self.step == 3)
-        call(train.main, path, "--resume")
+    path = stopped_run(tmp_path_factory.mktemp("stopped") / "run", *flags(**SMALL))
     files = small_files(tmp_path_factory.mktemp("files"))
     files.pop("mp4", None)  # a process of ffmpeg takes a tenth of a second
     return {"run": trained, "stopped": path} | files
@@ -295,7 +291,7 @@ def test_sample_refuses_before_it_draws(trained, capsys, name, value, message):
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("image_size", 1_048_576, MEMORY), ("image_size", 10**9, "needs to lie in .1, 1,000,000."),
+    ("image_size", 1_000_000, MEMORY), ("image_size", 10**9, "needs to lie in .1, 1000000."),
     ("vae_batch_size", 10**6, MEMORY), ("early_noise", "inf", "needs a finite number below 2"),
     ("workers", 10**6, "--workers needs to lie in .0, 256., got 1000000"),
     ("accumulate", 10**30, "needs a finite number below"), ("seed", 2**63 - 1, "to lie in .0, "),
@@ -306,7 +302,8 @@ def test_train_refuses_before_it_trains(tmp_path, capsys, name, value, message):
     assert not (tmp_path / "run" / "cache").exists()
 
 
-def test_evaluate_refuses_before_it_draws(trained, capsys):
+def test_evaluate_refuses_before_it_draws(trained, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10**9)
     line = line_of(capsys, evaluate.main, trained, "--num-prompts", 10**6, "--device", "cpu")
     assert re.search(MEMORY, line)
 
@@ -339,7 +336,7 @@ def test_another_number_of_threads_is_said(folders, tmp_path, capsys):
     saved = torch.load(path / "training_state.pt", weights_only=True)
     assert saved["threads"] == torch.get_num_threads()
     torch.save(saved | {"threads": 77}, path / "training_state.pt")
-    call(train.main, path, "--resume")
+    call(train.main, path, "--resume", "--stage", "vae")
     assert "is of a training with 77 threads, this one has" in capsys.readouterr().err
 
 
