@@ -69,7 +69,7 @@ def test_a_wrong_flag_is_named_and_ends_with_status_2(capsys, words, message):
 
 
 @pytest.mark.parametrize("words", [
-    ("--rate", "nan"), ("--rate", "-inf"), ("--num-steps", 30 * "1"),
+    ("--rate", "nan"), ("--rate", "inf"), ("--num-steps", 30 * "1"),
 ])
 def test_numbers_of_flags_are_finite_and_fit_into_64_bits(capsys, words):
     with pytest.raises(SystemExit):
