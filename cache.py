@@ -147,7 +147,7 @@ class Cache:
             file = load_safetensors(self._path(k))
             starts, _, stored = file["starts"], file["checksum"], file["signatures"].tolist()
             if (starts.dtype, len(starts), len(file["items"])) != (
-                torch.int64, len(self._items(k)) + 1, starts[-1]
+                torch.int64, len(stored) + 1, starts[-1]
             ):
                 raise ValueError("its parts do not fit together")
         except FileNotFoundError:
