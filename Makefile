@@ -31,6 +31,7 @@ demo: .venv/installed
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
 	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif --zoom 4
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
+	$(PY) -m studies.page runs/demo
 
 long: .venv/installed
 	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo \

@@ -121,6 +121,15 @@ class CLIPTextModel(nn.Module):
         nn.init.normal_(embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.03)
         layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
+        # Every word should reach the last token with the same strength. PyTorch's default matrices
+        # may make nearly one of "left" and "right", by bad luck; orthogonal ones keep all apart.
+        # And a word that comes early would also arrive by way of those after it: so at first only
+        # the last layer mixes tokens.
+        for layer in layers:
+            nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+            nn.init.orthogonal_(layer.self_attn.out_proj.weight)
+        for layer in layers[:-1]:
+            nn.init.zeros_(layer.self_attn.out_proj.weight)
         # The dicts give the parameters their names in a checkpoint: text_model.encoder.layers.0...
         self.text_model = nn.ModuleDict({
             "embeddings": embeddings,

@@ -34,18 +34,18 @@ SHAPES = {  # b, t, c, h, w of a U-Net's first level, where the shift moves most
 }
 
 
-def measure(functions, repetitions, device):
+def measure(functions, repetitions, device, clock=time.perf_counter, warm_up=1):
     """Seconds of each function, repetitions times in turn: {name: [seconds, ...]}."""
     seconds = {name: [] for name in functions}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for turn in range(repetitions + 1):
+    for turn in range(warm_up + repetitions):
         for name, function in functions.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             function()
             wait()
-            if turn > 0:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
+            if turn >= warm_up:
+                seconds[name].append(clock() - start)
     return seconds
 
 
