@@ -68,8 +68,11 @@ def signature(version):
 
 
 def checksum(stored):
-    """CRC-32 of a file's items and of where they start, which its header cannot check."""
-    return zlib.crc32(raw_bytes(stored["starts"]), zlib.crc32(raw_bytes(stored["items"])))
+    """CRC-32 of a file's items, their type and where they start, which its header cannot check."""
+    number = zlib.crc32(repr((stored["items"].dtype, [*stored["items"].shape])).encode())
+    for name in ("items", "starts"):
+        number = zlib.crc32(raw_bytes(stored[name]), number)
+    return number
 
 
 def digest_of(network):
@@ -141,10 +144,15 @@ class Cache:
     def _fault(self, k):
         """Why file k has to be written: "" if it does not exist, None if it need not be."""
         try:
-            stored = load_safetensors(self._path(k))["signatures"].tolist()
+            file = load_safetensors(self._path(k))
+            starts, _, stored = file["starts"], file["checksum"], file["signatures"].tolist()
+            if (starts.dtype, len(starts), len(file["items"])) != (
+                torch.int64, len(stored) + 1, starts[-1]
+            ):
+                raise ValueError("its parts do not fit together")
         except FileNotFoundError:
             return ""
-        except (ValueError, KeyError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             return f"damaged ({error})"
         new = {signature(version): version[0] for version in map(self.version, self._items(k))}
         if list(new) == stored:

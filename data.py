@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cli import add_flags, given_flags, option, run_main
+from cli import add_flags, check_ranges, given_flags, option, run_main
 from media.captions import find_clips
 from media.read import iter_clip, read_clip
 
@@ -85,6 +85,7 @@ def main():
     add_flags(command, CheckOptions())
     args = parser.parse_args()
     options = CheckOptions(**given_flags(args, CheckOptions()))
+    check_ranges(options, num_frames=(1, 10**6), image_size=(1, 16384), stride=(1, 10**6))
 
     clips, problems = find_clips(args.folder)
     total = 0

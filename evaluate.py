@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import choose_device, run_main
-from files import write_json
+from cli import check_ranges, choose_device, run_main
+from files import require_room, write_json
+from memory import check_sampling
 from metrics import NUM_FEATURES, accuracy, evaluate_quality, load_feature_net, real_clips
 from run import read_record
 from sample import generate
@@ -145,6 +146,7 @@ def choose_prompts(num_prompts):
 def draw(pipeline, prompts, num_frames, seed, batch_size):
     """Clips (n, num_frames, 3, h, w) in [-1, 1] of combinations."""
     sampling = dataclasses.replace(pipeline.sampling, num_frames=num_frames)
+    check_sampling(pipeline, sampling, min(batch_size, len(prompts)), kept=len(prompts))
     texts = [caption_of(*prompt) for prompt in prompts]
     return torch.stack(list(generate(pipeline, texts, sampling, seed, batch_size)))
 
@@ -212,8 +214,7 @@ def parse_arguments():
                         help="the same with the net in FILE, trained and written if missing; "
                         "only numbers of one net compare")
     args = parser.parse_args()
-    if args.num_prompts < 2 or args.batch_size < 1 or args.seed < 0:
-        raise ValueError("--num-prompts needs >= 2, --batch-size >= 1, --seed >= 0")
+    check_ranges(args, num_prompts=(2, 10**6), batch_size=(1, 10**6), seed=(0, 2**62))
     if args.fvd and not args.feature_net:
         args.feature_net = args.run / "feature_net.safetensors"
     if args.feature_net and args.num_prompts <= NUM_FEATURES:
@@ -224,6 +225,8 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if not args.run.is_dir():
+        raise ValueError(f"{args.run}: no such folder; check the path")
     known = (args.run / "train.json").exists()  # not so for Stable Diffusion's folders
     data = read_record(args.run)[0].data if known else "other data"
     if data != "shapes":
@@ -232,6 +235,8 @@ def main():
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
     pipeline = load_pipeline(args.run)
+    for path in (args.run / "evaluation.json", args.feature_net or args.run / "x"):
+        require_room(path)
     notes = use_decoder(pipeline, args.run, args.decoder)
     for note in notes:
         print(note)

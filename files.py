@@ -10,7 +10,9 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import dataclasses
 import errno
+import inspect
 import itertools
 import json
 import math
@@ -19,6 +21,8 @@ import os
 import shutil
 import stat
 import struct
+import types
+import typing
 from pathlib import Path
 
 import torch
@@ -46,23 +50,34 @@ def atomic(path, size=0):
     _sweep(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with full_disk(path, temporary, size):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk(path, written_to, size=0):
+    """Let a full disk's error name the path whose bytes are written to a file, and what is missing.
+
+    Without a size it is at least one byte.
+    """
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         cause = error  # torch's zip writer raises a RuntimeError over the OSError
         while cause and getattr(cause, "errno", None) not in FULL:
             cause = cause.__context__
         if cause is None:
             raise
-        written = temporary.stat().st_size if temporary.exists() else 0
+        written = written_to.stat().st_size if written_to.exists() else 0
         missing = max(1, size - written)
         raise OSError(f"{path}: {cause.strerror} after {written:,} bytes, at least {missing:,} are "
                       "missing; make room and start again, no old file has changed") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sweep(folder):
@@ -81,10 +96,12 @@ def _sweep(folder):
                 pass
 
 
-def require_room(path, needed, remedy="make room"):
-    """Raise ValueError if the disk of a path has less than `needed` bytes."""
-    folder = next(parent for parent in (path.absolute(), *path.absolute().parents)
-                  if parent.exists())
+def require_room(path, needed=0, remedy="make room"):
+    """Raise ValueError if a path cannot be written, or its disk has less than `needed` bytes."""
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: needs a folder to write into, {folder} is none; name another")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"{path}: needs {needed:,.0f} bytes of disk, got {free:,.0f}; {remedy}")
@@ -131,6 +148,44 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: needs a JSON object, got {type(value).__name__}")
     return value
+
+
+def from_json(cls, values, where, most=2**63 - 1):
+    """A dataclass from the values of a JSON object. Lists become tuples.
+
+    Raises ValueError naming the file `where` and the field, unless each value has the type of its
+    field, is one of its choices, and a number is finite and at most `most`.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in chosen.items():
+        if name not in fields:
+            raise ValueError(f"{where}: {name} is unknown; is the file damaged, or of another "
+                             "version?")
+        choices = fields[name].metadata.get("choices")
+        if not _has_type(value, hints[name], most):
+            need = f"{inspect.formatannotation(hints[name])}, numbers of at most {most:,}"
+            raise ValueError(f"{where}: {name} needs {need}, got {values[name]!r:.60}")
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{where}: {name} needs one of {choices}, got {value!r:.60}")
+    try:
+        return cls(**chosen)
+    except (TypeError, ValueError) as error:  # a TypeError if a field is missing
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _has_type(value, kind, most):
+    """Whether a value is of a type as fields are annotated with: `tuple[int, ...] | None`."""
+    if isinstance(kind, types.UnionType):
+        return any(_has_type(value, one, most) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_has_type(x, item, most) for x in value)
+    if kind in (int, float):  # written as <=, so that NaN fails
+        known = type(value) is int or type(value) is kind
+        return known and -most <= value <= most
+    return type(value) is kind
 
 
 def save_safetensors(path, tensors):

@@ -1,4 +1,4 @@
-"""What a training needs of a GPU's memory, and what of it stays there: decided before it starts.
+"""What training and sampling need of memory, and what stays on a GPU: decided before they start.
 
 For P parameters that learn, in bytes:
 
@@ -17,7 +17,9 @@ counted at bfloat16, for Stable Diffusion's shapes (docs/measurements.md).
 
 import dataclasses
 import itertools
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,9 @@ BYTES = {ResnetBlock: 27, TransformerBlock: 70, text.TextLayer: 47}
 WITHOUT_TIME = 21  # of a ResnetBlock, in the autoencoder
 INPUT = 6  # what checkpointing stores of a layer, for each number of its ResnetBlock's output
 MARGIN = 1.1  # workspaces of kernels, and gaps between tensors
+CLIP_BYTES = 50  # for each pixel of a clip that is drawn or read, with what it is computed from
+# Where Linux says how much memory a process may have, such as that of a container.
+LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def learning(run, stage):
         config = weights.load_unet(adopted).config if adopted.exists() else options.unet()
         temporal = {"temporal": "none"} if stage == "image" else options.temporal_fields()
         config, small = dataclasses.replace(config, **temporal), size // options.vae().downscale
-        b, t = options.video_batch_size, options.num_frames
+        b, t = options.video_batch_size, options.latent_frames
         if stage == "image":
             b, t = options.image_batch_size, 1
         tokens = b, options.max_tokens
@@ -114,14 +119,59 @@ def learning(run, stage):
         unet = UNet(config), inputs
         if stage == "video":
             return [unet]
-        encoder = text.CLIPTextModel(text.PRESETS[options.preset])
+        encoder = text.CLIPTextModel(dataclasses.replace(
+            text.PRESETS[options.preset], max_position_embeddings=options.max_tokens))
         return [unet, (encoder, (torch.empty(tokens, dtype=torch.int64),))]
+
+
+def machine_bytes():
+    """Bytes of memory that this process may have at most, as far as the system says it."""
+    found = [Path(path).read_text() for path in LIMITS if Path(path).is_file()]
+    limits = [int(text) for text in found if text.strip().isdecimal()]  # or "max"
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(limits, default=2**63)
+
+
+def require_memory(needed, flags):
+    """Raise ValueError, naming the flags to lower, if the machine has not so many bytes."""
+    there = machine_bytes()
+    if needed > there:
+        raise ValueError(f"needs about {needed / 1e9:,.1f} GB of memory, the machine has "
+                         f"{there / 1e9:,.1f}; lower {flags}")
+
+
+def least_bytes(options, stage):
+    """Bytes that a step on a CPU surely takes: 8 maps of a block of the first level, and a clip."""
+    config, size, frames = options.vae(), options.image_size, options.vae_batch_size
+    if stage != "vae":
+        config, size, frames = options.unet(), size // config.downscale, options.image_batch_size
+    if stage == "video":
+        frames = options.video_batch_size * options.latent_frames
+    clip = CLIP_BYTES * options.num_frames * options.image_size**2
+    return 4 * 8 * frames * config.block_out_channels[0] * size**2 + clip
+
+
+def check_sampling(pipeline, sampling, batch_size, kept, zoom=1):
+    """Refuse, as require_memory does, to draw what cannot fit; counted is what surely is needed.
+
+    Of so many clips at a time, with `kept` clips in memory at the end.
+    """
+    size, latent = sampling.image_size, sampling.image_size // pipeline.vae.config.downscale
+    # With guidance 2 clips, of each about 4 maps of the U-Net's first level; then the pixels.
+    maps = 8 * pipeline.unet.config.block_out_channels[0] * latent**2
+    frames = batch_size * (maps + 3 * size**2) + kept * 3 * (size * zoom) ** 2
+    decoded = 3 * pipeline.vae.config.block_out_channels[0] * size**2  # of a frame
+    require_memory(4 * (sampling.num_frames * frames + decoded),
+                   "--batch-size, --num-frames, --image-size, --zoom or the number of clips")
 
 
 def plan(run, stage, needs=None, free=None):
     """The Plan of a stage; on a GPU, says what it needs. Raises ValueError if it cannot fit."""
     options = run.options
     if run.device.type != "cuda":
+        require_memory(least_bytes(options, stage),
+                       f"--{stage}-batch-size, --num-frames or --image-size")
         return Plan(options.gradient_checkpointing is not False, False, options.offload)
     needs = needs or needs_of(learning(run, stage))
     free = free or free_bytes(run.device)

@@ -5,7 +5,6 @@ the tiny recipe adds to Latent-Shift and Stable Diffusion is measured in docs/me
 """
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 
 import model
 import vae
-from cli import option
+from cli import check_ranges, option
 from diffusion import Diffusion
 from pipeline import Sampling
 from temporal import VARIANTS
@@ -44,12 +43,12 @@ class LoopOptions:
         kinds = typing.get_type_hints(type(self))
         others = {"max_tokens": 3} | dict.fromkeys(
             ("seed", "image_every", "warmup_steps", "max_level", "decoder_steps", "workers"), 0)
+        most = {"seed": 2**62, "num_clips": 10**6, "max_tokens": 65536, "workers": 256}
         for name in [name for name, kind in kinds.items() if kind in (int, float)]:
-            value, least = getattr(self, name), 0 if kinds[name] is float else others.get(name, 1)
+            least = 0 if kinds[name] is float else others.get(name, 1)
             part = name in ("caption_dropout", "ema_decay") or name.endswith("_part")
-            if not least <= value <= (1 if part else math.inf):  # "not <=", so that NaN fails
-                limit = "to lie in [0, 1]" if part else f">= {least}"
-                raise ValueError(f"--{name.replace('_', '-')} needs {limit}, got {value}")
+            limit = 1 if part else most.get(name, 10**6 if name.endswith("_size") else 10**9)
+            check_ranges(self, **{name: (least, limit)})
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,9 @@ class TrainOptions(LoopOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start_as_shift and self.temporal != "conv":
+            raise ValueError("--start-as-shift needs --temporal conv, got "
+                             f"--temporal {self.temporal}; leave it out")
         if self.init is not None:  # shapes and schedule are those of that model
             return
         # Refuse now what a later stage or sampling would refuse hours later.

@@ -26,7 +26,7 @@ import memory
 import processes
 import weights
 from data import ClipFolder
-from files import open_regular, read_json, write_json
+from files import from_json, full_disk, open_regular, read_json, write_json
 from media.write import side_by_side, write_clip
 from options import RECIPES, STAGES, TrainOptions
 from shapes import MovingShapes
@@ -135,18 +135,20 @@ def lock(path):
     if path.absolute() in LOCKS or fcntl is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")
+    file = open(path, "a+", encoding="utf-8", errors="replace")
     try:  # lockf and not flock: processes that are forked for the data do not inherit it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a disk that knows no locks
         file.seek(0)
-        raise ValueError(f"{path.parent}: {file.read(200) or 'another process'} is training here; "
-                         "stop it or wait for its end, or choose another folder") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+        who = " ".join(file.read(200).split()) or "another process"
+        raise ValueError(f"{path.parent}: {who} is training here; stop it or wait for its end, or "
+                         "choose another folder") from None
+    with full_disk(path, path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     LOCKS[path.absolute()] = file
 
 
@@ -235,14 +237,14 @@ def _is_state(state):
         groups, moments = optimizer["param_groups"], optimizer["state"]
         numbers = [number for group in groups for number in group["params"]]
         return (type(state["stage"]) is str and type(state["step"]) is int and state["step"] >= 1
-                and type(state.get("processes", 1)) is int  # states of older versions have none
+                # States of older versions have neither.
+                and type(state.get("processes", 1)) is int and type(state.get("threads", 1)) is int
                 and tensors(parameters, parameters) and tensors(state["average"], parameters)
                 and numbers == list(range(len(parameters))) and moments.keys() <= set(numbers)
                 and all(tensors([moment["exp_avg"], moment["exp_avg_sq"]], 2 * [parameters[i]])
-                        and moment["step"].numel() == 1 for i, moment in moments.items())
-                and all({"lr", "betas", "eps", "weight_decay", "part"} <= group.keys()
-                        for group in groups))
-    except (AttributeError, KeyError, TypeError, ValueError):
+                        and moment["step"].numel() == 1 and bool(moment["step"] >= 1)
+                        for i, moment in moments.items()))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
 
 
@@ -250,14 +252,14 @@ def read_record(path, kind=Run):
     """(options, finished stages) of a run of that class, from its record."""
     record_path = Path(path) / kind.record
     record = read_json(record_path)
-    try:
-        values = {k: v for k, v in record["options"].items() if k not in REMOVED}
-        options, finished = kind.options_type(**values), record["finished"]
-        if finished != list(kind.stages[: len(finished)]):
-            raise ValueError(f"finished stages {finished}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{record_path}: damaged, or of another version ({error})") from None
-    return options, finished
+    values, finished = record.get("options"), record.get("finished")
+    if not isinstance(values, dict) or not isinstance(finished, list) or (
+        finished != list(kind.stages[: len(finished)])
+    ):
+        raise ValueError(f"{record_path}: damaged, or of another version (options "
+                         f"{values!r:.60}, finished stages {finished!r:.60})")
+    values = {k: v for k, v in values.items() if k not in REMOVED}
+    return from_json(kind.options_type, values, record_path), finished
 
 
 def is_used(path):

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, choose_device, given_flags, run_main
+from cli import add_flags, check_ranges, choose_device, given_flags, run_main
 from devices import compile_for_sampling
-from files import read_bytes
+from files import read_bytes, require_room
 from media.write import WRITERS, enlarge, require_writer, write_samples
+from memory import check_sampling
 from pipeline import Sampling
 from weights import add_checkpoint_flags, load_pipeline, use_decoder
 
@@ -77,9 +78,7 @@ def main():
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
-    if min(args.batch_size, args.zoom) < 1 or args.seed < 0:
-        raise ValueError("--batch-size and --zoom need >= 1, --seed needs >= 0, got "
-                         f"{args.batch_size}, {args.zoom}, {args.seed}")
+    check_ranges(args, batch_size=(1, 10**6), zoom=(1, 10**4), seed=(0, 2**62))
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
     for note in (*pipeline.report.notes, *use_decoder(pipeline, args.path, args.decoder)):
@@ -94,7 +93,11 @@ def main():
     one_file = output.suffix and not output.is_dir()  # or else a file per prompt in this folder
     if one_file and args.format not in (None, output.suffix[1:].lower()):
         raise ValueError(f"--format {args.format} contradicts --output {output}")
-    require_writer(output if one_file else f"x{suffix}")  # an unknown suffix fails before the work
+    # What would fail at the end fails before the work.
+    require_writer(output if one_file else f"x{suffix}")
+    require_room(output if one_file else output / "x")
+    at_once = min(args.batch_size, len(prompts))
+    check_sampling(pipeline, sampling, at_once, len(prompts) if one_file else 1, args.zoom)
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
     # Generators: in a folder, each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)

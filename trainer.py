@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import processes
 from devices import precision
-from files import atomic, require_room, write_text
+from files import atomic, full_disk, open_regular, require_room, write_text
 
 WEIGHT_DECAY = 0.01  # of AdamW
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
@@ -126,11 +127,12 @@ def drop_repeated(path, stage, step):
         try:
             entry = json.loads(line)
             return entry["stage"] != stage or entry["step"] <= step
-        except (ValueError, TypeError, KeyError):  # a line that a kill cut short
+        except (LookupError, RecursionError, TypeError, ValueError):  # a kill cut it short
             return False
 
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
         write_text(path, "".join(line + "\n" for line in lines if keep(line)))
 
 
@@ -217,8 +219,8 @@ class Trainer:
                         entry = {"stage": self.stage, "step": self.step, "loss": loss,
                                  "learning_rate": rate,
                                  "steps_per_second": (self.step - first) / (now - started)}
-                        with open(metrics, "a", encoding="utf-8") as file:
-                            file.write(json.dumps(entry) + "\n")
+                        with full_disk(metrics, metrics), open(metrics, "ab") as file:
+                            file.write(json.dumps(entry).encode() + b"\n")
                     started, first = now, self.step
                 stopping = self._stopping(received)
                 if self.step % options.save_every == 0 or last or stopping:
@@ -276,6 +278,7 @@ class Trainer:
             self._refuse("model")
         state = {
             "stage": self.stage, "step": self.step, "processes": processes.rank_and_count()[1],
+            "threads": torch.get_num_threads(),
             "parameters": [p.detach() for p in self.parameters],
             "average": self.average.values, "optimizer": self.optimizer.state_dict(),
         }
@@ -289,10 +292,19 @@ class Trainer:
         if state.get("processes", count) != count:  # states of older versions do not say
             raise ValueError(f"{self.state_path}: is of a training with {state['processes']} "
                              f"processes, this one has {count}; resume it with as many")
-        if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters]:
+        if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters] or (
+            state["step"] > self.num_steps
+        ):
             raise ValueError(f"{self.state_path}: belongs to a model of another configuration")
+        threads, now = state.get("threads"), torch.get_num_threads()
+        if self.device.type == "cpu" and threads not in (None, now) and processes.is_main():
+            print(f"{self.state_path}: is of a training with {threads} threads, this one has "
+                  f"{now}: it goes on; only with as many it would end with the same bits",
+                  file=sys.stderr)
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Rates and betas follow from the options, whatever a state says.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if self.plan.moments_on_cpu:
             move_moments(self.optimizer, self.parameters, "cpu")
         torch._foreach_copy_(self.average.parameters, state["parameters"])

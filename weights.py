@@ -57,7 +57,7 @@ def save_network(folder, network):
     save_safetensors(Path(folder) / weights, network.state_dict())
 
 
-def fill(network, tensors, dtype, align):
+def fill(network, tensors, dtype, align, where):
     """Give a network on the meta device its tensors, emptying the dict.
 
     Tensors of another dtype are cast one by one, so that a model is never in memory twice. `align`
@@ -65,7 +65,10 @@ def fill(network, tensors, dtype, align):
     """
     state = {}
     for name in list(tensors):
-        tensor = tensors.pop(name).to(dtype)
+        tensor = tensors.pop(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} needs floats, got {tensor.dtype}")
+        tensor = tensor.to(dtype)
         state[name] = tensor.clone() if align and tensor.data_ptr() % 64 else tensor
     network.load_state_dict(state, assign=True)
     return network
@@ -73,11 +76,17 @@ def fill(network, tensors, dtype, align):
 
 def build(kind, config, where):
     """A network on the meta device, where a tensor is a shape without memory."""
+    layers = getattr(config, "layers_per_block", 0) or config.num_hidden_layers
+    levels = len(getattr(config, "block_out_channels", ()))
+    if layers > 100 or levels > 10:  # damage, which would take minutes to build
+        raise ValueError(f"{where}: needs at most 100 layers and 10 levels, got {layers} and "
+                         f"{levels}")
     try:
         with torch.device("meta"):
             return kind(config)
-    except TypeError as error:  # a number where a list should be, or the other way round
-        raise ValueError(f"{where}: describes no network that is built here ({error})") from None
+    except (TypeError, RuntimeError) as error:  # the latter for tensors of more than 2**63 bytes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: describes no network that is built here ({reason})") from None
 
 
 def load_network(folder, kind, temporal=None, dtype=torch.float32):
@@ -104,7 +113,7 @@ def fill_from(folder, network, dtype=torch.float32):
                        for each in (network.state_dict(), tensors))
     names.check_fit(expected, found, found.keys() - expected.keys(),
                     f"{path}: does not fit its config.json")
-    return fill(network, tensors, dtype, align=True), ignored
+    return fill(network, tensors, dtype, True, path), ignored
 
 
 def load_unet(folder, temporal=None):
@@ -191,11 +200,19 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
         pipeline = load_folder(path, temporal, prediction_type, dtype)
     if merges is not None:
         pipeline.tokenizer = tokenizer_for(merges, pipeline.text_encoder.config)
-    tokenizer, size = pipeline.tokenizer, pipeline.text_encoder.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size != size:
-        raise ValueError(f"{merges or path}: the tokenizer has {tokenizer.vocab_size} tokens, the "
-                         f"text encoder {size}")
+        check_tokenizer(pipeline.tokenizer, pipeline.text_encoder.config, merges)
     return pipeline
+
+
+def check_tokenizer(tokenizer, config, where):
+    """Raise ValueError if a text encoder has fewer positions, or not as many tokens."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the text "
+                         f"encoder {config.vocab_size}")
+    if tokenizer.max_length > config.max_position_embeddings:
+        raise ValueError(f"{where}: model_max_length needs to be <= "
+                         f"{config.max_position_embeddings}, the text encoder's positions, got "
+                         f"{tokenizer.max_length}; is tokenizer_config.json complete?")
 
 
 def tokenizer_for(path, config):
@@ -230,6 +247,8 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     names.check_together(unet.config, vae.config, text.config, path)
     has_tokenizer = (path / "tokenizer").is_dir()
     tokenizer = load_tokenizer(path / "tokenizer") if has_tokenizer else None
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, text.config, path / "tokenizer")
     where = path / "sampling.json"
     if where.exists():
         sampling = configs.from_config(Sampling, read_json(where), {}, where)
@@ -259,7 +278,7 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
     parts, report = names.convert(tensors, networks, ema, path)
     tensors.clear()
     for name, network in networks.items():
-        fill(network, parts[name], dtype, align=False)
+        fill(network, parts[name], dtype, False, path)
     return Pipeline(**networks, tokenizer=None, diffusion=diffusion,
                     sampling=Sampling(num_frames=1, image_size=image_size),
                     report=dataclasses.replace(report, notes=notes))

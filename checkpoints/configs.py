@@ -11,6 +11,7 @@ Stable Diffusion: groups of 32, heads, the text encoder's activation, the scalin
 import dataclasses
 
 from diffusion import Diffusion
+from files import from_json
 from model import UNetConfig
 from text import TextConfig
 from vae import VAEConfig
@@ -34,6 +35,8 @@ TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_m
 IGNORED = ("upcast_attention", "force_upcast", "addition_embed_type_num_heads",
            "_diffusers_version", "_name_or_path")
 
+MOST = 10**6  # of any number; larger ones are damage, and the sizes of tensors would overflow
+
 # Defaults of diffusers' classes that differ from ours.
 UNET_ABSENT = {"cross_attention_dim": 1280}
 VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
@@ -50,12 +53,16 @@ def from_config(cls, values, constants, where):
         known = name in names or name in IGNORED
         if not known and value not in ([constants[name]] if name in constants else [None, False]):
             raise ValueError(f"{where}: {name}={value!r} is not built here")
-    chosen = {k: tuple(v) if isinstance(v, list) else v
-              for k, v in values.items() if k in names and v is not None}
-    try:
-        return cls(**chosen)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    chosen = {k: v for k, v in values.items() if k in names and v is not None}
+    return from_json(cls, chosen, where, MOST)
+
+
+def block_types(values, name, where):
+    """The types of a network's blocks, a list of str, taken out of the values of a config.json."""
+    kinds = values.get(name) or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"{where}: {name} needs a list of names, got {kinds!r:.60}")
+    return kinds
 
 
 def unet_blocks(levels):
@@ -77,7 +84,8 @@ def unet_to_json(config):
 def unet_from_json(values, where):
     """A UNetConfig from config.json. Raises ValueError for an architecture not built here."""
     values = UNET_ABSENT | values
-    levels = [kind == "CrossAttnDownBlock2D" for kind in values.get("down_block_types") or []]
+    levels = [kind == "CrossAttnDownBlock2D"
+              for kind in block_types(values, "down_block_types", where)]
     dim = values.pop("projection_class_embeddings_input_dim", None)
     if values.get("class_embed_type") and dim != values.get("cross_attention_dim"):
         raise ValueError(f"{where}: projection_class_embeddings_input_dim={dim} is not built here")
@@ -99,7 +107,9 @@ def vae_to_json(config):
 def vae_from_json(values, where):
     """A VAEConfig from an autoencoder's config.json."""
     values = VAE_ABSENT | values
-    blocks = {*values.pop("down_block_types", []), *values.pop("up_block_types", [])}
+    blocks = {kind for name in ("down_block_types", "up_block_types")
+              for kind in block_types(values, name, where)}
+    values = {k: v for k, v in values.items() if not k.endswith("_block_types")}
     if others := blocks - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise ValueError(f"{where}: {' and '.join(sorted(others))} is not built here")
     constants = VAE_CONSTANTS | {"use_quant_conv": True, "use_post_quant_conv": True}

@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 
-from files import load_safetensors, read_json
+from files import load_safetensors, open_regular, read_json
 
 # The names that diffusers ("diffusion_pytorch_model") and transformers ("model" and, before
 # safetensors, "pytorch_model") give to weights. The variant, such as fp16, comes before the last
@@ -126,7 +126,7 @@ def _read_shards(path):
 
 def _read_file(path):
     """{name: tensor} of one file. Its first bytes decide the format: suffixes are often wrong."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")

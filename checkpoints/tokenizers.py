@@ -7,10 +7,11 @@
 """
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 
-from files import read_bytes, read_json, write_json, write_text
+from files import MAX_TEXT, read_bytes, read_json, write_json, write_text
 from tokenizer import BYTE_TO_CHARACTER, END, START, CLIPTokenizer
 
 CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges file
@@ -24,7 +25,15 @@ def tokenizer_from_merges(path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_w
     merges = read_merges(path, num_merges)
     if len(merges) < num_merges:
         raise ValueError(f"{path}: needs {num_merges} merges, got {len(merges)}")
-    return CLIPTokenizer(merges, max_length, pad_with_end)
+    return _tokenizer(path, merges, max_length, pad_with_end)
+
+
+def _tokenizer(path, *arguments):
+    """A CLIPTokenizer whose errors name the file of its merges."""
+    try:
+        return CLIPTokenizer(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; is it complete and undamaged?") from None
 
 
 def load_tokenizer(folder):
@@ -44,11 +53,16 @@ def load_tokenizer(folder):
     if pad not in (END, first):
         raise ValueError(f"{folder}: pad_token needs to be {END!r} or {first!r}, got {pad!r}")
     if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
-        merges, vocabulary = read_tokenizer_json(folder / "tokenizer.json")
+        source = folder / "tokenizer.json"
+        merges, vocabulary = read_tokenizer_json(source)
     else:
-        merges, vocabulary = read_merges(folder / "merges.txt"), read_json(folder / "vocab.json")
+        source = folder / "merges.txt"
+        merges, vocabulary = read_merges(source), read_json(folder / "vocab.json")
     length = settings.get("model_max_length", 77)
-    tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad == END)
+    if type(length) is not int or not 2 <= length <= 65536:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length needs a whole "
+                         f"number from 2 to 65536, got {length!r:.60}")
+    tokenizer = _tokenizer(source, merges, length, pad == END)
     for token in vocabulary | tokenizer.ids:
         if vocabulary.get(token) != tokenizer.ids.get(token):
             raise ValueError(f"{folder}: vocabulary and merges disagree about {token!r}")
@@ -72,7 +86,11 @@ def read_merges(path, num_merges=None):
     """The first num_merges pairs (or all) of a merges file, plain or .gz."""
     data = read_bytes(path)
     try:
-        text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
+        if str(path).endswith(".gz"):  # a small file may be gigabytes when it is unpacked
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise EOFError(f"more than {MAX_TEXT:,} bytes")
+        text = data.decode("utf-8")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a merges file ({error})") from None
     first, *lines = text.rstrip("\n").split("\n")

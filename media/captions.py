@@ -118,8 +118,10 @@ def _clips_by_name(folder):
                 name = path.parent.name.replace("_", " ")
                 caption = read_bytes(text).decode("utf-8-sig") if text in texts else name
                 clips.append((path, _caption(caption)))
-            except ValueError as error:  # also a UnicodeDecodeError
-                problems.append(f"{text}: {error}; write a caption in UTF-8")
+            except UnicodeDecodeError:
+                problems.append(f"{text}: not a text file in UTF-8; save it as UTF-8")
+            except ValueError as error:
+                problems.append(f"{text}: {error}; write a caption into it")
     return clips, problems
 
 

@@ -8,7 +8,6 @@ and JPEG, numpy decodes arrays; only videos need the programs ffmpeg and ffprobe
 
 import contextlib
 import itertools
-import math
 import re
 import shutil
 import struct
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from files import open_regular
 
 IMAGE_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg")
 MAX_CLIP_BYTES = 4 * 2**30  # of decoded frames: 14 minutes of 256 x 256 at 25 frames per second
@@ -64,10 +65,10 @@ def _rgb(image):
 
 def _image_frames(path):
     """The frames of a GIF, WebP, PNG or JPEG, animated or still."""
-    with _reading(path):
-        opened = Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG"))
-        num_frames = getattr(opened, "n_frames", 1)
-    with opened:
+    with open_regular(path) as file:
+        with _reading(path):
+            opened = Image.open(file, formats=("GIF", "WEBP", "PNG", "JPEG"))
+            num_frames = getattr(opened, "n_frames", 1)
         for index in range(num_frames):
             with _reading(path):
                 opened.seek(index)
@@ -113,6 +114,13 @@ def require_ffmpeg(what, otherwise):
             raise ValueError(f"{what} needs the {program} program: install ffmpeg, or {otherwise}")
 
 
+def ffmpeg_error(log):
+    """The last line that ffmpeg wrote into a file, without names of its objects in memory."""
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
+    return re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\]\s*", "", lines[-1]) if lines else "no frames"
+
+
 def _video_frames(path):
     """The frames of a video, decoded by ffmpeg; each lasts as long as a frame does on average."""
     require_ffmpeg(path, "convert the clip to GIF")
@@ -141,11 +149,10 @@ def _video_frames(path):
             if len(pixels) == 3 * width * height:  # fewer if ffmpeg failed, and its log says why
                 yield Image.frombytes("RGB", (width, height), pixels), duration
         process.wait()
-        log.seek(0)
-        errors = log.read().decode(errors="replace").strip().splitlines() or ["no frames"]
+        error = ffmpeg_error(log)
     # ffmpeg returns 0 for a Matroska file that is cut off, but its log says so.
-    if process.returncode or "prematurely" in errors[-1]:
-        raise ValueError(f"{path}: damaged, or not a video ({errors[-1]}); {REMEDY}")
+    if process.returncode or "prematurely" in error:
+        raise ValueError(f"{path}: damaged, or not a video ({error}); {REMEDY}")
 
 
 DECODERS = dict.fromkeys(IMAGE_SUFFIXES, _image_frames)
@@ -158,8 +165,9 @@ def _decode(path):
     """A generator of (RGB image, duration or None) for every frame of a file or folder."""
     if path.is_dir():
         return _folder_frames(path)
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: an empty file; {REMEDY}")
+    with open_regular(path) as file:
+        if not file.read(1):
+            raise ValueError(f"{path}: an empty file; {REMEDY}")
     if (suffix := path.suffix.lower()) not in DECODERS:
         known = " ".join(CLIP_SUFFIXES)
         raise ValueError(f"{path}: needs a folder or one of {known}, got {suffix!r}")
@@ -188,8 +196,9 @@ def iter_clip(path, stride=1, frame_rate=None, max_frames=None):
     """
     if stride < 1 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"stride and max_frames need >= 1, got {stride} and {max_frames}")
-    if frame_rate is not None and not (stride == 1 and 0 < frame_rate < math.inf):
-        raise ValueError(f"frame_rate needs > 0 and stride 1, got {frame_rate} and {stride}")
+    if frame_rate is not None and not (stride == 1 and 0 < frame_rate <= 1000):
+        raise ValueError("frame_rate needs > 0, at most 1000, and stride 1, got "
+                         f"{frame_rate} and {stride}")
     size = None
     with contextlib.closing(_decode(Path(path))) as frames:
         kept = itertools.islice(frames, 0, None, stride)
@@ -227,13 +236,11 @@ def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None)
     pixels, durations = bytearray(), []  # one growing buffer: np.stack would hold all frames twice
     with contextlib.closing(iter_clip(path, stride, frame_rate, max_frames)) as frames:
         for image, duration in frames:
-            if image_size is not None:
-                image = centre_square(image, image_size)
-            width, height = image.size
+            width, height = (image_size, image_size) if image_size else image.size
             if len(pixels) + 3 * width * height > MAX_CLIP_BYTES:
                 limit = f"needs <= {MAX_CLIP_BYTES / 2**30:g} GiB of frames, got more"
                 raise ValueError(f"{path}: {limit}; raise the stride or lower the image size")
-            pixels += image.tobytes()
+            pixels += (centre_square(image, image_size) if image_size else image).tobytes()
             durations.append(duration)
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
     return frames, None if None in durations else float(len(durations) / sum(durations))

@@ -20,9 +20,10 @@ import torch
 from PIL import GifImagePlugin, Image
 
 from files import atomic
-from media.read import require_ffmpeg
+from media.read import ffmpeg_error, require_ffmpeg
 
 SEPARATOR = 2  # pixels between the images of a contact sheet
+MAX_SIDE = {".gif": 65535, ".webp": 16383, ".png": 10**6}  # pixels, of the formats; H.264: 16384
 
 
 def to_uint8(clip):
@@ -132,10 +133,10 @@ def _write_mp4(file, parts, frames_per_second):
                 process.stdin.write(to_uint8(clip).tobytes())
             process.stdin.close()
         process.wait()
-        log.seek(0)
-        errors = log.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
+        error = ffmpeg_error(log)
     if process.returncode:
-        raise ValueError(f"ffmpeg cannot write an .mp4 ({errors[-1]}); write a .gif")
+        raise ValueError(f"{file.name}: ffmpeg cannot write it ({error}); make room, or write a "
+                         ".gif")
 
 
 WRITERS = {".gif": _write_gif, ".webp": _write_webp, ".png": _write_png, ".mp4": _write_mp4}
@@ -161,7 +162,7 @@ def write_clip(path, clip, frames_per_second=8):
 
 def write_parts(path, parts, frames_per_second=8):
     """Write successive parts of a clip as one file, without keeping them (but for a .png)."""
-    writer = require_writer(path)
+    path, writer = Path(path), require_writer(path)
     if not 0 < frames_per_second < math.inf:
         raise ValueError(f"frames_per_second needs > 0, got {frames_per_second}")
 
@@ -173,6 +174,9 @@ def write_parts(path, parts, frames_per_second=8):
                                  f"{clip.dtype} {tuple(clip.shape)}")
             if not clip.isfinite().all():
                 raise ValueError("clip needs finite values, got NaN or infinity")
+            if max(clip.shape[-2:]) > (most := MAX_SIDE.get(path.suffix.lower(), 16384)):
+                raise ValueError(f"{path}: needs at most {most:,} pixels a side, got "
+                                 f"{max(clip.shape[-2:]):,}; lower --zoom or --image-size")
             yield clip
 
     with atomic(path) as file:

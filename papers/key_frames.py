@@ -11,13 +11,16 @@ It needs a run of papers/long_video.py, whose training has both tasks.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from cli import choose_device, run_main
+from cli import check_ranges, choose_device, run_main
+from files import require_room
 from media.read import read_clip
 from media.write import require_writer, write_clip
+from memory import check_sampling
 from papers.chains import Chain, begin, seeds_of
 from papers.known_frames import Guidance, draw, load_model
 from vae import encode_clip
@@ -76,19 +79,17 @@ def main():
     command.add_argument("--prompt", default="", help="what the clip shows (default: nothing)")
     add_result_flags(command)
     args = parser.parse_args()
-    if not 1 <= args.frames_between <= 100 or not 0 <= args.seed <= 2**40:
-        raise ValueError("--frames-between needs to lie in [1, 100] and --seed in [0, 2**40], got "
-                         f"{args.frames_between} and {args.seed}")
-    if args.frame_rate is not None and not 0.1 <= args.frame_rate <= 50:
-        raise ValueError(f"--frame-rate needs to lie in [0.1, 50], got {args.frame_rate}")
+    check_ranges(args, frames_between=(1, 100), seed=(0, 2**40), frame_rate=(0.1, 50),
+                 num_key_frames=(2, 10**5))
     require_writer(args.output)
+    require_room(args.output)
     torch.set_flush_denormal(True)
     model = load_model(args.run).to(choose_device(args.device))
     rate = args.frame_rate or model.sampling.frames_per_second
     context = model.encode_text([args.prompt])
     if args.command == "sample":
-        if args.num_key_frames < 2:
-            raise ValueError(f"--num-key-frames needs >= 2, got {args.num_key_frames}")
+        check_sampling(model, dataclasses.replace(
+            model.sampling, num_frames=args.num_key_frames * (args.frames_between + 1)), 1, 1)
         keys = draw_key_frames(model, context, args.num_key_frames,
                                rate / (args.frames_between + 1), [args.seed])
     else:

@@ -15,19 +15,22 @@ that the model is told, so it does not trust them to the last digit.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, choose_device, given_flags, run_main
-from files import atomic, require_room, write_json
+from cli import add_flags, check_ranges, choose_device, given_flags, run_main
+from files import atomic, full_disk, open_regular, require_room, write_json
 from media.read import read_clip
 from media.write import require_writer, write_parts
+from memory import check_sampling
 from papers.bouncing import SHORTEST, plain_caption
 from papers.chains import BETWEEN, Chain, long_latents
 from papers.known_frames import Guidance, load_model
@@ -80,12 +83,12 @@ class LatentsFile:
         if not resume:
             raise ValueError(f"{path}: is of an unfinished sampling; add --resume to continue it, "
                              "or remove it to start anew")
-        with open(path, "rb+") as file:
-            if file.readline() != line:
+        with open_regular(path) as file:
+            if file.readline(len(line)) != line:
                 raise ValueError(f"{path}: is of another sampling; ask for the same, or remove it")
-            count = (path.stat().st_size - self.start) // self.frame_bytes
-            self.count = first + (count - first) // each * each if count >= first else 0
-            file.truncate(self.start + self.count * self.frame_bytes)  # a window cut short
+        count = (path.stat().st_size - self.start) // self.frame_bytes
+        self.count = first + (count - first) // each * each if count >= first else 0
+        os.truncate(path, self.start + self.count * self.frame_bytes)  # a window cut short
 
     def read(self, begin, end):
         """Latents (end - begin, c, h, w)."""
@@ -101,19 +104,15 @@ class LatentsFile:
 
     def append(self, latents):
         """Add the frames of a window (n, c, h, w)."""
-        with open(self.path, "ab") as file:
+        with full_disk(self.path, self.path), open(self.path, "ab") as file:
             file.write(latents.float().cpu().contiguous().numpy().tobytes())
         self.count += len(latents)
 
 
 def open_model(args):
     """(Pipeline, Chain) of a run and the flags."""
-    limits = {"num_frames": (1, 2_000_000), "num_steps": (1, 1000), "seed": (0, 2**40),
-              "perturbation": (0, 999), "guidance": (0, 100)}
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} needs to lie in [{low}, {high}], got "
-                             f"{getattr(args, name)}")
+    check_ranges(args, num_frames=(1, 2_000_000), num_steps=(1, 1000), seed=(0, 2**40),
+                 perturbation=(0, 999), guidance=(0, 100), num_clips=(2, 10**5))
     model, options = load_model(args.run), read_record(args.run, LongRun)[0]
     how = Guidance(args.num_steps, args.perturbation, known=args.guidance)
     chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second, how)
@@ -248,10 +247,12 @@ def main():
         if options.data != "shapes":
             raise ValueError(f"{args.run}: trained on {options.data}; only of BouncingShapes "
                              "(--data shapes) is the truth known")
-        if args.num_clips < 2 or args.num_frames < SHORTEST:
-            raise ValueError(f"evaluate needs --num-clips >= 2 and --num-frames >= {SHORTEST}, got "
-                             f"{args.num_clips} and {args.num_frames}")
+        if args.num_frames < SHORTEST:
+            raise ValueError(f"evaluate needs --num-frames >= {SHORTEST}, got {args.num_frames}")
+        require_room(args.run / "long_evaluation.json")
         model, chain = open_model(args)
+        check_sampling(model, dataclasses.replace(model.sampling, num_frames=args.num_frames),
+                       0, args.num_clips)
         result = evaluate(model, chain, args.num_clips, args.num_frames, args.seed,
                           args.hierarchical, options.plain_captions)
         for name, value in result.items():

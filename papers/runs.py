@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from memory import Plan
+from memory import Plan, require_memory
 from run import Run, is_used, read_record
 
 
@@ -10,7 +10,10 @@ class PaperRun(Run):
     """A Run whose class names its `record`, its `stages` and its `options_type`."""
 
     def plan(self, stage):
-        """What the flags say; a GPU's memory is not measured against it."""
+        """What the flags say; only so much memory is required that large numbers are refused."""
+        batch_size = getattr(self.options, f"{stage}_batch_size")
+        frames = batch_size * getattr(self.options, "num_frames", 1)
+        require_memory(2**16 * frames, f"--{stage}-batch-size or --num-frames")
         checkpointing = bool(getattr(self.options, "gradient_checkpointing", False))
         return Plan(checkpointing, moments_on_cpu=self.options.offload)
 

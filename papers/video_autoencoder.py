@@ -28,10 +28,11 @@ import train
 import vae
 import weights
 from cache import cache_frames, cache_latents
-from cli import add_flags, choose_device, given_flags, option, run_main
+from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
 from evaluate import agreement, choose_prompts, draw, print_table, rates
-from files import read_json, write_json
+from files import read_json, require_room, write_json
 from media.write import contact_sheet, require_writer, write_clip, write_samples
+from memory import CLIP_BYTES, check_sampling, require_memory
 from metrics import real_clips
 from options import STAGES, TrainOptions
 from papers.autoencoder_3d import (VideoAutoencoder, VideoVAEConfig, inflate, load_autoencoder,
@@ -196,6 +197,11 @@ def load_model(path, unet="unet", temporal=None):
 
 def compare(args):
     """The command `compare`: autoencoders on MovingShapes that none was trained on."""
+    require_memory(CLIP_BYTES * args.num_clips * args.num_frames * args.image_size**2,
+                   "--num-clips, --num-frames or --image-size")
+    if args.sheet:
+        require_writer(args.sheet)
+        require_room(args.sheet)
     prompts = choose_prompts(args.num_clips)
     real = real_clips(args.num_clips, args.num_frames, args.image_size, args.seed, prompts)
     rows, sheet = {}, [real[0]]
@@ -211,9 +217,11 @@ def compare(args):
 def sample(args):
     """The command `sample`."""
     require_writer(args.output)
+    require_room(args.output)
     model = load_model(args.run).to(choose_device(args.device))
     frames = args.num_frames or model.sampling.num_frames
     sampling = dataclasses.replace(model.sampling, num_frames=frames)
+    check_sampling(model, sampling, min(args.batch_size, len(args.prompts)), len(args.prompts))
     clips = generate(model, args.prompts, sampling, args.seed, args.batch_size)
     clips = (clip[:frames] for clip in clips)  # the last latent frame may hold more
     for path in write_samples(clips, args.prompts, args.output, args.output.suffix,
@@ -225,6 +233,7 @@ def evaluate(args):
     """The command `evaluate`: does the model draw what the text says?"""
     if read_record(args.run, VideoRun)[0].data != "shapes":
         raise ValueError(f"{args.run}: only of MovingShapes (--data shapes) is the truth known")
+    require_room(args.run / "evaluation.json")
     model = load_model(args.run).to(choose_device(args.device))
     prompts = choose_prompts(args.num_prompts)
     started = time.process_time()
@@ -268,11 +277,9 @@ def parse_arguments():
     command.add_argument("--seed", type=int, default=1000, help="of the first (default: 1000)")
     add_drawing_flags(command)
     args = parser.parse_args()
-    for name in ("num_clips", "num_frames", "num_prompts", "batch_size"):
-        least = 2 if name in ("num_prompts", "num_clips") else 1
-        value = getattr(args, name, None)
-        if args.command != "train" and value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} needs >= {least}, got {value}")
+    if args.command != "train":
+        check_ranges(args, num_clips=(2, 10**5), num_frames=(1, 10**6), num_prompts=(2, 10**5),
+                     image_size=(16, 4096), batch_size=(1, 10**6), seed=(0, 2**62))
     return args
 
 

@@ -29,10 +29,11 @@ import processes
 import vae
 import weights
 from cache import cache_frames
-from cli import add_flags, choose_device, given_flags, option, run_main
+from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
 from evaluate import agreement, choose_prompts, crispness, print_table, rates
 from files import write_json
 from layers import per_frame
+from memory import check_sampling
 from metrics import consistency, mean_over_clips, psnr, real_clips
 from options import RECIPES, LoopOptions
 from papers.runs import PaperRun
@@ -189,9 +190,7 @@ def costs(temporal, num_frames, image_size):
 
 def compare(args):
     """Measure a run's own decoder and its video decoder on held-out clips of MovingShapes."""
-    if args.num_prompts < 2 or args.seed < 0:
-        raise ValueError("--num-prompts needs >= 2 and --seed >= 0, got "
-                         f"{args.num_prompts} and {args.seed}")
+    check_ranges(args, num_prompts=(2, 10**5), seed=(0, 2**62))
     if not (args.run / FOLDER / weights.UNET_WEIGHTS).exists():
         raise ValueError(f"{args.run}: has no trained {FOLDER}/; train it first")
     options = read_record(args.run / FOLDER, DecoderRun)[0]
@@ -199,6 +198,7 @@ def compare(args):
         raise ValueError(f"{args.run}: is of other data; only of MovingShapes is the truth known")
     model = weights.load_pipeline(args.run).to(choose_device(args.device))
     prompts, sampling = choose_prompts(args.num_prompts), model.sampling
+    check_sampling(model, sampling, 1, len(prompts))
     true = real_clips(len(prompts), sampling.num_frames, sampling.image_size, args.seed, prompts)
     drawn = {"drawn": draw_latents(model, prompts, args.seed)}
     own = dataclasses.replace(model)
@@ -233,6 +233,7 @@ def main():
     args = parse_arguments()
     torch.set_flush_denormal(True)
     if args.command == "costs":
+        check_ranges(args, num_frames=(1, 10**4), image_size=(8, 8192))
         print_table("decoder", {kind: costs(kind, args.num_frames, args.image_size)
                                 for kind in VARIANTS})
     elif not (args.run / "vae" / weights.UNET_WEIGHTS).exists():

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from cli import choose_device, run_main
+from cli import check_ranges, choose_device, run_main
 from devices import precision
 from model import PRESETS, UNet
 from shift import temporal_shift
@@ -150,8 +150,7 @@ def main():
     parser.add_argument("--repetitions", type=int, help="turns (default: as each part deserves)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     args = parser.parse_args()
-    if args.repetitions is not None and args.repetitions < 1:
-        raise ValueError(f"--repetitions needs >= 1, got {args.repetitions}")
+    check_ranges(args, repetitions=(1, 10**4))
     device = choose_device(args.device)
     torch.set_flush_denormal(True)
     if args.only == "shift":

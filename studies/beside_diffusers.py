@@ -31,7 +31,7 @@ import vae
 from checkpoints import configs
 from checkpoints.names import current_names, names_in_file
 from checkpoints.tokenizers import save_tokenizer
-from cli import choose_device, run_main
+from cli import check_ranges, choose_device, run_main
 from devices import freeze, precision
 from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
@@ -270,7 +270,10 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--side", choices=SIDES, help="measure the memory of one side only")
     args = parser.parse_args()
+    check_ranges(args, repetitions=(1, 10**4))
     device = choose_device(args.device)
+    if args.side and args.only not in JOBS:
+        raise ValueError(f"--side needs --only with one of {', '.join(JOBS)}")
     if args.side:
         print(f"{job_memory(args.only, args.side, device):.2f}")
     elif args.only:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from cli import add_flags, choose_device, given_flags, option, run_main
+from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
 from devices import precision
 from evaluate import choose_prompts, draw, evaluate_agreement
 from files import read_json, write_json
@@ -77,12 +77,12 @@ class Choices:
         unknown = [name for name in self.names if name not in VARIANTS]
         if unknown:
             raise ValueError(f"--variants needs some of {', '.join(VARIANTS)}; got {unknown[0]!r}")
-        for name in ("steps", "seeds", "checkpoints", "batch_size", "repetitions", "jobs"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} needs >= 1, got {value}")
-        if self.num_prompts <= NUM_FEATURES or self.curve_prompts < 2:
+        check_ranges(self, steps=(1, 10**9), seeds=(1, 1000), checkpoints=(1, 10**6),
+                     batch_size=(1, 10**6), repetitions=(1, 10**4), jobs=(1, 256),
+                     curve_prompts=(2, 10**6), num_prompts=(2, 10**6))
+        if self.num_prompts <= NUM_FEATURES:
             raise ValueError(f"--num-prompts needs >= {NUM_FEATURES + 1}, more than there are "
-                             "features for FVD-shapes, and --curve-prompts >= 2")
+                             "features for FVD-shapes")
 
     @property
     def names(self):
@@ -156,8 +156,9 @@ class Comparison:
         """TrainOptions of a variant's training on clips, from those of the run."""
         every = max(1, self.choices.steps // self.choices.checkpoints)
         return dataclasses.replace(
-            self.options, **VARIANTS[name], seed=self.options.seed + seed, preview_every=every,
-            video_steps=self.choices.steps, save_every=every, device=self.choices.device,
+            self.options, **{"start_as_shift": False} | VARIANTS[name],
+            seed=self.options.seed + seed, preview_every=every, video_steps=self.choices.steps,
+            save_every=every, device=self.choices.device,
         )
 
     def train(self, name, seed):

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from cli import run_main
+from cli import check_ranges, run_main
 from devices import precision
 from model import UNet
 from options import RECIPES
@@ -216,8 +216,7 @@ def main():
     parser.add_argument("--preset", choices=RECIPES, default="sd1", help="(default: sd1)")
     parser.add_argument("--turns", type=int, default=3, help="0: only count (default: 3)")
     args = parser.parse_args()
-    if args.turns < 0:
-        raise ValueError(f"--turns needs >= 0, got {args.turns}")
+    check_ranges(args, turns=(0, 1000))
     torch.set_flush_denormal(True)
     options = replace(RECIPES[args.preset], video_batch_size=1)
     x0, _, *conditions = batch_of(options, torch.device("meta"))

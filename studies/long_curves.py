@@ -7,14 +7,16 @@ every panel 1 is the truth.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cli import choose_device, run_main
+from cli import check_ranges, choose_device, run_main
 from evaluate import choose_prompts
-from files import atomic
+from files import atomic, require_room
+from memory import check_sampling
 from papers.bouncing import SHORTEST, laws
 from papers.chains import Chain
 from papers.known_frames import load_model
@@ -69,11 +71,12 @@ def main():
     parser.add_argument("--seed", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--output", type=Path, default=Path("long_curves.png"))
     args = parser.parse_args()
-    if args.num_clips < 3 or args.num_frames < SHORTEST:
-        raise ValueError(f"long_curves needs --num-clips >= 3 and --num-frames >= {SHORTEST}, got "
-                         f"{args.num_clips} and {args.num_frames}")
+    check_ranges(args, num_clips=(3, 10**5), num_frames=(SHORTEST, 2_000_000), seed=(0, 2**40))
+    require_room(args.output)
     torch.set_flush_denormal(True)
     model = load_model(args.run).to(choose_device("auto"))
+    check_sampling(model, dataclasses.replace(model.sampling, num_frames=args.num_frames),
+                   0, args.num_clips)
     options, _ = read_record(args.run, LongRun)
     chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second)
     draw_panels(args.output, curves(model, chain, args.num_clips, args.num_frames, args.seed,

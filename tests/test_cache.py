@@ -171,6 +171,36 @@ def test_a_changed_byte_is_never_read_as_data(tmp_path, name):
     assert_right(again.cache(tmp_path / "c"), again)
 
 
+@pytest.mark.parametrize("change", [
+    lambda stored: stored.update(items=stored["items"].view(torch.int32)),
+    lambda stored: stored.update(items=stored["items"].reshape(-1, 1)),
+])
+def test_the_type_and_shape_of_a_file_s_items_are_checked_too(tmp_path, change):
+    cached = Items().cache(tmp_path / "c")
+    path = tmp_path / "c/000001.safetensors"
+    stored = files.load_safetensors(path)
+    change(stored)
+    files.save_safetensors(path, stored)
+    with pytest.raises(ValueError, match="000001.safetensors: damaged"):
+        cached[2]
+
+
+@pytest.mark.parametrize("change", [
+    lambda stored: stored.pop("starts"), lambda stored: stored.pop("checksum"),
+    lambda stored: stored.update(starts=stored["starts"].view(torch.float64)),
+    lambda stored: stored.update(starts=stored["starts"][:-1]),
+])
+def test_a_file_whose_parts_do_not_fit_is_written_anew(tmp_path, capsys, change):
+    Items().cache(tmp_path / "c")
+    path = tmp_path / "c/000001.safetensors"
+    stored = files.load_safetensors(path)
+    change(stored)
+    files.save_safetensors(path, stored)
+    again = Items()
+    assert_right(again.cache(tmp_path / "c"), again)
+    assert again.encoded == [2, 3] and "written anew: damaged" in capsys.readouterr().err
+
+
 def test_a_disk_without_room_is_refused_with_the_bytes(tmp_path, monkeypatch):
     room = [100]
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=room[0]))

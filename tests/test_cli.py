@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from studies import bench
 import cli
-from cli import add_flags, choose_device, given_flags, option, run_main
+from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
 
 ROOT = Path(cli.__file__).parent
 
@@ -67,6 +68,32 @@ def test_a_wrong_flag_is_named_and_ends_with_status_2(capsys, words, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [
+    ("--rate", "nan"), ("--rate", "inf"), ("--num-steps", 30 * "1"),
+])
+def test_numbers_of_flags_are_finite_and_fit_into_64_bits(capsys, words):
+    with pytest.raises(SystemExit):
+        given(*words)
+    assert f"{words[0]}: needs a finite number below 2**63, got" in capsys.readouterr().err
+
+
+def test_ranges_are_checked_by_the_name_of_the_flag():
+    args = argparse.Namespace(num_steps=3, rate=None, eta=float("nan"))
+    check_ranges(args, num_steps=(3, 3), rate=(1, 2), absent=(1, 2))
+    with pytest.raises(ValueError, match=r"--num-steps needs to lie in \[4, 9\], got 3"):
+        check_ranges(args, num_steps=(4, 9))
+    with pytest.raises(ValueError, match="--eta"):
+        check_ranges(args, eta=(0, 1))
+
+
+def test_warnings_do_not_precede_an_error(capsys):
+    def main():
+        warnings.warn("odd", UserWarning)
+        raise ValueError("a mistake")
+
+    assert end_of(main) == 1 and capsys.readouterr().err.count("\n") == 1
+
+
 # Devices
 
 
@@ -74,7 +101,7 @@ def test_auto_chooses_cuda_if_there_is_one():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta"])
 def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--device {name}: not usable"):
         choose_device(name)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import UNETS, build_unet, unet_inputs
+from helpers import UNETS, build_unet, fresh_pipeline, unet_inputs
 
+import memory
+import text
 from memory import MARGIN, Needs, Plan, learning, needs_of, plan
 from model import UNet
 from options import RECIPES
@@ -102,7 +104,44 @@ def test_every_stage_has_needs_that_grow_with_its_batch(tmp_path, stage):
     assert two.activations == 2 * one.activations > 0
 
 
-def test_on_a_cpu_nothing_is_asked_and_nothing_moves(tmp_path, capsys):
+def test_on_a_cpu_nothing_moves_and_only_what_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
+    run = stage_of(tmp_path, "cpu", gradient_checkpointing=False)
     assert plan(stage_of(tmp_path, "cpu"), "video") == Plan(True, False, False)
-    assert plan(stage_of(tmp_path, "cpu", gradient_checkpointing=False), "video") == Plan()
+    assert plan(run, "video") == Plan()
     assert capsys.readouterr().out == ""
+    clip = 50 * 16 * 256**2
+    for stage, least in (("vae", 32 * 16 * 128 * 256**2), ("image", 32 * 32 * 320 * 32**2),
+                         ("video", 32 * 16 * 320 * 32**2)):
+        monkeypatch.setattr(memory, "machine_bytes", lambda least=least: least + clip)
+        assert plan(run, stage) == Plan()
+        monkeypatch.setattr(memory, "machine_bytes", lambda least=least: least + clip - 1)
+        with pytest.raises(ValueError, match=f"of memory, the machine has .*; lower --{stage}-bat"):
+            plan(run, stage)
+
+
+def test_a_caption_may_have_more_tokens_than_the_preset(tmp_path):
+    positions = text.PRESETS["tiny"].max_position_embeddings
+    run = stage_of(tmp_path)
+    run.options = dataclasses.replace(RECIPES["tiny"], max_tokens=positions + 1)
+    assert needs_of(learning(run, "image")).activations > 0
+
+
+def test_a_limit_of_the_system_counts_like_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("12345678\n")
+    (tmp_path / "other").write_text("max\n")
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "memory.max", tmp_path / "other"))
+    assert memory.machine_bytes() == 12345678
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "other", tmp_path / "absent"))
+    assert memory.machine_bytes() > 2**28
+
+
+def test_sampling_needs_what_its_clips_and_its_decoder_do(monkeypatch):
+    pipeline = fresh_pipeline()  # first levels of 32 and 16 channels, latents of 1/4
+    sampling = dataclasses.replace(pipeline.sampling, num_frames=5, image_size=40)
+    drawn = 3 * (8 * 32 * 10**2 + 3 * 40**2) + 2 * 3 * 80**2  # numbers for each frame
+    needed = 4 * (5 * drawn + 3 * 16 * 40**2)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: needed)
+    memory.check_sampling(pipeline, sampling, 3, 2, zoom=2)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match="lower --batch-size, --num-frames, --image-size, --zoom"):
+        memory.check_sampling(pipeline, sampling, 3, 2, zoom=2)

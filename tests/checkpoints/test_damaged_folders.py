@@ -120,7 +120,18 @@ def test_truncated_weights_are_named(folder):
     ("unet", {"temporal": "telepathy"}, "temporal needs one of"),
     ("unet", {"layers_per_block": [1, 2]}, "unet/config.json: "),
     ("unet", {"block_out_channels": "wide"}, "unet/config.json: "),
-    ("unet", {"in_channels": "four"}, "unet/config.json: describes no network"),
+    ("unet", {"in_channels": "four"}, "unet/config.json: in_channels needs int.* got 'four'"),
+    ("unet", {"down_block_types": 2}, "unet/config.json: down_block_types needs a list of names"),
+    ("unet", {"up_block_types": [[]]}, r"up_block_types=\[\[\]\] is not built here"),
+    ("vae", {"down_block_types": [2]}, "vae/config.json: down_block_types needs a list of names"),
+    ("unet", {"layers_per_block": 2**63}, "layers_per_block needs int, .* at most 1,000,000"),
+    ("unet", {"layers_per_block": 1000}, "needs at most 100 layers and 10 levels, got 1000 and 2"),
+    ("vae", {"block_out_channels": [8] * 11}, "at most 100 layers and 10 levels, got 1 and 11"),
+    ("unet", {"block_out_channels": [10**9] * 2}, "block_out_channels needs tuple.* at most"),
+    ("unet", {"shift_causal": 1}, "shift_causal needs bool, .*got 1"),
+    ("vae", {"scaling_factor": float("nan")}, "scaling_factor needs float, .*got nan"),
+    ("vae", {"scaling_factor": float("inf")}, "scaling_factor needs float, .*got inf"),
+    ("unet", {"_class_name": {}}, "_class_name={} is not built here"),
     ("vae", {"act_fn": "relu"}, "act_fn='relu' is not built here"),
     ("vae", {"_class_name": "VQModel"}, "_class_name='VQModel' is not built here"),
     ("vae", {"use_quant_conv": False}, "use_quant_conv=False is not built here"),
@@ -144,7 +155,8 @@ def test_an_architecture_that_is_not_built_here_is_refused_by_name(folder, part,
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name='FlowMatch.* is not built"),
     ({"beta_schedule": "sigmoid"}, "scheduler_config.json: beta_schedule needs one of"),
     ({"prediction_type": "sample"}, "scheduler_config.json: prediction_type needs one of"),
-    ({"num_train_timesteps": "many"}, "scheduler_config.json: "),
+    ({"num_train_timesteps": "many"}, "scheduler_config.json: num_train_timesteps needs int"),
+    ({"trained_betas": [[]]}, r"scheduler_config.json: trained_betas needs tuple.* got \[\[\]\]"),
 ])
 def test_a_schedule_that_is_not_built_here_is_refused_by_name(folder, values, message):
     change(folder / "scheduler/scheduler_config.json", **values)
@@ -154,8 +166,31 @@ def test_a_schedule_that_is_not_built_here_is_refused_by_name(folder, values, me
 @pytest.mark.parametrize("values, message", [
     ({"speed": 3}, "sampling.json: speed=3 is not built here"),
     ({"num_frames": 0}, "sampling.json: num_frames needs >= 1, got 0"),
-    ({"num_frames": "8"}, "sampling.json: "),
+    ({"num_frames": "8"}, "sampling.json: num_frames needs int, .* got '8'"),
+    ({"guidance_scale": ""}, "sampling.json: guidance_scale needs float, .* got ''"),
+    ({"sampler": "euler"}, "sampling.json: sampler needs one of .* got 'euler'"),
 ])
 def test_settings_that_are_impossible_are_refused_by_name(folder, values, message):
     change(folder / "sampling.json", **values)
     refuse(folder, message)
+
+
+@pytest.mark.parametrize("length, message", [
+    (10**30, "tokenizer_config.json: model_max_length needs a whole number from 2 to 65536"),
+    (9.0, "tokenizer_config.json: model_max_length needs a whole number"),
+    (10, "tokenizer: model_max_length needs to be <= 9, the text encoder's positions, got 10"),
+])
+def test_a_length_that_does_not_fit_the_text_encoder_is_refused(folder, length, message):
+    change(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
+    refuse(folder, message)
+
+
+def test_a_tokenizer_without_its_settings_is_refused_when_it_is_loaded(folder):
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    refuse(folder, "tokenizer: model_max_length needs to be <= 9, .* got 77")
+
+
+def test_damaged_merges_are_named(folder):
+    path = folder / "tokenizer/merges.txt"
+    path.write_text(path.read_text() + "xyz zyx\n")
+    refuse(folder, "tokenizer/merges.txt: merges need two known symbols")

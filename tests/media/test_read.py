@@ -145,7 +145,7 @@ def test_a_still_is_one_frame_at_any_frame_rate(tmp_path):
 
 def test_stride_and_frame_rate_together_are_refused(tmp_path):
     save_animation(tmp_path / "a.gif", gray_frames(), duration=100)
-    with pytest.raises(ValueError, match="frame_rate needs > 0 and stride 1"):
+    with pytest.raises(ValueError, match="frame_rate needs > 0, at most 1000, and stride 1"):
         read_clip(tmp_path / "a.gif", stride=2, frame_rate=5)
 
 

@@ -270,7 +270,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(with_decoder, run, 
 @pytest.mark.parametrize("options, message", [
     ({"only_new": True, "temporal": "none"}, "--only-new needs a variant with layers of its own"),
     ({"only_new": True, "temporal": "shift"}, "got --temporal shift"),
-    ({"noise": -1.0}, "--noise needs >= 0"),
+    ({"noise": -1.0}, "--noise needs to lie in .0, "),
 ])
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -181,7 +181,7 @@ def test_other_steps_in_the_same_folder_are_refused(trained, begun, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--variants", "shift,telepathy"], "--variants needs some of none, shift, .*'telepathy'"),
     (["--num-prompts", "32"], "--num-prompts needs >= 33"),
-    (["--seeds", "0"], "--seeds needs >= 1, got 0"),
+    (["--seeds", "0"], r"--seeds needs to lie in \[1, 1000\], got 0"),
 ])
 def test_a_mistake_is_named(trained, flags, message):
     with pytest.raises(ValueError, match=message):

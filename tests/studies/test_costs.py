@@ -84,5 +84,5 @@ def test_the_table_has_a_row_for_each_variant(capsys):
 
 
 def test_less_than_no_turns_are_refused():
-    with pytest.raises(ValueError, match="--turns needs >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"--turns needs to lie in \[0, 1000\], got -1"):
         call(costs.main, "--turns", -1)
