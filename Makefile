@@ -11,7 +11,7 @@ PY := .venv/bin/python
 # to do.
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
-.PHONY: demo long test test-1 test-2 test-3 test-studies bench clean
+.PHONY: demo long test test-1 test-2 test-3 test-4 test-studies bench clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -42,13 +42,14 @@ long: .venv/installed
 
 # Tests are small: two processes with a core each are faster than one with two.
 test: .venv/installed
-	@$(MAKE) --no-print-directory --jobs 2 test-1 test-2 test-3 \
+	@$(MAKE) --no-print-directory --jobs 2 test-1 test-2 test-3 test-4 \
 		$(if $(filter output-sync,$(.FEATURES)),--output-sync)
 
 test-1: FILES := $(wildcard tests/test_[a-n]*.py)
 test-2: FILES := $(wildcard tests/test_[o-z]*.py)
-test-3: FILES := tests/checkpoints tests/media tests/papers
-test-1 test-2 test-3:
+test-3: FILES := tests/papers
+test-4: FILES := tests/checkpoints tests/media
+test-1 test-2 test-3 test-4:
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $(FILES)
 
 test-studies: .venv/studies
