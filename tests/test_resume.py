@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, monk
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_enormous_learning_rate_saves_no_weights(tmp_path, stage):
     with pytest.raises(ValueError, match=f"the {stage} stage is not finite .* lower --{stage}-lea"):
-        train_small(tmp_path / "run", **{f"{stage}_learning_rate": 1e18, "save_every": 1})
+        train_small(tmp_path / "run", **{f"{stage}_learning_rate": 1e9, "save_every": 1})
     part = {"vae": "vae", "image": "image_unet", "video": "unet"}[stage]
     if stage == "video":  # the image model of the stage before still draws
         assert load_pipeline(tmp_path / "run").sampling.num_frames == 1
