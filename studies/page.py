@@ -115,9 +115,9 @@ def scores(path, options, found):
                         "known.")]
     if not found:
         return [missing("There are none yet; measure with", "python", "evaluate.py", str(path))]
-    agreement = [[name, percentage(row["all"]), *(f"{row[k]:.1f}" if k in row else "–"
-                                                  for k in PARTS), f"{row['count']:,}"]
-                 for name, row in found["agreement"].items()]
+    agreement = [[name, percentage(row["all"]),
+                  *(f"{row[k]:.1f}" if k in row else "–" for k in PARTS),
+                  f"{row['crispness']:.3f}" if "crispness" in row else "–", f"{row['count']:,}"] for name, row in found["agreement"].items()]
     measures = dict.fromkeys(name for row in found["quality"].values() for name in row)
     quality = [[name, *(f"{row[m]:g}" if m in row else "–" for m in measures)]
                for name, row in found["quality"].items()]
@@ -126,7 +126,8 @@ def scores(path, options, found):
            f"{sampling['num_steps']} denoising steps, guidance {sampling['guidance_scale']:g}.")
     return [
         element("p", " ".join([how, *found["decoder"]])),
-        table(["agreement", "all right, %", *(f"{k}, %" for k in PARTS), "number"], agreement),
+        table(["agreement", "all right, %", *(f"{k}, %" for k in PARTS), "crispness", "number"],
+              agreement),
         table(["quality", *(f"{m}, dB" if m == "PSNR" else m for m in measures)], quality),
     ]
 
