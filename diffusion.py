@@ -201,10 +201,12 @@ def classifier_free_guidance(unconditional, conditional, guidance_scale):
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, generator=None, power=1.0):
+def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, generator=None,
+                power=1.0):
     """Yield x_t after each of num_steps steps; the last one is the sample.
 
-    `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. A generator function, so that a script can draw a bar or a preview between the steps.
+    `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. A generator function,
+    so that a script can draw a bar or a preview between the steps.
     """
     if sampler not in ("ddim", "ddpm"):
         raise ValueError(f"sampler needs to be 'ddim' or 'ddpm', got {sampler!r}")

@@ -117,7 +117,8 @@ def scores(path, options, found):
         return [missing("There are none yet; measure with", "python", "evaluate.py", str(path))]
     agreement = [[name, percentage(row["all"]),
                   *(f"{row[k]:.1f}" if k in row else "–" for k in PARTS),
-                  f"{row['crispness']:.3f}" if "crispness" in row else "–", f"{row['count']:,}"] for name, row in found["agreement"].items()]
+                  f"{row['crispness']:.3f}" if "crispness" in row else "–", f"{row['count']:,}"]
+                 for name, row in found["agreement"].items()]
     measures = dict.fromkeys(name for row in found["quality"].values() for name in row)
     quality = [[name, *(f"{row[m]:g}" if m in row else "–" for m in measures)]
                for name, row in found["quality"].items()]

@@ -67,8 +67,8 @@ def fresh_pipeline():
     diffusion = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                           timestep_spacing="trailing")
     sampling = Sampling(num_frames=5, image_size=40, frames_per_second=12.0, num_steps=7,
-                        guidance_scale=3.0, guidance_max_snr=2.0, timestep_power=0.9, sampler="ddpm",
-                        eta=0.5)
+                        guidance_scale=3.0, guidance_max_snr=2.0, timestep_power=0.9,
+                        sampler="ddpm", eta=0.5)
     return Pipeline(model.UNet(unet), vae.AutoencoderKL(autoencoder), CLIPTextModel(config),
                     tokenizer, diffusion, sampling)
 
