@@ -84,6 +84,8 @@ def fault_of(main, words):
     except SystemExit as end:
         status = end.code or 0
     except BaseException as error:  # run_main lets it through: a traceback, or Late
+        if isinstance(error, Late) and re.search(r"\d+/\d+ \[", errors.getvalue()):
+            return None  # a training that goes on, with a bar that says how long
         return f"{type(error).__name__}: {error}"[:300]
     finally:
         signal.alarm(0)
