@@ -139,12 +139,14 @@ class Diffusion:
         total = self.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
-        if power != 1 or self.timestep_spacing == "trailing":
+        if power != 1:
             steps = [round(total * (1 - i / num_steps) ** power) - 1 for i in range(num_steps)]
         elif self.timestep_spacing == "leading":
             stride = total // num_steps
             offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside
             steps = [i * stride + offset for i in reversed(range(num_steps))]
+        elif self.timestep_spacing == "trailing":  # rounded as diffusers rounds
+            steps = [round(total - i * (total / num_steps)) - 1 for i in range(num_steps)]
         else:
             ends = torch.linspace(0, total - 1, num_steps, dtype=torch.float64)
             steps = [round(step) for step in reversed(ends.tolist())]

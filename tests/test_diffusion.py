@@ -9,6 +9,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from recorded.rule import normal
@@ -223,6 +224,13 @@ def test_timesteps_fall_strictly_inside_the_schedule(spacing, total):
 def test_each_step_begins_where_the_one_before_ended(spacing):
     pairs = Diffusion(timestep_spacing=spacing).timestep_pairs(30)
     assert [t_prev for _, t_prev in pairs] == [t for t, _ in pairs[1:]] + [-1]
+
+
+@pytest.mark.parametrize("num_steps", [50, 80, 160, 400])
+def test_trailing_rounds_halves_as_diffusers_does(num_steps):
+    """80 steps of 12.5 end on halves: 1 - i / 80 in place of a difference would round otherwise."""
+    steps = [t for t, _ in Diffusion(timestep_spacing="trailing").timestep_pairs(num_steps)]
+    assert steps == (np.round(np.arange(1000, 0, -1000 / num_steps)) - 1).tolist()
 
 
 def test_the_power_of_timesteps_by_hand():
