@@ -188,7 +188,7 @@ class UNet(nn.Module):
         self.class_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
-            # As loud as the timestep from the start: directions are learned in half the steps.
+            # As loud as the timestep from the start, so that directions are learned sooner.
             nn.init.orthogonal_(self.class_embedding.weight, gain=4)
         self.condition_embeddings = nn.ModuleList(
             TimeEmbedding(widths[0], time_width) for _ in range(config.num_conditions)

@@ -95,7 +95,7 @@ class Pipeline:
             x = x_t.to(context.dtype)
             timesteps = torch.full((len(x),), t, device=x.device)  # b, all the same
             # What is drawn is decided by the text while noise prevails. Later, guidance would only
-            # exaggerate edges: an interval saves half of the work. Kynkaanniemi et al. 2024.
+            # exaggerate edges, at twice the work of a step. Kynkaanniemi et al. 2024.
             if guided is None or (max_snr is not None and self.diffusion.snr(t) > max_snr):
                 return self.unet(x, timesteps, context).float()
             # The U-Net answers twice, without the text and with it: one batch of 2b clips.

@@ -6,8 +6,9 @@ Small runs are trained in a temporary folder. Then each kind of file is damaged 
 given to a command that reads it, numeric flags get odd values, disks are full, and a training is
 killed `kills` times, resumed, and compared with one that was not.
 
-A command held if it ends within 20 seconds of CPU time, or goes on with a bar that tells how long,
-with status 0, or with one line of error and another status, and leaves no temporary file. The study ends with status 1 if anything did not hold.
+A command held if it ends within 20 seconds of CPU time with status 0, or with one line of error and
+another status, and leaves no temporary file; or if it goes on with a bar that tells how long. The
+study ends with status 1 if anything did not hold.
 """
 
 import argparse
