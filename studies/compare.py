@@ -15,6 +15,7 @@ variants reuses the trainings that are finished.
 
 import argparse
 import dataclasses
+import math
 import multiprocessing
 import os
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from metrics import (
 from run import Run, load_image_model, open_data, read_record
 from shapes import HELD_OUT, SEEN, caption_of
 from studies.bench import device_name
-from studies.costs import measure_costs
+from studies.costs import KINDS, measure_costs
 from studies.report import write_report, write_sheet
 from vae import encode_clip
 from weights import load_unet
@@ -55,6 +56,14 @@ VARIANTS = {
     "conv": {"temporal": "conv"},
     "conv-as-shift": {"temporal": "conv", "start_as_shift": True},
 }
+ROW = {"colour": 0, "shape": 0, "direction": 0, "all": 0}
+# What the files of a comparison hold: 0 is a number, None a number or null, "*" any key.
+COSTS_FORM = {"*": dict.fromkeys(("gib", "gflops", "parameters", "new"), 0)
+              | dict.fromkeys(KINDS, [0])}
+RESULT_FORM = {"curve": {"*": ROW}, "scores": {
+    "clips, seen": ROW, "clips, held out": ROW, "images, all": {"all": 0}, "consistency": 0,
+    "FVD-shapes": 0}}
+REFERENCES_FORM = {"*": [None]}
 PROMPT_SEED = 5000  # of the noise that clips are drawn from, the same for every variant and seed
 
 
@@ -184,6 +193,28 @@ class Comparison:
         print(f"trained: {name}, seed {seed}", flush=True)
 
 
+def fits(value, form):
+    """Whether a JSON value has a form: at least its keys, and finite numbers."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        form = dict.fromkeys(value, form["*"]) if "*" in form else form
+        return all(fits(value.get(key), part) for key, part in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and len(value) > 0 and all(fits(x, form[0]) for x in value)
+    known = type(value) in (int, float) and math.isfinite(value)
+    return known or form is value is None
+
+
+def read_form(path, form):
+    """The JSON object in a file of a comparison. Raises ValueError unless it has the form."""
+    value = read_json(path)
+    if not fits(value, form):
+        raise ValueError(f"{path}: damaged, or of another version; remove it, and what it held is "
+                         "measured again")
+    return value
+
+
 def check_settings(path, now):
     """Keep what makes results comparable. Raises ValueError if a folder has other settings."""
     before = read_json(path) if path.exists() else now
@@ -237,7 +268,7 @@ def compare(run, output, choices):
         "curve_prompts": choices.curve_prompts, "num_prompts": choices.num_prompts, **VARIANTS,
     })
     costs_path, references_path = output / "costs.json", output / "references.json"
-    costs = read_json(costs_path) if costs_path.exists() else {}
+    costs = read_form(costs_path, COSTS_FORM) if costs_path.exists() else {}
     if not all(name in costs for name in choices.names):  # first, while this process is small
         settings = {name: comparison.options_of(name) for name in choices.names}
         texts = [caption_of(*prompt) for prompt in comparison.prompts[: choices.batch_size]]
@@ -259,9 +290,10 @@ def compare(run, output, choices):
     title = (f"{choices.steps} steps on clips for each, from the image model of {run}; "
              f"{choices.num_prompts} prompts; seeds: {choices.seeds}. "
              f"PyTorch {torch.__version__}, {device_name(comparison.device)}.")
-    scores = {name: [read_json(results[name, seed]) for seed in range(choices.seeds)]
+    scores = {name: [read_form(results[name, seed], RESULT_FORM) for seed in range(choices.seeds)]
               for name in choices.names}
-    return write_report(output, title, costs, scores, read_json(references_path))
+    references = read_form(references_path, REFERENCES_FORM)
+    return write_report(output, title, costs, scores, references)
 
 
 def main():

@@ -32,8 +32,9 @@ import sample
 import train
 import weights
 from cli import check_ranges, run_main
+from metrics import NUM_FEATURES
 from papers import key_frames, long_video, video_autoencoder, video_decoder
-from studies import bench
+from studies import bench, compare, damage, page
 from studies.damage import DRAW, cases, fault_of, small_files, stopped_run, trial
 
 ROOT = Path(train.__file__).parent
@@ -41,6 +42,14 @@ NUMBERS = "0", "-1", "1" + 30 * "0", "inf", "nan", str(2**64), "", "x"
 SMALL = ("--num-clips 8 --num-frames 4 --image-size 16 --vae-steps 4 --image-steps 4 --video-steps "
          "4 --vae-batch-size 4 --image-batch-size 4 --video-batch-size 2 --num-steps 2 "
          "--log-every 2 --save-every 2 --device cpu").split()
+COMPARE = f"--variants none,shift --num-prompts {NUM_FEATURES + 1} --steps 2 --seeds 1".split()
+COMPARE += "--checkpoints 1 --curve-prompts 2 --repetitions 1 --device cpu".split()
+COMPARED = [  # damage.py, which the tests use as well, can do without what draws curves
+    ("compared", "evaluation.json", page.main, ["RUN"]),
+    *(("compared", f"compare/{file}", compare.main, ["RUN", *COMPARE]) for file in (
+        "settings.json", "costs.json", "references.json", "shift-0/result.json",
+        "feature_net.safetensors")),
+]
 
 
 def must(main, *words):
@@ -49,8 +58,8 @@ def must(main, *words):
         raise ValueError(f"{' '.join(map(str, words))}: {fault}")
 
 
-def paper_runs(root, run):
-    """{name: folder} of small runs of papers/."""
+def other_runs(root, run):
+    """{name: folder} of small runs of papers/, and of a comparison."""
     steps = ["--decoder-steps", 2, "--decoder-batch-size", 2, "--device", "cpu"]
     must(long_video.main, "train", root / "long", "--init", run, *steps, "--num-clips", 8,
          "--clip-frames", 64, "--long-steps", 2, "--long-batch-size", 2)
@@ -67,7 +76,12 @@ def paper_runs(root, run):
     shutil.copytree(run, root / "decoder")
     must(video_decoder.main, "train", root / "decoder", *steps)
     must(video_autoencoder.main, "train", root / "3-D", *SMALL)
-    return {name: root / name for name in ("long", "latents", "decoder", "3-D")}
+    shutil.copytree(run, root / "work")
+    must(evaluate.main, root / "work", "--num-prompts", 2, "--device", "cpu")
+    with mock.patch.object(damage, "SECONDS", 200):  # it trains a feature net
+        must(compare.main, root / "work", *COMPARE)
+    (root / "work").rename(root / "compared")  # its settings name the folder it is of
+    return {name: root / name for name in ("long", "latents", "decoder", "3-D", "compared")}
 
 
 def flags_of(main, command):
@@ -141,11 +155,15 @@ def killed(root, kills, chance):
     whole.communicate()
     seconds = time.perf_counter() - began
     for number in range(kills):
-        path = root / f"killed-{number}"
-        with start(path) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.3, 1) * seconds)  # imports take the beginning
-            process.kill()
+        path, in_time = root / f"killed-{number}", False
+        while not in_time:  # a kill after the end is none
+            shutil.rmtree(path, ignore_errors=True)
+            with start(path) as process:
+                try:
+                    process.wait(chance.uniform(0.3, 1) * seconds)  # imports take the beginning
+                except subprocess.TimeoutExpired:
+                    in_time = True
+                process.kill()
         with start(path) as process:
             errors = process.communicate()[1]
         same = networks(path) == networks(root / "whole") and not [*path.rglob("*.tmp")]
@@ -176,9 +194,9 @@ def main():
         os.chdir(root)
         must(train.main, root / "run", *SMALL)
         folders = {"run": root / "run", "stopped": stopped_run(root / "stopped", *SMALL),
-                   **small_files(root), **paper_runs(root, root / "run")}
+                   **small_files(root), **other_runs(root, root / "run")}
         print(bench.table(["test", "tried", "held"]))
-        for case in cases(folders):
+        for case in [*cases(folders), *COMPARED]:
             note(f"{case[1]} ({case[2].__module__})", (
                 trial(case, folders, root / "work", chance) for _ in range(args.count)))
         note("odd numbers for flags", odd_numbers(folders, root, 5 * args.count, chance))

@@ -188,6 +188,18 @@ def test_a_mistake_is_named(trained, flags, message):
         call(compare.main, trained, *flags)
 
 
+@pytest.mark.parametrize("file, key, value", [
+    ("costs.json", "shift", None), ("costs.json", "shift", {"gib": 1.0}),
+    ("shift-0/result.json", "scores", []), ("shift-0/result.json", "curve", {"2": {"all": "x"}}),
+    ("references.json", "real clips", []),
+])
+def test_a_damaged_result_is_named(trained, begun, file, key, value):
+    record = json.loads((begun / file).read_text())
+    (begun / file).write_text(json.dumps(record | {key: value}))
+    with pytest.raises(ValueError, match=f"{file}: damaged, or of another version; remove it"):
+        call_compare(trained, "--variants", "shift,conv", "--seeds", 1, "--output", begun)
+
+
 def test_a_run_without_an_image_stage_is_refused(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps({"options": {}, "finished": ["vae"]}))
     with pytest.raises(ValueError, match="needs a finished image stage on --data shapes"):
