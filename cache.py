@@ -14,6 +14,7 @@ files that have to be written.
 import bisect
 import hashlib
 import itertools
+import multiprocessing
 import shutil
 import signal
 import sys
@@ -53,8 +54,11 @@ def ignore_ctrl_c(worker):
 def read(get, indices, workers):
     """Yield get(index) for all indices, in order; so many worker processes read ahead."""
     # The loader draws a seed for its workers, not from the global generator: weights come from it.
+    # Workers are forked, also where another way is the default, since `get` may be any function.
+    fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(Answers(get), batch_size=None, sampler=indices, num_workers=workers,
-                        worker_init_fn=ignore_ctrl_c, generator=torch.Generator())
+                        multiprocessing_context=fork, worker_init_fn=ignore_ctrl_c,
+                        generator=torch.Generator())
     for answer in loader:
         if isinstance(answer, Exception):
             raise answer
@@ -87,7 +91,7 @@ class Cache:
     """A sequence of tensors (t, ...) in the files of a folder, mapped when they are read.
 
     version(i) is a tuple of all that item i follows from, its name first. encode(indices) yields
-    items. item_bytes are the bytes of the shortest and of the longest item.
+    items. item_bytes are what the shortest and the longest item take at most.
 
     Raises ValueError if the disk has no room, or when a damaged item is read.
     """

@@ -42,12 +42,14 @@ def check_ranges(args, **limits):
                              f"{value}")
 
 
-def add_flags(parser, options):
+def add_flags(parser, options, show_defaults=True):
     """Add one flag per field of a dataclass instance, whose values are the defaults."""
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         flag, default = "--" + field.name.replace("_", "-"), getattr(options, field.name)
-        text, kind = f"{field.metadata['help']} (default: {default})", hints[field.name]
+        text, kind = field.metadata["help"], hints[field.name]
+        if show_defaults:
+            text += f" (default: {default})"
         if isinstance(kind, types.UnionType):  # `int | None`: parse as the first of the two
             kind = typing.get_args(kind)[0]
         if kind is bool:

@@ -8,6 +8,7 @@ Symbols, here only, and the letters of the papers:
     beta        beta_t, variance added by step t
     alpha_bar   prod_{s<=t} (1 - beta_s)    alpha_bar_t in DDPM, alpha_t in DDIM
     v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)
+    signal      sqrt(alpha_bar), the part of x0 in x_t; noise_scale, sqrt(1 - alpha_bar), of eps
     sigma, eta  noise that a DDIM step adds, and its share of DDPM's (0 adds none)
     SNR         signal-to-noise ratio, alpha_bar / (1 - alpha_bar)
 
@@ -99,29 +100,29 @@ class Diffusion:
             roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
             self._tables[key] = [root.to(like.device, like.dtype) for root in roots]
         shape = -1, *[1] * (like.ndim - 1)  # b -> b 1 1 1 1
-        signal, sigma = self._tables[key]
-        return signal[timesteps].view(shape), sigma[timesteps].view(shape)
+        signal, noise_scale = self._tables[key]
+        return signal[timesteps].view(shape), noise_scale[timesteps].view(shape)
 
     def add_noise(self, x0, noise, timesteps):
         """x_t for clean x0 and noise of shape (b, ...) at timesteps (b,). DDPM, eq. 4."""
-        signal, sigma = self._coefficients(timesteps, x0)
-        return signal * x0 + sigma * noise
+        signal, noise_scale = self._coefficients(timesteps, x0)
+        return signal * x0 + noise_scale * noise
 
     def target(self, x0, noise, timesteps):
         """What the model learns to predict at timesteps (b,): the noise, or v; shaped like x0."""
         if self.prediction_type == "epsilon":
             return noise
-        signal, sigma = self._coefficients(timesteps, x0)
-        return signal * noise - sigma * x0
+        signal, noise_scale = self._coefficients(timesteps, x0)
+        return signal * noise - noise_scale * x0
 
     def predict(self, model_output, x_t, t):
         """The model's (x0, eps) at timestep t, whichever of eps and v it predicts."""
         alpha_bar = self.alphas_cumprod[t].item()
-        signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        signal, noise_scale = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         if self.prediction_type == "epsilon":
-            return (x_t - sigma * model_output) / signal, model_output
+            return (x_t - noise_scale * model_output) / signal, model_output
         # v and x_t are eps and x0 turned by an angle; turning back needs no division.
-        return signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
+        return signal * x_t - noise_scale * model_output, signal * model_output + noise_scale * x_t
 
     def snr(self, t):
         """Signal-to-noise ratio at timestep t, a float; 0 where nothing but noise is left."""
@@ -140,7 +141,8 @@ class Diffusion:
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
         if power != 1:
-            steps = [round(total * (1 - i / num_steps) ** power) - 1 for i in range(num_steps)]
+            parts = [(1 - i / num_steps) ** power for i in range(num_steps)]
+            steps = [max(0, round(total * part) - 1) for part in parts]
         elif self.timestep_spacing == "leading":
             stride = total // num_steps
             offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside

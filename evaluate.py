@@ -31,7 +31,7 @@ from shapes import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, caption_of, cove
 from vae import encode_clip
 from weights import load_pipeline, use_decoder
 
-MAX_COLOUR_DISTANCE = 0.35  # in RGB of [0, 1]; red, the nearest neighbour of magenta, is 0.85 away
+MAX_COLOUR_DISTANCE = 0.35  # in RGB of [0, 1]; the nearest two, blue and cyan, are 0.62 apart
 MIN_OVERLAP = 0.75  # intersection over union with the ideal shape of the same size
 MIN_TRAVEL = 0.15  # from the first frame to the last, as a part of the frame's size
 AREAS = 0.03, 0.3  # smallest and largest part of a frame that is a shape
@@ -97,7 +97,8 @@ def overlaps_of(covered, x, y, area):
         lift = 0.389 * radius if shape == "triangle" else 0.0
         ideal = coverage(shape, across, below + lift, radius)
         both, either = np.minimum(covered, ideal), np.maximum(covered, ideal)  # t h w
-        overlaps[shape] = (both.sum((1, 2)) / either.sum((1, 2))).mean()
+        # A frame without a shape, whose centre is NaN, overlaps with none.
+        overlaps[shape] = np.nan_to_num(both.sum((1, 2)) / either.sum((1, 2))).mean()
     return overlaps
 
 
@@ -228,7 +229,10 @@ def main():
     if not args.run.is_dir():
         raise ValueError(f"{args.run}: no such folder; check the path")
     known = (args.run / "train.json").exists()  # not so for Stable Diffusion's folders
-    data = read_record(args.run)[0].data if known else "other data"
+    if not known:
+        raise ValueError(f"{args.run}: has no train.json; only of MovingShapes, in a run of "
+                         "train.py, is the truth known (papers/ have an `evaluate` of their own)")
+    data = read_record(args.run)[0].data
     if data != "shapes":
         raise ValueError(f"{args.run}: trained on {data}; only of MovingShapes (--data shapes) "
                          "is the truth known")

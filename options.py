@@ -114,9 +114,11 @@ class TrainOptions(LoopOptions):
         if self.start_as_shift and self.temporal != "conv":
             raise ValueError("--start-as-shift needs --temporal conv, got "
                              f"--temporal {self.temporal}; leave it out")
-        if self.init is not None:  # shapes and schedule are those of that model
-            return
-        # Refuse now what a later stage or sampling would refuse hours later.
+        if self.init is None:  # or else shapes and schedule are those of that model
+            self.check_shapes()
+
+    def check_shapes(self):
+        """Refuse now what a later stage or sampling would refuse hours later."""
         factor = self.vae().downscale * self.unet().downscale
         if self.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")

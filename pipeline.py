@@ -32,7 +32,7 @@ class Sampling:
     num_steps: int = option(50, "denoising steps")
     guidance_scale: float = option(7.5, "weight of the text; 1 switches guidance off")
     guidance_max_snr: float | None = option(
-        None, "guide only where the signal-to-noise ratio is at most this; by default everywhere")
+        None, "guide only where the signal-to-noise ratio is at most this")
     timestep_power: float = option(1.0, "below 1: more of the steps where noise prevails")
     sampler: str = option("ddim", "ddim or ddpm", choices=("ddim", "ddpm"))
     eta: float = option(0.0, "part of DDPM's noise that a DDIM step adds")
@@ -84,8 +84,9 @@ class Pipeline:
         """
         sampling = sampling or self.sampling
         f = self.vae.config.downscale
-        if sampling.image_size % f:
-            raise ValueError(f"image_size needs a multiple of {f}, got {sampling.image_size}")
+        factor = f * self.unet.config.downscale
+        if sampling.image_size % factor:
+            raise ValueError(f"image_size needs a multiple of {factor}, got {sampling.image_size}")
         context = self.encode_text(prompts)  # b n d
         guided, scale, max_snr = None, sampling.guidance_scale, sampling.guidance_max_snr
         if scale != 1:

@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net: minutes at full size, then faster steps")
-    add_flags(parser, Sampling())
+    add_flags(parser, Sampling(), show_defaults=False)
     add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args()
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])

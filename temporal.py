@@ -3,7 +3,7 @@ model.py, which imports this file.
 
     none        nothing: each frame is an image by itself
     shift       in front of convolutions, a part of the channels moves one frame (Latent-Shift); it
-                is a line in ResnetBlock.forward and has no layer here
+                is two lines in ResnetBlock.forward and has no layer here
     attention   behind each layer, a place attends to itself in all frames (Latent-VDM, the baseline
                 of An et al. 2023; LVDM, He et al. 2022)
     joint       the same, but a place attends to all places of all frames, in one attention

@@ -37,7 +37,8 @@ from tokenizer import CLIPTokenizer
 from trainer import Trainer, step_generator
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
-# What is standardised is measured on at most so many frames or captions, and fewer than twice that.
+# What is standardised is measured on all frames or captions, or on evenly spaced ones: at least so
+# many, and fewer than twice that.
 FRAMES, TEXTS = 8192, 256
 
 
@@ -46,6 +47,8 @@ FRAMES, TEXTS = 8192, 256
 
 def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
     """Squared error plus a small divergence from N(0, 1). LDM, Rombach et al. 2022, eq. 25.
+
+    Its perceptual and its adversarial term need other networks, and are left out.
 
     x are frames (n, 3, h, w) in [-1, 1], noise (n, c, h/f, w/f) is for the sample of their latents.
     """
@@ -56,7 +59,7 @@ def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
 
 def reconstruction_error(reconstruction, x, motion_weight):
     """Mean squared error of frames (n, 3, h, w), with more weight on what moves."""
-    # A moving shape covers a tenth of a frame; unweighted, the background would decide. What
+    # A moving shape covers a seventh of a frame; unweighted, the background would decide. What
     # differs from a frame's median colour is taken for the shape.
     median = x.flatten(2).median(dim=2).values[:, :, None, None]  # n c h w -> n c 1 1
     differs = ((x - median).abs().amax(dim=1, keepdim=True) > 0.1).to(x.dtype)  # n 1 h w

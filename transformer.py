@@ -82,8 +82,8 @@ class Transformer2D(nn.Module):
 
     def __init__(self, channels, num_heads, context_channels, groups, linear):
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps=1e-6)  # Stable Diffusion 1 and 2 differ
-        self.linear = linear  # only in this: 2 has linear projections, 1 has 1x1 convolutions
+        self.norm = GroupNorm(groups, channels, eps=1e-6)  # as in the checkpoints
+        self.linear = linear  # Stable Diffusion 2; 1 has 1x1 convolutions
         project = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(channels, channels)
         block = TransformerBlock(channels, num_heads, context_channels)

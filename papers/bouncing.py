@@ -118,7 +118,7 @@ def laws(clip, combination, joints=None, window=50):
     Of the whole clip:
     paint    largest difference of a channel between the last 50 frames and the first ones
     mid_air  part of the turns that are 2.5 pixels and more from the wall
-    drift    pixels across the motion after 200 frames (or at the end)
+    drift    pixels across the motion, mean of frames 192 to 207
     joints   change of the step where windows meet, over that inside them, for joints = (first frame
              of the second window, new frames of a window)
 

@@ -169,10 +169,14 @@ def sample(args):
     stream = long_latents(model, contexts, chain, [args.seed], file.shape[-1], args.hierarchical,
                           first, clip, done, file.count)
 
+    shown = 0
+
     def decoded(received, bar):
+        nonlocal shown
         if clip is not None:
             yield model.decode(clip)[0]
         for latents in drawn_windows(file, stream, total, received):
+            shown += latents.shape[1]
             bar.update(latents.shape[1])
             yield model.decode(latents.to(contexts[0].device))[0]
 
@@ -180,9 +184,9 @@ def sample(args):
                                           leave=False) as bar:
         write_parts(args.output, decoded(received, bar), chain.frame_rate)
     print(args.output)
-    if received and file.count < total:
-        raise Stopped(f"stopped after {file.count} of {total} frames, which are written; continue "
-                      "with --resume")
+    if shown < total:
+        raise Stopped(f"stopped after {shown} of {total} frames, which are written; continue with "
+                      "--resume")
     file.path.unlink()
 
 

@@ -30,6 +30,6 @@ class PaperRun(Run):
             value = getattr(old, field.name)
             if begun and given.get(field.name, value) != value and not field.metadata.get("free"):
                 raise ValueError(f"{path} was trained with --{field.name.replace('_', '-')} "
-                                 f"{value}, not {given[field.name]}; choose a new folder for other "
-                                 "options")
+                                 f"{value}, not {given[field.name]}; for other options remove it, "
+                                 "or choose a new folder")
         return cls(path, dataclasses.replace(old, **given), finished, resume)

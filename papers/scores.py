@@ -29,8 +29,7 @@ def window_error(model, known, num_frames, seed, how=Guidance(), num_clips=64):
     mask = torch.zeros(num_frames, dtype=torch.bool)
     mask[known] = True
     context = model.encode_text([plain_caption(caption) for caption in data.captions])
-    drawn = draw(model, context, latents, mask.to(latents.device), rate, range(num_clips),
-                 how)
+    drawn = draw(model, context, latents, mask, rate, range(num_clips), how)
     errors = []
     for i, clip in enumerate(model.decode(drawn)):
         truth = data.centres(i)[1][starts[i] : starts[i] + num_frames]

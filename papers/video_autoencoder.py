@@ -29,6 +29,7 @@ import vae
 import weights
 from cache import cache_frames, cache_latents
 from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
+from devices import freeze
 from evaluate import agreement, choose_prompts, draw, print_table, rates
 from files import read_json, require_room, write_json
 from media.write import contact_sheet, require_writer, write_clip, write_samples
@@ -49,6 +50,7 @@ from trainer import Trainer
 class VideoOptions(TrainOptions):
     """The options of train.py; a batch of the vae stage has clips, --init gives an autoencoder."""
 
+    preset: str = option("tiny", "size of the networks", choices=("tiny", "small", "sd1", "sd2"))
     init: str | None = option(None, "a run whose autoencoder to start from: a 2-D one is inflated, "
                               "a 3-D one is kept as it is")
     latent_channels: int = option(4, "numbers of a latent at each place")
@@ -62,6 +64,11 @@ class VideoOptions(TrainOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.init is not None:  # it gives no more than the autoencoder
+            self.check_shapes()
+        if self.merges is not None:
+            raise ValueError("--merges is of no use here: the tokenizer is always trained; leave "
+                             "it out")
         if self.num_frames % self.time_factor:
             raise ValueError(f"--num-frames needs a multiple of --time-factor {self.time_factor}, "
                              f"got {self.num_frames}")
@@ -167,7 +174,9 @@ def train_run(args):
         if stage == "image":
             train.train_image(run, autoencoder, latents, clips.captions)
         else:
-            image_model = load_model(run.path, "image_unet", "none").to(run.device)
+            image_model = load_model(run.path, "image_unet", "none")
+            for network in (image_model.vae, image_model.text_encoder):  # its U-Net learns
+                freeze(network, run.device, options.precision)
             train.train_video(run, image_model, latents, clips.captions)
 
 
@@ -197,6 +206,7 @@ def load_model(path, unet="unet", temporal=None):
 
 def compare(args):
     """The command `compare`: autoencoders on MovingShapes that none was trained on."""
+    check_ranges(args, num_frames=(2, 10**6))  # or else nothing moves
     require_memory(CLIP_BYTES * args.num_clips * args.num_frames * args.image_size**2,
                    "--num-clips, --num-frames or --image-size")
     if args.sheet:

@@ -52,7 +52,8 @@ NOISE_LEVELS = (0.05, 0.1, 0.2)  # deviations, of latents of variance 1, that ev
 class DecoderOptions(LoopOptions):
     """The options of a decoder's fine-tuning."""
 
-    data: str | None = option(None, "`shapes`, or a folder of clips (None: the run's own data)")
+    data: str | None = option(None, "`shapes`, or a folder of clips (None: the run's own data; a "
+                              "diffusers folder has none)")
     temporal: str = option("directed", "what the decoder looks at other frames with (temporal.py)",
                            choices=VARIANTS)
     only_new: bool = option(False, "train the temporal layers alone")
@@ -90,6 +91,9 @@ def video_decoder(autoencoder, temporal, max_frames):
 def train(run, folder):
     """Fine-tune the decoder of the autoencoder in a model's folder."""
     options, known = run.options, (folder / "train.json").exists()  # Stable Diffusion has none
+    if not known and options.data is None:
+        raise ValueError(f"{folder}: has no train.json; name the clips with --data, or train the "
+                         "decoder of the run that it was started from")
     old = read_record(folder)[0] if known else RECIPES["sd1"]  # clips are prepared as they were
     old = dataclasses.replace(old, data=options.data or old.data)
     clips = open_data(old)

@@ -203,7 +203,7 @@ def measure_forward(unets, options, turns):
             unet(x0[:, :num_frames], *conditions)
 
     for unet in unets.values():
-        forward(unet, 2)  # warms up in an eighth of the time
+        forward(unet, 2)  # warms up in less time
     calls = {name: partial(forward, unet) for name, unet in unets.items()}
     # Other programs change these seconds less than those of a clock on the wall.
     return measure(calls, turns, x0.device, time.process_time, warm_up=0)

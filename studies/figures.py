@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import to_rgb
+from PIL import ImageColor
 
 from cli import run_main
 from diffusion import Diffusion
@@ -56,7 +56,7 @@ def shift(run, output):
     t, c = 6, 9
     before = torch.arange(1, t + 1)[None, :, None].expand(1, t, c)  # b t c
     after = temporal_shift(before)  # 0 where there is no such frame
-    paint = np.array([to_rgb(colour) for colour in ("#E8E8E8", *COLOURS[:t])])
+    paint = np.array([ImageColor.getrgb(colour) for colour in ("#E8E8E8", *COLOURS[:t])])
     figure = new_figure(3.9)
     for i, (axes, x) in enumerate(zip(figure.subplots(1, 2), (before, after), strict=True)):
         axes.imshow(paint[x[0]])

@@ -1,7 +1,8 @@
 """Figures as files: PNGs of few colours, and tables of images with names of rows and columns."""
 
+import io
+
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from files import atomic
@@ -16,9 +17,9 @@ def new_figure(height, dpi=150):
 
 def pixels(figure):
     """A figure as an array (h, w, 3) uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi="figure")
+        return np.asarray(Image.open(file).convert("RGB"))
 
 
 def save(figure, path):

@@ -152,7 +152,9 @@ def killed(root, kills, chance):
         return {file.relative_to(path): file.read_bytes() for file in path.rglob("*.safetensors")}
 
     began, whole = time.perf_counter(), start(root / "whole")
-    whole.communicate()
+    errors = whole.communicate()[1]
+    if whole.returncode:
+        raise ValueError(errors[-300:])
     seconds = time.perf_counter() - began
     for number in range(kills):
         path, in_time = root / f"killed-{number}", False

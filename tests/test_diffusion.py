@@ -236,6 +236,7 @@ def test_trailing_rounds_halves_as_diffusers_does(num_steps):
 def test_the_power_of_timesteps_by_hand():
     steps = [t for t, _ in Diffusion(timestep_spacing="leading").timestep_pairs(4, 0.5)]
     assert steps == [999, 865, 706, 499]  # 1000 sqrt(1 - i / 4), rounded, - 1
+    assert Diffusion().timestep_pairs(50, 2)[-2:] == [(1, 0), (0, -1)]
     with pytest.raises(ValueError, match="timestep_power 0.6 needs fewer than 900 steps"):
         Diffusion().timestep_pairs(900, 0.6)
 

@@ -141,6 +141,8 @@ def test_crispness_is_that_of_the_shape_asked_for():
     clip = frames / 127.5 - 1
     assert crispness(clip, "square") > 0.98 > 0.9 > crispness(clip, "triangle")
     assert crispness(torch.zeros(3, 3, 32, 32), "square") == 0.0
+    whole, clip[1] = crispness(clip, "square"), clip[1, :, :1, :1]
+    assert abs(crispness(clip, "square") / whole - 2 / 3) < 0.01  # a frame without a shape
 
 
 def test_rates_are_percentages_of_clips():

@@ -75,7 +75,7 @@ def test_without_settings_a_model_samples_with_its_own(pipeline):
 
 
 def test_a_size_that_the_autoencoder_cannot_divide_is_refused(pipeline):
-    with pytest.raises(ValueError, match="image_size needs a multiple of 4, got 18"):
+    with pytest.raises(ValueError, match="image_size needs a multiple of 8, got 18"):
         last(pipeline, PROMPTS[:1], [0], image_size=18)
 
 

@@ -99,6 +99,28 @@ def test_a_stopped_sampling_goes_on_with_the_same_frames(long_run, tmp_path, mon
     assert np.array_equal(resumed, whole)
 
 
+def test_a_stop_while_old_windows_are_decoded_again_loses_nothing(long_run, tmp_path, monkeypatch):
+    output = tmp_path / "long.gif"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(long_video, "write_parts", lambda path, parts, rate: fail(list(parts)))
+        draw(long_run, output)  # all is drawn, and nothing written
+    real = long_video.LatentsFile.windows
+
+    def stop(self):
+        for window in real(self):
+            yield window
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="4 of 11 frames"):
+        patch.setattr(long_video.LatentsFile, "windows", stop)
+        draw(long_run, output, "--resume")
+    assert len(draw(long_run, output, "--resume")) == 11
+
+
+def fail(_):
+    raise OSError("full")
+
+
 def test_an_unfinished_sampling_is_not_started_anew_by_mistake(long_run, tmp_path):
     (tmp_path / "long.gif.latents").write_bytes(b"{}\n123")
     with pytest.raises(ValueError, match="unfinished sampling; add --resume"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import SMALL, call, flags, metrics_of, weights_of
 
+import devices
 from media.read import read_clip
 from papers.autoencoder_3d import load_autoencoder
 from papers.video_autoencoder import (
@@ -106,6 +107,31 @@ def test_frames_that_the_time_factor_does_not_divide_are_refused():
         VideoOptions(num_frames=6)
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"init": "run", "image_size": 34}, "--image-size needs a multiple of 8, got 34"),
+    ({"init": "run", "num_steps": 2000}, "num_steps needs"),
+    ({"merges": "merges.txt"}, "--merges is of no use here"),
+])
+def test_options_that_a_later_stage_would_refuse_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        VideoOptions(**options)
+
+
+def test_the_video_stage_starts_from_an_image_unet_in_float32(lvdm, monkeypatch):
+    models = []
+    monkeypatch.setattr(devices, "uses_bf16", lambda device, choice="auto": choice != "fp32")
+    monkeypatch.setattr("train.train_video", lambda run, model, *_: models.append(model))
+    run = shutil.copytree(lvdm, lvdm.with_name("copy"))
+    record = json.loads((run / "video_autoencoder.json").read_text())
+    record["finished"].remove("video")
+    (run / "video_autoencoder.json").write_text(json.dumps(record))
+    call(main, "train", run, "--stage", "video", "--precision", "fp32")
+    call(main, "train", run, "--stage", "video", "--precision", "auto")
+    kinds = [(next(part.parameters()).dtype) for model in models
+             for part in (model.unet, model.text_encoder, model.vae)]
+    assert kinds == 4 * [torch.float32] + 2 * [torch.bfloat16]
+
+
 # Sampling
 
 
@@ -146,6 +172,7 @@ def test_compare_measures_2d_and_3d_autoencoders(trained, lvdm, tmp_path, capsys
 
 @pytest.mark.parametrize("arguments, message", [
     (("compare", "RUN", "--num-clips", 1), "--num-clips needs to lie in .2, .*, got 1"),
+    (("compare", "RUN", "--num-frames", 1), "--num-frames needs to lie in .2, .*, got 1"),
     (("sample", "RUN", "x", "--num-frames", 0), "--num-frames needs to lie in .1, .*, got 0"),
     (("sample", "RUN", "x", "--output", "x.avi"), "needs one of the suffixes"),
 ])

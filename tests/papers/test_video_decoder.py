@@ -283,6 +283,12 @@ def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
             call(video_decoder.main, command, tmp_path)
 
 
+def test_a_folder_that_names_no_data_needs_some(run):
+    (run / "train.json").unlink()
+    with pytest.raises(ValueError, match="has no train.json; name the clips with --data"):
+        call(video_decoder.main, "train", run, *flags(**SHORT))
+
+
 def test_a_run_without_a_trained_decoder_is_not_measured(trained):
     with pytest.raises(ValueError, match="run: has no trained video_decoder/; train it first"):
         call(video_decoder.main, "evaluate", trained)
