@@ -15,6 +15,7 @@ import bisect
 import hashlib
 import itertools
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ from run import progress
 
 FILE_BYTES = 8 * 2**20  # of a file, at most: what a kill loses and what encoding holds in memory
 OPEN_FILES = 16  # mapped at a time
-TEXTS = 64  # captions that are encoded at once
+TEXTS = 16  # captions encoded at once; a file holds as many or more
 
 
 class Answers(Dataset):
@@ -46,9 +47,11 @@ class Answers(Dataset):
             return error
 
 
-def ignore_ctrl_c(worker):
-    """The main process answers Ctrl-C at the end of a step, and then ends its workers."""
+def leave_signals(worker):
+    """The main process answers Ctrl-C and SIGTERM at the end of a step, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # a signal to the main process's group does not reach them
 
 
 def read(get, indices, workers):
@@ -57,7 +60,7 @@ def read(get, indices, workers):
     # Workers are forked, also where another way is the default, since `get` may be any function.
     fork = "fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None
     loader = DataLoader(Answers(get), batch_size=None, sampler=indices, num_workers=workers,
-                        multiprocessing_context=fork, worker_init_fn=ignore_ctrl_c,
+                        multiprocessing_context=fork, worker_init_fn=leave_signals,
                         generator=torch.Generator())
     for answer in loader:
         if isinstance(answer, Exception):

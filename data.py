@@ -75,6 +75,7 @@ class CheckOptions:
     image_size: int = option(256, "pixels of the square cropped from each frame")
     stride: int = option(1, "keep every stride-th frame")
     frame_rate: float | None = option(None, "frames per second to resample to; excludes a stride")
+    max_frames: int = option(512, "frames kept of a clip")
 
 
 def main():
@@ -85,7 +86,8 @@ def main():
     add_flags(command, CheckOptions())
     args = parser.parse_args()
     options = CheckOptions(**given_flags(args, CheckOptions()))
-    check_ranges(options, num_frames=(1, 10**6), image_size=(1, 16384), stride=(1, 10**6))
+    check_ranges(options, num_frames=(1, 10**6), image_size=(1, 16384), stride=(1, 10**6),
+                 max_frames=(1, 10**6))
 
     clips, problems = find_clips(args.folder)
     total = 0
@@ -95,8 +97,8 @@ def main():
         try:
             for image, _ in iter_clip(path, max_frames=1):
                 size = f"{image.width}x{image.height}"
-            frames, rate = read_clip(path, options.stride, options.frame_rate,
-                                     image_size=options.image_size)
+            frames, rate = read_clip(path, options.stride, options.frame_rate, options.max_frames,
+                                     options.image_size)
             count = len(frames)
             _check_length(path, count, options.num_frames, options.stride, options.frame_rate)
         except (ValueError, OSError) as error:

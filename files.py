@@ -99,7 +99,8 @@ def _sweep(folder):
 def require_room(path, needed=0, remedy="make room"):
     """Raise ValueError if a path cannot be written, or its disk has less than `needed` bytes."""
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    parents = path.absolute().parents
+    folder = path if path.is_dir() else next(parent for parent in parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: needs a folder to write into, {folder} is none; name another")
     free = shutil.disk_usage(folder).free

@@ -107,9 +107,12 @@ def learning(run, stage):
             noise = torch.empty(n, config.latent_channels, small, small)
             return [(vae.AutoencoderKL(config), (torch.empty(n, 3, size, size), noise))]
         adopted = run.path / "image_unet"  # of --init, or of a finished stage
-        config = weights.load_unet(adopted).config if adopted.exists() else options.unet()
+        config, autoencoder = options.unet(), options.vae()
+        if adopted.exists():
+            config = weights.load_unet(adopted).config
+            autoencoder = weights.load_vae(run.path / "vae").config
         temporal = {"temporal": "none"} if stage == "image" else options.temporal_fields()
-        config, small = dataclasses.replace(config, **temporal), size // options.vae().downscale
+        config, small = dataclasses.replace(config, **temporal), size // autoencoder.downscale
         b, t = options.video_batch_size, options.latent_frames
         if stage == "image":
             b, t = options.image_batch_size, 1

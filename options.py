@@ -18,7 +18,7 @@ from pipeline import Sampling
 from temporal import VARIANTS
 
 STAGES = ("vae", "image", "video")
-FREE = {"free": True}  # a resumed run may change it, since it does not touch the result
+FREE = {"free": True}  # a resumed run may change it: it is of the machine, or of samples
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LoopOptions:
     device: str = option("auto", "cpu, cuda, cuda:1, ... ", **FREE)
     offload: bool = option(False, "keep AdamW's moments in CPU memory: a third less of a GPU's",
                            **FREE)
-    precision: str = option("auto", "bf16 or fp32 arithmetic on CUDA; auto: bf16", **FREE,
+    precision: str = option("auto", "bf16 or fp32 (products in TF32) on CUDA; auto: bf16", **FREE,
                             choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
     workers: int = option(0, "processes that read clips ahead; 0: none", **FREE)
@@ -99,7 +99,8 @@ class TrainOptions(LoopOptions):
     max_tokens: int = option(16, "tokens of a caption, with start and end")
     # optimisation
     gradient_checkpointing: bool | None = option(
-        False, "compute activations twice, store few of them; None: where memory needs it", **FREE)
+        False, "compute activations twice, store few of them; None: on a CPU, and on a "
+        "GPU where memory needs it", **FREE)
     preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
     guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
@@ -114,6 +115,7 @@ class TrainOptions(LoopOptions):
         if self.start_as_shift and self.temporal != "conv":
             raise ValueError("--start-as-shift needs --temporal conv, got "
                              f"--temporal {self.temporal}; leave it out")
+        self.sampling(self.num_frames)
         if self.init is None:  # or else shapes and schedule are those of that model
             self.check_shapes()
 
@@ -123,7 +125,6 @@ class TrainOptions(LoopOptions):
         if self.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {self.image_size}")
         self.diffusion().timestep_pairs(self.num_steps, self.timestep_power)
-        self.sampling(self.num_frames)
 
     @property
     def latent_frames(self):

@@ -106,6 +106,9 @@ class Run:
         factor = model.vae.config.downscale * model.unet.config.downscale
         if options.image_size % factor:
             raise ValueError(f"--image-size needs a multiple of {factor}, got {options.image_size}")
+        # Refuse now what a preview or the video stage would refuse hours later.
+        model.diffusion.timestep_pairs(options.num_steps, options.timestep_power)
+        dataclasses.replace(model.unet.config, **options.temporal_fields())
         if processes.is_main():
             for note in model.report.notes:
                 print(note, file=sys.stderr)

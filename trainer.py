@@ -169,9 +169,11 @@ class Trainer:
         groups = [{"params": list(parameters), "part": part} for parameters, part in groups]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.state_bytes = 4 * sum(p.nbytes for p in self.parameters)  # with average and moments
-        require_room(run.path, 5 * self.state_bytes // 4)  # a state and a model
+        # A state is written beside the last one, or a model beside it.
+        require_room(run.path, self.state_bytes * (2 if run.state is None else 1.25))
         self.plan = run.plan(stage)
-        every = AVERAGE_EVERY if self.device.type == "cuda" else 1
+        whole = self.num_steps % AVERAGE_EVERY == 0  # or else the last steps would not count
+        every = AVERAGE_EVERY if self.device.type == "cuda" and whole else 1
         self.average = Average(self.parameters, options.ema_decay, every, self.plan.average_on_cpu)
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99),
                                            weight_decay=WEIGHT_DECAY, fused=True)
@@ -275,7 +277,7 @@ class Trainer:
         """Everything that the next step needs, in one file, if loss and weights are finite."""
         self.check_loss()
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
-            self._refuse("model")
+            self._refuse("model", "when it was saved last")
         state = {
             "stage": self.stage, "step": self.step, "processes": processes.rank_and_count()[1],
             "threads": torch.get_num_threads(),
@@ -302,11 +304,16 @@ class Trainer:
                   f"{now}: it goes on; only with as many it would end with the same bits",
                   file=sys.stderr)
         self.step = state["step"]
-        # Rates and betas follow from the options, whatever a state says.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-        if self.plan.moments_on_cpu:
-            move_moments(self.optimizer, self.parameters, "cpu")
+        # Rates and betas follow from the options, whatever a state says. load_state_dict would put
+        # all moments on the GPU, also if they live in CPU memory.
+        for number, moments in state["optimizer"]["state"].items():
+            parameter = self.parameters[number]
+            place = "cpu" if self.plan.moments_on_cpu else parameter.device
+            self.optimizer.state[parameter] = {
+                "step": moments["step"].to(parameter.device),
+                "exp_avg": moments["exp_avg"].to(place),
+                "exp_avg_sq": moments["exp_avg_sq"].to(place),
+            }
         torch._foreach_copy_(self.average.parameters, state["parameters"])
         torch._foreach_copy_(self.average.values, state["average"])
 
@@ -314,12 +321,12 @@ class Trainer:
         """The mean loss since the last look at it. Reading it waits for the device."""
         mean = processes.mean(self.loss_sum) / max(1, self.loss_count)
         if not math.isfinite(mean):
-            self._refuse("loss")
+            self._refuse("loss", f"at most {self.loss_count} steps ago")
         return mean
 
-    def _refuse(self, what):
+    def _refuse(self, what, before):
         raise ValueError(
-            f"the {what} of the {self.stage} stage is not finite at step {self.step} (it was at "
-            f"most {self.loss_count} steps ago); nothing of it is saved: remove {self.state_path} "
+            f"the {what} of the {self.stage} stage is not finite at step {self.step} (it was "
+            f"{before}); nothing of it is saved: remove {self.state_path} "
             f"if it exists, and start the stage anew with a lower --{self.stage}-learning-rate"
         )

@@ -65,7 +65,7 @@ def _parse(line, folder):
     if not isinstance(entry, dict) or not {"file_name", "text"} <= entry.keys():
         raise ValueError('needs {"file_name": ..., "text": ...}')
     name = entry["file_name"]
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or Path(name).is_absolute():
         raise ValueError(f"file_name needs to be a path below the folder, got {name!r}")
     return folder / name, entry["text"]
 

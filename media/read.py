@@ -35,9 +35,9 @@ UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError
 
 
 def natural_key(name):
-    """A sort key that compares numbers by value: frame2 before frame10."""
+    """A sort key that compares numbers by value: frame2 before frame10. No two names are equal."""
     parts = re.split(r"(\d+)", name.lower())  # the numbers have the odd indices
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 @contextlib.contextmanager
@@ -130,7 +130,7 @@ def _video_frames(path):
     probe = ["-select_streams", "V:0", "-show_entries", "stream=avg_frame_rate", "-of", "csv=p=0"]
     rate = subprocess.run(["ffprobe", *source, *probe, f"file:{path}"], capture_output=True,
                           text=True, check=False).stdout
-    known = re.match(r"([1-9]\d*)/([1-9]\d*)$", rate)  # "0/0" if it is not
+    known = re.match(r"([1-9]\d*)/([1-9]\d*)\b", rate)  # "0/0" if it is not
     duration = Fraction(int(known[2]), int(known[1])) if known else None
     # Make pixels square. Number the frames and ignore their times, or ffmpeg drops and repeats
     # some for a constant rate. Each PPM has its own size, which is the one after any rotation.

@@ -131,6 +131,7 @@ def _write_mp4(file, parts, frames_per_second):
         with contextlib.suppress(BrokenPipeError):  # ffmpeg has stopped: its log says why
             for clip in itertools.chain([first], parts):
                 process.stdin.write(to_uint8(clip).tobytes())
+        with contextlib.suppress(BrokenPipeError):  # closing writes what is left
             process.stdin.close()
         process.wait()
         error = ffmpeg_error(log)

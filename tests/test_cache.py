@@ -1,5 +1,6 @@
 """Caches: the same data with any number of workers, after any stop, and little of it in memory."""
 
+import os
 import pickle
 import threading
 import weakref
@@ -29,6 +30,10 @@ def two_items_a_file(monkeypatch):
 def item(i, value=0):
     """Item i: 1 to 5 rows of two numbers, row r of them 100 i + r + value."""
     return torch.arange(1.0 + i % 5)[:, None].expand(-1, 2) + 100 * i + value
+
+
+def test_signals_to_a_group_of_processes_do_not_reach_workers():
+    assert [*read(lambda i: os.getpgrp(), range(1), workers=1)] != [os.getpgrp()]
 
 
 class Items:

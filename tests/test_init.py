@@ -86,6 +86,16 @@ def test_stable_diffusion_2_predicts_what_the_flag_says(tmp_path, files, given, 
     assert assumed == (not given)
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"frames_per_second": 60}, "frames_per_second needs"), ({"shift_fold": 1}, "shift_fold"),
+    ({"num_steps": 2000}, "num_steps needs to lie in"),
+])
+def test_what_a_later_stage_would_refuse_is_refused_at_once(trained, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_small(tmp_path / "run", "--init", trained, **options)
+    assert not (tmp_path / "run" / "unet").exists()
+
+
 def test_another_run_can_be_the_beginning(trained, tmp_path):
     train_small(tmp_path / "run", "--init", trained)
     assert equal(tensors_of(tmp_path / "run/image_unet"), tensors_of(trained / "unet"))

@@ -104,6 +104,12 @@ def test_every_stage_has_needs_that_grow_with_its_batch(tmp_path, stage):
     assert two.activations == 2 * one.activations > 0
 
 
+def test_latents_are_as_large_as_the_autoencoder_of_the_beginning_makes_them(trained):
+    run = stage_of(trained, num_frames=2, image_size=64)  # a run with 4 x 4 pixels a latent
+    (_, (latents, *_)), = learning(run, "video")
+    assert latents.shape[-2:] == (16, 16)
+
+
 def test_on_a_cpu_nothing_moves_and_only_what_cannot_fit_is_refused(tmp_path, capsys, monkeypatch):
     run = stage_of(tmp_path, "cpu", gradient_checkpointing=False)
     assert plan(stage_of(tmp_path, "cpu"), "video") == Plan(True, False, False)

@@ -43,12 +43,16 @@ class Line(Trainer):
             self.backward(self.losses[-1])
 
 
-def test_a_disk_without_room_for_a_state_and_a_model_is_refused_at_once(tmp_path, monkeypatch):
-    for free in (40, 39):  # two numbers of 4 bytes: weights, average, two moments, and a model
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        if free == 40:
+def test_a_disk_without_room_for_two_states_is_refused_at_once(tmp_path, monkeypatch):
+    for free in (64, 63):  # two numbers of 4 bytes: weights, average and two moments, twice
+        def usage(path, free=free):
+            assert path == tmp_path  # a folder may be a disk of its own
+            return SimpleNamespace(free=free)
+
+        monkeypatch.setattr("shutil.disk_usage", usage)
+        if free == 64:
             Line(tmp_path)
-    with pytest.raises(ValueError, match="needs 40 bytes of disk, got 39; make room"):
+    with pytest.raises(ValueError, match="needs 64 bytes of disk, got 63; make room"):
         Line(tmp_path)
 
 

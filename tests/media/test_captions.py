@@ -85,10 +85,10 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
     ('{"file_name": "b.gif", "text": 3}', "line 2: the caption needs to be a text"),
     ('{"file_name": "b.gif", "text": " "}', "line 2: the caption needs to be a text"),
     ('{"file_name": 7, "text": "x"}', "line 2: file_name needs to be a path below the folder"),
+    ('{"file_name": "/etc/up.gif", "text": "x"}', "needs to be a path below the folder"),
     ('{"file_name": "a.gif", "text": "x"}', "line 2: 'a.gif' is on line 1 already"),
     ('{"file_name": "c.gif", "text": "x"}', "c.gif: caption without a clip"),
     ('{"file_name": "../up.gif", "text": "x"}', "up.gif: leads out of the folder"),
-    ('{"file_name": "/etc/up.gif", "text": "x"}', "up.gif: leads out of the folder"),
     ('{"file_name": "a\\u0000.gif", "text": "x"}', "line 2: "),
     ('{"file_name": "out.gif", "text": "x"}', "out.gif: leads out of the folder"),
 ])

@@ -69,7 +69,8 @@ def test_a_rotated_video_is_read_upright(tmp_path):
     encode(tmp_path / "flat.mp4", frames)
     command = ["ffmpeg", "-v", "error", "-i", "flat.mp4", "-c", "copy", "-metadata:s:v:0"]
     subprocess.run([*command, "rotate=180", "a.mp4"], cwd=tmp_path, check=True)
-    turned, _ = read_clip(tmp_path / "a.mp4")
+    turned, rate = read_clip(tmp_path / "a.mp4")
+    assert rate == read_clip(tmp_path / "flat.mp4")[1] is not None
     assert turned[0, HEIGHT - 2].mean() > 240 and turned[0, 1].mean() < 15
 
 

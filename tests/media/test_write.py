@@ -153,6 +153,14 @@ def test_without_ffmpeg_an_mp4_has_a_remedy(tmp_path, monkeypatch):
         write_clip(tmp_path / "b.mp4", torch.zeros(1, 3, 4, 4))
 
 
+def test_an_ffmpeg_that_fails_at_once_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho no libx264 >&2\nexit 1\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="ffmpeg cannot write it .no libx264"):
+        write_clip(tmp_path / "b.mp4", torch.zeros(2, 3, 32, 32))
+
+
 def test_an_unknown_suffix_lists_those_that_are_known(tmp_path):
     with pytest.raises(ValueError, match="a.avi: needs one of the suffixes .gif .webp .png .mp4"):
         write_clip(tmp_path / "a.avi", torch.zeros(1, 3, 4, 4))
