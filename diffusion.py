@@ -158,7 +158,7 @@ class Diffusion:
         return list(pairwise([*steps, -1]))
 
     def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
-        """One step from t to t_prev (-1: the end). DDIM, eq. 12; eta = 0 adds no noise."""
+        """One step from t to t_prev (-1: the end); eta = 0 adds no noise. DDIM, eq. 12 and 16."""
         alpha_bar = self.alphas_cumprod[t].item()
         # Stable Diffusion stops at alpha_bar[0], which keeps a trace of noise, and not at 1.
         final = 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()

@@ -5,7 +5,7 @@ model.py, which imports this file.
     shift       in front of convolutions, a part of the channels moves one frame (Latent-Shift); it
                 is two lines in ResnetBlock.forward and has no layer here
     attention   behind each layer, a place attends to itself in all frames (Latent-VDM, the baseline
-                of An et al. 2023; LVDM, He et al. 2022)
+                of An et al. 2023; LVDM, He et al. 2022, with relative positions)
     joint       the same, but a place attends to all places of all frames, in one attention
     directed    behind convolutions, a scale and an offset for each frame; beside the spatial
                 attention, attention to this frame and earlier ones (MagicVideo, Zhou et al. 2022)

@@ -116,7 +116,7 @@ def some_latents(autoencoder, frames):
 
 
 def denoising_loss(unet, diffusion, x0, noise, timesteps, context):
-    """Mean squared error of the U-Net's prediction. DDPM, Ho et al. 2020, eq. 14; LDM, eq. 2.
+    """Mean squared error of the U-Net's prediction. DDPM, Ho et al. 2020, eq. 14; LDM, eq. 3.
 
     x0 and noise are (b, t, c, h, w), timesteps (b,), context the text's hidden states (b, n, d).
     """
@@ -211,7 +211,7 @@ def train_video(run, image_model, latents, captions, preview=None):
     for step, generator in trainer.steps(look):
         t, b = options.latent_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
-            t, b = 1, b * t  # images, so that it stays an image model; about as much work
+            t, b = 1, b * t  # images, so that it stays an image model (our addition)
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
         noise = randn(x0.shape, generator)
         # Where a shape goes is decided at the noisiest timesteps, so the first half of the training

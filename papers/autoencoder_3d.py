@@ -14,7 +14,8 @@ In the middle the channels of 4 frames lie side by side, so the weights of a tra
 fit there as blocks: `inflate` starts the 3-D one as the 2-D one, applied to each frame.
 
 LVDM, He et al. 2022, section 3.1. The paper adds a perceptual loss, which needs a pretrained
-network, and an adversarial one; both are left out here.
+network, and an adversarial one; both are left out here. Different are also a small KL term, kernels
+of 3 where LVDM has 4, zeros around frames (and replicas in time only), and a mean for each channel.
 """
 
 import dataclasses
@@ -51,7 +52,8 @@ class VideoVAEConfig(vae.VAEConfig):
                              f"{self.time_factor} and {self.mid_block_add_attention}")
 
 
-# With the widths of LVDM's public configuration, 1/4 of the frames and 1/8 of the size.
+# With the widths of LVDM's public configuration, 1/4 of the frames and 1/8 of the size. The middle,
+# with channels of 4 frames side by side, is four times as wide as anything in LVDM.
 LVDM = VideoVAEConfig(block_out_channels=(32, 64, 128, 256), layers_per_block=1,
                       scaling_factor=1.0, sample_size=256)
 

@@ -1,8 +1,9 @@
 """Key frames, then what lies between them, at a chosen frame rate: MagicVideo, Zhou et al. 2022.
 
 All key frames are drawn at once, far apart in time; then the same model draws the frames between
-two of them, which it knows. It is told the frame rate, as a number that is embedded like the
-timestep: asked for a lower one, things move further from frame to frame.
+two of them, which it knows (MagicVideo has a separate one for this). It is told the frame rate, as
+a number that is embedded like the timestep: asked for a lower one, things move further from frame
+to frame.
 
     python -m papers.key_frames sample runs/long "a red circle moving left" --frame-rate 8
     python -m papers.key_frames interpolate runs/long clip.gif --frames-between 3

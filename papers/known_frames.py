@@ -14,9 +14,9 @@ as the plain video model. Beside the noisy latents each frame is shown
     how far away these are, with a sign, and a mask: whether the frame itself is known.
 
 The known frames also stand in the place of their own noisy latents, as in LVDM (He et al. 2022,
-section 3.3), which adds no more than the mask (`hold=False`). Then a frame far from the known ones
-sees them only through the shift, whose reach grows by one frame with each use. With `hold` the
-nearest known frames are held before every frame.
+section 3.3), which adds no more than the mask (`hold=False`) and joins frames by attention. Here a
+frame far from the known ones would then see them only through the shift, whose reach grows by one
+frame with each use. With `hold` the nearest known frames are held before every frame.
 
 Two numbers go to the model like the timestep (UNetConfig.num_conditions): the noise level s of the
 known frames (LVDM's conditional latent perturbation) and the frame rate (MagicVideo, Zhou et al.
@@ -109,7 +109,10 @@ def predict(unet, x_t, timesteps, context, seen, known, conditions, hold=True):
 
 
 def perturb(diffusion, latents, levels, noise):
-    """Latents noised to timesteps `levels` (b,), 0 for none: LVDM's latent perturbation."""
+    """Latents noised to timesteps `levels` (b,), 0 for none: LVDM's latent perturbation.
+
+    Levels are timesteps of this model's own schedule.
+    """
     noisy = diffusion.add_noise(latents, noise, levels)
     return torch.where(levels.view(-1, 1, 1, 1, 1) > 0, noisy, latents)
 

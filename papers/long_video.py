@@ -1,4 +1,4 @@
-"""Long video from a model that knows some frames: LVDM, He et al. 2022, section 3.3 and 3.4.
+"""Long video from a model that knows some frames: LVDM, He et al. 2022, section 3.3.
 
 A video U-Net draws a few frames. Here it learns to continue them: the last frames of one window are
 the known frames of the next, without end. Or it draws every 4th frame first, in such a chain

@@ -9,8 +9,8 @@
 
 papers/autoencoder_3d.py has the network. The stages that follow are those of train.py, on latent
 frames: what is an image there is a latent frame here, four frames long, so that the image stage
-already sees motion. `--temporal attention` gives LVDM's factorised space-time attention, the
-default is the shift.
+already sees motion. `--temporal attention` gives factorised space-time attention as in LVDM, but
+with absolute positions; the default is the shift.
 
 LVDM, He et al. 2022, sections 3.1 and 3.2.
 """

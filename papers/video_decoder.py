@@ -10,8 +10,8 @@ as they are, so every U-Net trained on them profits without training.
     python -m papers.video_decoder costs                    # of Stable Diffusion's autoencoder
 
 sample.py and evaluate.py find the decoder in the run. A sampler's latents are not an encoder's, so
-the decoder is trained on latents with noise, too. With --temporal none nothing looks back: the
-control that tells what the noise gives from what the layers give.
+the decoder is trained on latents with noise, too (ours, as are steps on images). With --temporal
+none nothing looks back: the control that tells what noise gives from what the layers give.
 """
 
 import argparse

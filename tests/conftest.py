@@ -1,11 +1,14 @@
 """One small run that all tests of a trained model share."""
 
+import os
 import shutil
 
 import pytest
 from helpers import train_small
 
 import trainer
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, also where there is a GPU
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ SMALL = {
     "num_clips": 8, "num_frames": 3, "image_size": 16, "vae_steps": 4, "image_steps": 4,
     "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
     "image_every": 3, "warmup_steps": 2, "num_steps": 2, "log_every": 2, "save_every": 2,
-    "preview_every": 1000, "device": "cpu",
+    "preview_every": 1000, "workers": 0, "device": "cpu",
 }
 SMALL_UNET = model.UNetConfig(
     block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,

@@ -265,7 +265,7 @@ def test_reading_leaves_the_global_generator_alone():
 
 
 def test_what_a_worker_gets_can_be_sent_to_it(tmp_path):
-    """Where processes are not forked: macOS, Windows."""
+    """Where processes cannot be forked: Windows."""
     make_clip(tmp_path / "dog/a.gif")
     clips = ClipFolder(tmp_path, num_frames=2, image_size=8, max_frames=5)
     cached = Cache(tmp_path / "c", 1, clips.version, lambda indices: (clips[i][0] for i in indices),

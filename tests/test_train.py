@@ -14,7 +14,8 @@ from files import read_json, write_json
 from media.write import write_clip
 from options import STAGES, TrainOptions
 from shapes import MovingShapes
-from weights import load_pipeline
+from shift import temporal_shift
+from weights import load_pipeline, load_unet
 
 
 # Frame f of clip i holds 100 i + f, so a batch shows where it comes from.
@@ -117,6 +118,25 @@ def test_a_text_dropped_is_the_empty_text(batches, run):
     assert contexts.ndim == 3 and (contexts - empty).abs().max() < 1e-5
 
 
+def test_the_image_stage_drops_captions_too(batches):
+    contexts = torch.cat([context for *_, context in batches("image", caption_dropout=1.0)])
+    assert (contexts - contexts[:1]).abs().max() < 1e-5
+
+
+def test_the_video_unet_starts_as_the_image_model(batches, run):
+    batches(video_steps=1)  # without gradients: what is saved is the beginning
+    image, video = (load_unet(run / part).state_dict() for part in ("image_unet", "unet"))
+    assert image.keys() == video.keys()
+    assert all(torch.equal(value, video[name]) for name, value in image.items())
+
+
+def test_new_convolutions_can_start_as_the_shift(batches, run):
+    batches(temporal="conv", start_as_shift=True, video_steps=1)
+    layer = load_unet(run / "unet").down_blocks[0].resnets[0].temporal_after1
+    x = torch.randn(1, 3, 32, 2, 2, generator=generator())
+    torch.testing.assert_close(layer(x), temporal_shift(x))
+
+
 # A whole run
 
 
@@ -172,20 +192,20 @@ def test_stage_after_stage_equals_one_call(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def previewed(tmp_path_factory):
-    """A run of the same options, but for those that may differ, with a preview after each step."""
+    """A run of the same options, but for those that may differ, with a preview after the third step."""
     path = tmp_path_factory.mktemp("previewed") / "run"
-    train_small(path, log_every=3, save_every=1, preview_every=1)
+    train_small(path, log_every=3, save_every=1, preview_every=3)
     return path
 
 
 def test_free_options_and_previews_do_not_touch_the_result(trained, previewed):
     assert weights_of(previewed) == weights_of(trained)
-    names = {f"{stage}-00000{step}" for stage in STAGES for step in (1, 2, 3)}
+    names = {f"{stage}-000003" for stage in STAGES}
     assert {file.stem for file in (previewed / "previews").iterdir()} == names
 
 
 def test_a_preview_of_the_autoencoder_has_eight_frames_above_their_reconstructions(previewed):
-    with Image.open(previewed / "previews/vae-000001.png") as image:
+    with Image.open(previewed / "previews/vae-000003.png") as image:
         rows = np.array(image)  # H W 3
     assert rows.shape == (2 * 16 + 2, 8 * 16 + 7 * 2, 3)
     frames = torch.cat([clip for clip, _ in MovingShapes(8, 3, 16)])  # 24
@@ -195,7 +215,7 @@ def test_a_preview_of_the_autoencoder_has_eight_frames_above_their_reconstructio
 
 
 def test_a_preview_of_the_image_stage_is_one_frame_for_each_of_eight_captions(previewed):
-    with Image.open(previewed / "previews/image-000001.png") as image:
+    with Image.open(previewed / "previews/image-000003.png") as image:
         assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2)
 
 

@@ -13,11 +13,17 @@ from files import load_safetensors, save_safetensors
 from weights import load_pipeline, save_pipeline
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save_pipeline(fresh_pipeline(), path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(saved, tmp_path):
     """A model's folder, to be damaged."""
-    save_pipeline(fresh_pipeline(), tmp_path / "model")
-    return tmp_path / "model"
+    return shutil.copytree(saved, tmp_path / "model")
 
 
 def refuse(folder, message):
