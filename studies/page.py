@@ -180,7 +180,7 @@ def write_page(path):
     try:
         parts = {"summary": summary(path, options, finished, found, stages),
                  "scores": scores(path, options, found)}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{record}: damaged, or of another version ({error})") from None
     parts |= {"samples": samples(path, options), "losses": losses(stages),
               "previews": previews(path), "options": settings(options)}

@@ -241,7 +241,8 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_evaluation_is_named(made):
-    change(made / "evaluation.json", agreement=[1])
+@pytest.mark.parametrize("damage", [{"agreement": [1]}, {"quality": {"clips": [5]}}])
+def test_a_damaged_evaluation_is_named(made, damage):
+    change(made / "evaluation.json", **damage)
     with pytest.raises(ValueError, match="evaluation.json: damaged"):
         call(page.main, made)
