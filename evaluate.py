@@ -228,8 +228,7 @@ def main():
     args = parse_arguments()
     if not args.run.is_dir():
         raise ValueError(f"{args.run}: no such folder; check the path")
-    known = (args.run / "train.json").exists()  # not so for Stable Diffusion's folders
-    if not known:
+    if not (args.run / "train.json").exists():
         raise ValueError(f"{args.run}: has no train.json; only of MovingShapes, in a run of "
                          "train.py, is the truth known (papers/ have an `evaluate` of their own)")
     data = read_record(args.run)[0].data

@@ -1,9 +1,9 @@
 """The layers that the autoencoder and the U-Net share, and the place where frames meet.
 
 To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images; frames stand before channels, so
-that view is free. Frames meet only in ResnetBlock.forward: by the temporal shift in its
-residual branch (Latent-Shift, An et al. 2023, figure 3), here in front of both convolutions, or by
-what temporal.py has instead.
+that view is free. Frames meet only in ResnetBlock.forward: by the temporal shift in its residual
+branch (Latent-Shift, An et al. 2023, figure 3), here in front of both convolutions, or by what
+temporal.py has instead.
 
 Names and layout are those of diffusers, so Stable Diffusion's checkpoints load without a table.
 """

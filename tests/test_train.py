@@ -192,7 +192,7 @@ def test_stage_after_stage_equals_one_call(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def previewed(tmp_path_factory):
-    """A run of the same options, but for those that may differ, with a preview after the third step."""
+    """A run of the same options but for those that may differ, with a preview in each stage."""
     path = tmp_path_factory.mktemp("previewed") / "run"
     train_small(path, log_every=3, save_every=1, preview_every=3)
     return path
