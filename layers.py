@@ -54,10 +54,10 @@ def sinusoids(positions, channels):
 class ResnetBlock(nn.Module):
     """x + conv2(shift(silu(norm2(conv1(shift(silu(norm1(x)))) + time)))).
 
-    Takes x (..., c, h, w) and the time embedding (b, d), returns (..., out_channels, h, w). With
-    `scale_shift` the time scales and offsets norm2's output instead of being added to its input.
-    `shift_before` names the convolutions in front of which 1 / `shift_fold` of the channels move
-    each way in time; it is empty in an image model.
+    Takes x (..., c, h, w) and the time embedding (b, d) after its SiLU, returns (..., out_channels,
+    h, w). With `scale_shift` the time scales and offsets norm2's output instead of being added to
+    its input. `shift_before` names the convolutions in front of which 1 / `shift_fold` of the
+    channels move each way in time; it is empty in an image model.
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
@@ -88,7 +88,7 @@ class ResnetBlock(nn.Module):
             branch = self.temporal_after1(branch)
         scale = None
         if time is not None:
-            time = self.time_emb_proj(F.silu(time))[:, None, :, None, None]  # b d -> b 1 c 1 1
+            time = self.time_emb_proj(time)[:, None, :, None, None]  # b d -> b 1 c 1 1
             if self.scale_shift:
                 scale, time = time.chunk(2, dim=2)
             else:

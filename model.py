@@ -232,6 +232,7 @@ class UNet(nn.Module):
         for i, embedding in enumerate(self.condition_embeddings):
             numbers = sinusoids(conditions[:, i], self.config.block_out_channels[0])  # b -> b c
             time = time + embedding(numbers.to(latents.dtype))
+        time = F.silu(time)  # once, for all ResnetBlocks
         # Only a change of width. Text and time come later, in the transformers and ResnetBlocks.
         x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
         skips = [x]

@@ -46,7 +46,7 @@ def by_steps(block, x, time, scale_shift=False, shift_before=(), shift_fold=3, s
     y = convolved(F.silu(normed(x, block.norm1)), "conv1", block.conv1)
     scale, offset = torch.zeros(2, b, 1, 9, 1, 1)
     if time is not None:
-        projected = F.silu(time) @ block.time_emb_proj.weight.T + block.time_emb_proj.bias
+        projected = time @ block.time_emb_proj.weight.T + block.time_emb_proj.bias
         if scale_shift:
             scale, offset = projected.view(b, 2, 1, 9, 1, 1).unbind(1)
         else:
