@@ -162,7 +162,7 @@ def train_run(args):
     clips = open_data(options)
     for stage in stages:
         torch.manual_seed(options.seed)  # of new weights
-        if stage == "vae" and options.init and is_3d(options.init):
+        if stage == "vae" and options.init and is_3d(Path(options.init) / "vae"):
             keep_autoencoder(run, checked(load_autoencoder(Path(options.init) / "vae"), options))
             continue
         if stage == "vae":
@@ -180,9 +180,9 @@ def train_run(args):
             train.train_video(run, image_model, latents, clips.captions)
 
 
-def is_3d(path):
-    """Whether the run in a folder has a 3-D autoencoder."""
-    return "time_factor" in read_json(Path(path) / "vae" / "config.json")
+def is_3d(folder):
+    """Whether the autoencoder in a folder is a 3-D one."""
+    return "time_factor" in read_json(folder / "config.json")
 
 
 def checked(autoencoder, options):
@@ -216,8 +216,9 @@ def compare(args):
     real = real_clips(args.num_clips, args.num_frames, args.image_size, args.seed, prompts)
     rows, sheet = {}, [real[0]]
     for path in args.runs:
-        load = load_autoencoder if is_3d(path) else weights.load_vae
-        coded, rows[str(path)] = fidelity(load(path / "vae").eval(), real, prompts)
+        folder = path if (path / "config.json").exists() else path / "vae"  # a video_decoder/?
+        load = load_autoencoder if is_3d(folder) else weights.load_vae
+        coded, rows[str(path)] = fidelity(load(folder).eval(), real, prompts)
         sheet += [coded[0], (2 * (coded[0] - real[0])).clamp(-1, 1)]  # differences, enlarged
     print_table("held-out clips", rows)
     if args.sheet:
@@ -266,7 +267,8 @@ def parse_arguments():
     command.add_argument("--resume", action="store_true", help="continue an unfinished stage")
     add_flags(command, VideoOptions())
     command = commands.add_parser("compare", help="measure autoencoders, 2-D and 3-D")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN",
+                         help="a run, or an autoencoder's folder such as its video_decoder/")
     command.add_argument("--num-clips", type=int, default=128, help="(default: 128)")
     command.add_argument("--num-frames", type=int, default=8, help="of a clip (default: 8)")
     command.add_argument("--image-size", type=int, default=32, help="(default: 32)")

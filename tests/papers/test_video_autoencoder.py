@@ -162,12 +162,13 @@ def test_evaluation_writes_agreement(lvdm, tmp_path, capsys):
 
 
 def test_compare_measures_2d_and_3d_autoencoders(trained, lvdm, tmp_path, capsys):
-    call(main, "compare", trained, lvdm, "--num-clips", 3, "--num-frames", 5, "--image-size", 16,
-         "--sheet", tmp_path / "sheet.png")
+    call(main, "compare", trained, trained / "vae", lvdm, "--num-clips", 3, "--num-frames", 5,
+         "--image-size", 16, "--sheet", tmp_path / "sheet.png")
     title, *rows = capsys.readouterr().out.splitlines()
-    assert [int(row.split()[1]) for row in rows] == [5 * 64, 3 * 64]
+    own, same, other = [row.split()[1:] for row in rows]
+    assert own == same and [int(own[0]), int(other[0])] == [5 * 64, 3 * 64]
     sheet, _ = read_clip(tmp_path / "sheet.png")
-    assert sheet.shape[1:3] == (5 * 18 - 2, 5 * 18 - 2)  # true, two of each run; gaps of 2 pixels
+    assert sheet.shape[1:3] == (7 * 18 - 2, 5 * 18 - 2)  # true, two of each; gaps of 2 pixels
 
 
 @pytest.mark.parametrize("arguments, message", [
