@@ -57,9 +57,9 @@ VARIANTS = {
     "conv-as-shift": {"temporal": "conv", "start_as_shift": True},
 }
 ROW = {"colour": 0, "shape": 0, "direction": 0, "all": 0}
-# What the files of a comparison hold: 0 is a number, None a number or null, "*" any key.
+# What the files of a comparison hold: 0 is a number, 1 one > 0, None one or null, "*" any key.
 COSTS_FORM = {"*": dict.fromkeys(("gib", "gflops", "parameters", "new"), 0)
-              | dict.fromkeys(KINDS, [0])}
+              | dict.fromkeys(KINDS, [1])}
 RESULT_FORM = {"curve": {"*": ROW}, "scores": {
     "clips, seen": ROW, "clips, held out": ROW, "images, all": {"all": 0}, "consistency": 0,
     "FVD-shapes": 0}}
@@ -194,7 +194,7 @@ class Comparison:
 
 
 def fits(value, form):
-    """Whether a JSON value has a form: at least its keys, and finite numbers."""
+    """Whether a JSON value has a form: at least its keys, and finite numbers, > 0 for a 1."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return False
@@ -203,7 +203,7 @@ def fits(value, form):
     if isinstance(form, list):
         return isinstance(value, list) and len(value) > 0 and all(fits(x, form[0]) for x in value)
     known = type(value) in (int, float) and math.isfinite(value)
-    return known or form is value is None
+    return known and (form != 1 or value > 0) or form is value is None
 
 
 def read_form(path, form):

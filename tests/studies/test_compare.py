@@ -190,6 +190,8 @@ def test_a_mistake_is_named(trained, flags, message):
 
 @pytest.mark.parametrize("file, key, value", [
     ("costs.json", "shift", None), ("costs.json", "shift", {"gib": 1.0}),
+    ("costs.json", "shift", dict.fromkeys(("gib", "gflops", "parameters", "new"), 1)
+     | {"forward": [1], "training step": [1], "sampling": [0]}),
     ("shift-0/result.json", "scores", []), ("shift-0/result.json", "curve", {"2": {"all": "x"}}),
     ("references.json", "real clips", []),
 ])
