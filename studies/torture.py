@@ -32,7 +32,9 @@ import sample
 import train
 import weights
 from cli import check_ranges, run_main
+from files import read_json
 from metrics import NUM_FEATURES
+from options import STAGES
 from papers import key_frames, long_video, video_autoencoder, video_decoder
 from studies import bench, compare, damage, page
 from studies.damage import DRAW, cases, fault_of, small_files, stopped_run, trial
@@ -157,15 +159,15 @@ def killed(root, kills, chance):
         raise ValueError(errors[-300:])
     seconds = time.perf_counter() - began
     for number in range(kills):
-        path, in_time = root / f"killed-{number}", False
-        while not in_time:  # a kill after the end is none
+        path, finished = root / f"killed-{number}", list(STAGES)
+        while len(finished) == len(STAGES):  # a kill after the last stage is none
             shutil.rmtree(path, ignore_errors=True)
             with start(path) as process:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(chance.uniform(0.3, 1) * seconds)  # imports take the beginning
-                except subprocess.TimeoutExpired:
-                    in_time = True
                 process.kill()
+            record = path / "train.json"
+            finished = read_json(record)["finished"] if record.exists() else []
         with start(path) as process:
             errors = process.communicate()[1]
         same = networks(path) == networks(root / "whole") and not [*path.rglob("*.tmp")]
