@@ -216,7 +216,7 @@ def compare(args):
     real = real_clips(args.num_clips, args.num_frames, args.image_size, args.seed, prompts)
     rows, sheet = {}, [real[0]]
     for path in args.runs:
-        folder = path if (path / "config.json").exists() else path / "vae"  # a video_decoder/?
+        folder = path if (path / "config.json").exists() else path / "vae"  # it, or a run's
         load = load_autoencoder if is_3d(folder) else weights.load_vae
         coded, rows[str(path)] = fidelity(load(folder).eval(), real, prompts)
         sheet += [coded[0], (2 * (coded[0] - real[0])).clamp(-1, 1)]  # differences, enlarged
