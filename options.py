@@ -71,7 +71,7 @@ class TrainOptions(LoopOptions):
     vae_steps: int = option(500, "steps of the vae stage")
     vae_batch_size: int = option(32, "frames a step")
     vae_learning_rate: float = option(3e-3, "learning rate of the vae stage")
-    kl_weight: float = option(1e-3, "weight of the pull of latents towards N(0, 1)")
+    kl_weight: float = option(2e-2, "weight of the pull of latents towards N(0, 1)")
     motion_weight: float = option(5.0, "additional weight of pixels that differ from their frame")
     image_steps: int = option(650, "steps of the image stage")
     image_batch_size: int = option(64, "images a step")
@@ -103,7 +103,7 @@ class TrainOptions(LoopOptions):
         "GPU where memory needs it", **FREE)
     preview_every: int = option(500, "steps between previews", **FREE)
     # the defaults of sample.py for the run
-    guidance_scale: float = option(2.5, "weight of the text in samples", **FREE)
+    guidance_scale: float = option(3.5, "weight of the text in samples", **FREE)
     guidance_max_snr: float | None = option(0.2, "guide samples where the signal-to-noise ratio is "
                                             "at most this", **FREE)
     num_steps: int = option(8, "denoising steps of samples", **FREE)

@@ -58,6 +58,7 @@ class VideoOptions(TrainOptions):
     vae_steps: int = option(300, "steps of the vae stage")
     vae_batch_size: int = option(4, "clips a step")
     vae_learning_rate: float = option(1e-3, "learning rate of the vae stage")
+    kl_weight: float = option(1e-3, "weight of the pull of latents towards N(0, 1)")
     short_part: float = option(0.0, "part of the vae steps, the first, that see windows of one "
                                "latent frame")
     video_batch_size: int = option(16, "clips a step")
