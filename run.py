@@ -270,6 +270,13 @@ def is_used(path):
     return Path(path).exists() and any(file.name != ".lock" for file in Path(path).iterdir())
 
 
+def recipe_for(init):
+    """The preset of a new run that starts from a model: of a run its own, else Stable Diffusion."""
+    if init is None:
+        return "tiny"
+    return read_record(Path(init))[0].preset if (Path(init) / "train.json").exists() else "sd1"
+
+
 def merge_options(path, given):
     """(TrainOptions, finished stages) of a run: its own if it exists, with the flags given.
 
@@ -281,7 +288,7 @@ def merge_options(path, given):
     stored, finished = read_record(path) if known else (None, [])
     begun = STAGES[: len(finished) + (Path(path) / "training_state.pt").exists()]
     if not known or (not begun and {"init", "preset"} & given.keys()):
-        base = RECIPES[given.get("preset", "sd1" if "init" in given else "tiny")]
+        base = RECIPES[given.get("preset", recipe_for(given.get("init")))]
         if "init" in given:  # None: what that model predicts
             base = dataclasses.replace(base, init=given["init"], prediction_type=None)
         return dataclasses.replace(base, **given), []

@@ -14,6 +14,7 @@ import sample
 import train
 from files import load_safetensors, read_json, save_safetensors
 from checkpoints.tokenizers import save_tokenizer
+from run import merge_options
 from tokenizer import CLIPTokenizer
 from weights import load_pipeline
 
@@ -100,6 +101,12 @@ def test_another_run_can_be_the_beginning(trained, tmp_path):
     train_small(tmp_path / "run", "--init", trained)
     assert equal(tensors_of(tmp_path / "run/image_unet"), tensors_of(trained / "unet"))
     assert load_pipeline(tmp_path / "run").diffusion == load_pipeline(trained).diffusion
+
+
+def test_what_starts_from_a_run_has_its_preset(trained, files, tmp_path):
+    for init, preset in ((trained, "tiny"), (files / "sd1.safetensors", "sd1")):
+        options, finished = merge_options(tmp_path / "run", {"init": str(init)})
+        assert (options.preset, options.prediction_type, finished) == (preset, None, [])
 
 
 def test_a_stopped_run_goes_on_with_its_own_files(tuned, files, tmp_path):
