@@ -22,14 +22,16 @@ def plot(path, series, title, x_label, y_label):
     """Write a PNG of 900 x 560 pixels: a line for each of series {name: [point, ...]}.
 
     A point is (x, y, low, high), y with its interval, drawn as a band along the line; a series of
-    one point gets a bar.
+    one point gets a bar. Lines become thinner, so that one shows on top of another.
     """
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     axes = figure.subplots()
     for i, (name, points) in enumerate(series.items()):
         x, y, low, high = zip(*sorted(points), strict=True)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, label=name)
+        width = 1 + 0.7 * (len(series) - 1 - i)
+        axes.plot(x, y, color=colour, marker=marker, label=name, linewidth=width,
+                  markersize=4 + 1.5 * width)
         if len(points) > 1:
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         else:

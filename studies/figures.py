@@ -62,7 +62,7 @@ def shift(run, output):
         axes.imshow(paint[x[0]])
         for (frame, channel), origin in np.ndenumerate(x[0].numpy()):
             axes.text(channel, frame, origin, ha="center", va="center", fontweight="bold",
-                      color="white" if origin else "gray")
+                      color="white" if origin == 1 else "black")  # readable on its colour
         axes.hlines(np.arange(1, t) - 0.5, -0.5, c - 0.5, "white", linewidth=3)
         axes.vlines(np.arange(1, c) - 0.5, -0.5, t - 0.5, "white", capstyle="projecting",
                     clip_on=False, linewidth=[8 if i and n % 3 == 0 else 2 for n in range(1, c)])
@@ -78,13 +78,14 @@ def shift(run, output):
 
 
 def reach(run, output):
-    """How far a frame sees after each layer, measured by gradients."""
+    """How far a frame sees after each block, measured by gradients."""
     num_layers = len(list(last_modules(run.video.unet)))
-    t = 4 * num_layers + 9  # a shift pair in front of two convolutions: 2 frames a layer, each way
+    t = 4 * num_layers + 9  # a shift in front of each of two convolutions: 2 frames a block, each way
+    unets = {"none": run.image.unet, "shift": run.video.unet, "attention": run.image.unet}
     figure = new_figure(4)
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, temporal in zip(panels, ("none", "shift", "attention"), strict=True):
-        strength = reach_of(as_variant(run.image.unet, temporal, t), t)
+    for axes, (temporal, unet) in zip(panels, unets.items(), strict=True):
+        strength = reach_of(as_variant(unet, temporal, t), t)
         relative = (strength / strength.amax(1, keepdim=True)).log10().numpy()  # -inf: white
         image = axes.imshow(relative, cmap="viridis", vmin=-8, vmax=0, aspect="auto",
                             extent=(-t / 2, t / 2, num_layers + 0.5, 0.5))
@@ -93,7 +94,7 @@ def reach(run, output):
         axes.text(t / 2 + 0.7, 0.4, "sees", fontsize=9)
         axes.set_title(temporal, fontsize=11)
         axes.set(xlabel="frame, from the middle one", yticks=range(1, num_layers + 1))
-    panels[0].set_ylabel("after so many layers")
+    panels[0].set_ylabel("after so many blocks")
     figure.colorbar(image, ax=panels, location="bottom", shrink=0.6, aspect=40,
                     label="log10 of the gradient, the strongest of a row is 0; white: no path")
     save(figure, output / "reach.png")
@@ -185,12 +186,13 @@ def words(run, output):
     """Where in the frames each word of the prompt is looked for."""
     clip, maps = attention_of(run.video, caption_of(*SHOWN), SEED)
     names = ["(start)", *caption_of(*SHOWN).split()]
+    last = f"{len(maps) - len(names)} x (end)"
     maps = torch.cat([maps[: len(names)], maps[len(names) :].sum(0, keepdim=True)])
     low, high = (extreme(maps, dim=(1, 2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
     heat = (2 * (maps - low) / (high - low) - 1)[:, :, None].expand(-1, -1, 3, -1, -1)
     shares = 100 * maps.mean((1, 2, 3))
     rows = [f"{name}: {share:.1f} %" for name, share in
-            zip([*names, "(end)"], shares, strict=True)]
+            zip([*names, last], shares, strict=True)]
     figure = new_figure(6.6)
     show(figure.subplots(), [clip, *heat], ["the clip", *rows],
          "Attention of places to words; white: a word's most, black: its least")
@@ -206,7 +208,7 @@ def training(run, output):
          f'"{prompt}", the same noise after so many training steps')
     steps, losses, _ = zip(*read_metrics(run.path)["video"], strict=True)
     bottom.plot(steps, losses, color=COLOURS[0])
-    bottom.set(xlabel="training step", ylabel="loss", xlim=(0, None), ylim=(0, None))
+    bottom.set(xlabel="training step", ylabel="mean squared\nerror of v", xlim=(0, None), ylim=(0, None))
     save(figure, output / "training.png")
 
 
@@ -217,7 +219,7 @@ def without(run, output):
     cases = {"as trained": (model, nullcontext()), "no shift": (none, nullcontext()),
              "without the past": (model, without_third(0)),
              "without the future": (model, without_third(1)),
-             "own third 0": (model, without_third(2))}
+             "own third set to 0": (model, without_third(2))}
     clips, rows = [], []
     for name, (changed, context) in cases.items():
         with context:
@@ -286,14 +288,18 @@ def long(run, output, path):
     show(top, [clips[shown, some]], [""], f'"{caption_of(*prompts[shown])}", {LONG_FRAMES} frames, '
          f"{chain.num_frames} at a time", columns=[i + 1 for i in some])
     middle.plot(places[shown], color=COLOURS[0], label="the clip")
+    middle.axhline(truths[shown].min(), color="gray", linestyle=":")  # where its centre turns back
+    middle.axhline(truths[shown].max(), color="gray", linestyle=":", label="turns at the walls")
     middle.plot(truths[shown], "--", color=COLOURS[1], linewidth=1,
                 label="its first 8 frames, continued at their speed")
-    middle.set(ylabel="along its motion, pixels", xlim=(0, LONG_FRAMES), ylim=(0, clips.shape[-1]))
-    middle.legend(loc="upper right", ncols=2)
+    start = "top" if prompts[shown][2] in ("up", "down") else "left"
+    middle.set(xlabel="frame", ylabel=f"its centre: pixels\nfrom the {start}",
+               xlim=(0, LONG_FRAMES), ylim=(0, clips.shape[-1]))
+    middle.legend(loc="upper right", ncols=3)
     bottom.plot(np.transpose(drifts), color="lightgray")
     bottom.plot(np.median(drifts, 0), color=COLOURS[0], linewidth=2,
                 label=f"median of {LONG_CLIPS} clips (gray)")
-    bottom.set(xlabel="frame", ylabel="drift, pixels", xlim=(0, LONG_FRAMES), ylim=(0, None))
+    bottom.set(xlabel="frame", ylabel="drift across its\nmotion, pixels", xlim=(0, LONG_FRAMES), ylim=(0, None))
     bottom.legend(loc="upper left")
     save(figure, output / "long.png")
 

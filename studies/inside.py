@@ -80,7 +80,7 @@ def measure(model, num_frames):
     overlap = np.mean([crispness(clip, shape)
                        for clip, (_, shape, _) in zip(clips, prompts, strict=True)])
     right = rates(agreement(clips, prompts))["all"]
-    return f"{right:.0f} % right, {travel:.1f} px\ncrispness {overlap:.2f}"
+    return f"{right:.0f} % right\nmoves {travel:.1f} px\ncrispness {overlap:.2f}"
 
 
 def as_variant(unet, temporal, num_frames, seed=0):

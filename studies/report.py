@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 
 from PIL import Image, ImageDraw
 
@@ -11,7 +12,8 @@ from studies.bench import ratio, table
 from studies.costs import KINDS
 from studies.curves import plot
 
-LABEL, HEADING = 90, 22  # pixels of the sheet that names at the left, prompts above a block take
+LABEL, HEADING = 90, 26  # pixels of the sheet that names at the left, prompts above a block take
+FONT_SIZE = 15
 ZOOM = 2
 # 97.5 % quantiles of Student's t with 2 to 20 degrees of freedom: NIST/SEMATECH e-Handbook of
 # Statistical Methods, table 1.3.6.7.2.
@@ -106,18 +108,26 @@ def curves(results, seconds=None):
 
 
 def write_sheet(path, prompts, clips):
-    """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
+    """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each.
+
+    Frames are numbered at the top.
+    """
     sheets = [contact_sheet([drawn[i] for drawn in clips.values()]) for i in range(len(prompts))]
     blocks = [Image.fromarray(to_uint8(enlarge(sheet, ZOOM))[0]) for sheet in sheets]
     width, height = blocks[0].size
-    image = Image.new("RGB", (LABEL + width, len(blocks) * (height + HEADING)), "white")
+    image = Image.new("RGB", (LABEL + width, HEADING + len(blocks) * (height + HEADING)), "white")
     draw = ImageDraw.Draw(image)
+    write = partial(draw.text, fill="black", font_size=FONT_SIZE)
+    frames = len(next(iter(clips.values()))[0])
+    write((6, HEADING / 2), "frame", anchor="lm")
+    for frame in range(frames):
+        write((LABEL + (frame + 0.5) * width / frames, HEADING / 2), str(frame + 1), anchor="mm")
     for i, (prompt, block) in enumerate(zip(prompts, blocks, strict=True)):
-        top = i * (height + HEADING) + HEADING
+        top = i * (height + HEADING) + 2 * HEADING
         image.paste(block, (LABEL, top))
-        draw.text((LABEL, top - HEADING / 2), prompt, "black", anchor="lm")
+        write((LABEL, top - HEADING / 2), prompt, anchor="lm")
         for row, name in enumerate(clips):
-            draw.text((6, top + (row + 0.5) * height / len(clips)), name, "black", anchor="lm")
+            write((6, top + (row + 0.5) * height / len(clips)), name, anchor="lm")
     with atomic(path) as file:
         image.save(file, "PNG")
 

@@ -165,6 +165,6 @@ def test_a_measure_of_clips_says_what_is_right(run, monkeypatch):
         return torch.stack([frames for frames, _ in data]) / 127.5 - 1
 
     monkeypatch.setattr(inside, "draw", real)
-    right, crisp = inside.measure(run.video, 8).splitlines()
-    travel = float(right.removeprefix("100 % right, ").removesuffix(" px"))
-    assert 8 < travel < 11.2 and float(crisp.removeprefix("crispness ")) > 0.9
+    right, moves, crisp = inside.measure(run.video, 8).splitlines()
+    travel = float(moves.removeprefix("moves ").removesuffix(" px"))
+    assert right == "100 % right" and 8 < travel < 11.2 and float(crisp.removeprefix("crispness ")) > 0.9
