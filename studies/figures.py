@@ -80,7 +80,7 @@ def shift(run, output):
 def reach(run, output):
     """How far a frame sees after each block, measured by gradients."""
     num_layers = len(list(last_modules(run.video.unet)))
-    t = 4 * num_layers + 9  # a shift in front of each of two convolutions: 2 frames a block, each way
+    t = 4 * num_layers + 9  # two shifts in a block: it sees 2 frames further, each way
     unets = {"none": run.image.unet, "shift": run.video.unet, "attention": run.image.unet}
     figure = new_figure(4)
     panels = figure.subplots(1, 3, sharey=True)
@@ -208,7 +208,8 @@ def training(run, output):
          f'"{prompt}", the same noise after so many training steps')
     steps, losses, _ = zip(*read_metrics(run.path)["video"], strict=True)
     bottom.plot(steps, losses, color=COLOURS[0])
-    bottom.set(xlabel="training step", ylabel="mean squared\nerror of v", xlim=(0, None), ylim=(0, None))
+    bottom.set(xlabel="training step", xlim=(0, None),
+               ylabel="mean squared\nerror of v", ylim=(0, None))
     save(figure, output / "training.png")
 
 
@@ -299,7 +300,8 @@ def long(run, output, path):
     bottom.plot(np.transpose(drifts), color="lightgray")
     bottom.plot(np.median(drifts, 0), color=COLOURS[0], linewidth=2,
                 label=f"median of {LONG_CLIPS} clips (gray)")
-    bottom.set(xlabel="frame", ylabel="drift across its\nmotion, pixels", xlim=(0, LONG_FRAMES), ylim=(0, None))
+    bottom.set(xlabel="frame", xlim=(0, LONG_FRAMES),
+               ylabel="drift across its\nmotion, pixels", ylim=(0, None))
     bottom.legend(loc="upper left")
     save(figure, output / "long.png")
 
