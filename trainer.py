@@ -224,16 +224,17 @@ class Trainer:
                         with full_disk(metrics, metrics), open(metrics, "ab") as file:
                             file.write(json.dumps(entry).encode() + b"\n")
                     started, first = now, self.step
+                # Before the state is saved: a resume from it would not draw the preview again.
+                previewing = preview and self.step % options.preview_every == 0 and not last
+                if previewing and processes.is_main():
+                    with self.average.swapped():
+                        preview(self.step)
                 stopping = self._stopping(received)
                 if self.step % options.save_every == 0 or last or stopping:
                     self.save_state()
                 if stopping:
                     raise Stopped(f"stopped at step {self.step} of the {self.stage} stage; "
                                   "continue with --resume")
-                previewing = preview and self.step % options.preview_every == 0 and not last
-                if previewing and processes.is_main():
-                    with self.average.swapped():
-                        preview(self.step)
         torch._foreach_copy_(self.average.parameters, self.average.values)
 
     def backward(self, loss):

@@ -14,7 +14,7 @@ import processes
 import trainer
 from memory import Plan
 from options import TrainOptions
-from trainer import (Average, Trainer, drop_repeated, learning_rate_at, move_moments,
+from trainer import (Average, Stopped, Trainer, drop_repeated, learning_rate_at, move_moments,
                      step_generator, step_in_parts)
 
 
@@ -36,8 +36,8 @@ class Line(Trainer):
         self.draw, self.losses = draw, []
         super().__init__(run, "vae", [([self.a], 1.0), ([self.b], 0.1)])
 
-    def run(self):
-        for _, generator in self.steps():
+    def run(self, preview=None):
+        for _, generator in self.steps(preview):
             x, y = self.draw(generator)
             self.losses.append((self.a * x + self.b - y).square().mean())
             self.backward(self.losses[-1])
@@ -208,6 +208,15 @@ def test_metrics_have_the_mean_loss_of_each_interval(tmp_path):
     entries = metrics_of(tmp_path)
     assert [entry["step"] for entry in entries] == [2, 4, 5]
     assert [entry["loss"] for entry in entries] == pytest.approx(means)
+
+
+def test_a_preview_is_drawn_before_its_step_is_saved(tmp_path, monkeypatch):
+    # A resume goes on behind the saved step, so a preview that comes later could be lost.
+    state, seen = tmp_path / "training_state.pt", []
+    monkeypatch.setattr(Line, "_stopping", lambda self, _: self.step == 2)
+    with pytest.raises(Stopped):
+        Line(tmp_path, preview_every=2).run(lambda step: seen.append((step, state.exists())))
+    assert seen == [(2, False)] and state.exists()
 
 
 def test_a_resume_drops_the_lines_of_the_steps_that_it_repeats(tmp_path):
