@@ -68,7 +68,8 @@ def _image_frames(path):
     with open_regular(path) as file:
         with _reading(path):
             opened = Image.open(file, formats=("GIF", "WEBP", "PNG", "JPEG"))
-            num_frames = getattr(opened, "n_frames", 1)
+            # An MPO is a JPEG with more pictures of the same moment: a depth map, a preview.
+            num_frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
         for index in range(num_frames):
             with _reading(path):
                 opened.seek(index)

@@ -209,6 +209,17 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert frames[0, :8].min() > 250 and frames[0, 8:].max() < 5
 
 
+@pytest.mark.parametrize("size", [(16, 8), (8, 4)])
+def test_of_a_photograph_with_more_pictures_the_first_is_read(tmp_path, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    more = [Image.new("RGB", size, "gray")]  # as phones add a depth map or a preview
+    Image.new("RGB", (16, 8), "white").save(tmp_path / "a.jpg", "MPO", save_all=True,
+                                            append_images=more, exif=exif)
+    frames, _ = read_clip(tmp_path / "a.jpg")
+    assert frames.shape == (1, 16, 8, 3) and frames.min() > 250
+
+
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16)).save(tmp_path / "a.png")
     assert read_clip(tmp_path / "a.png")[0][0, 0, :, 0].tolist() == [0, 128, 255]
