@@ -57,6 +57,11 @@ def from_config(cls, values, constants, where):
     return from_json(cls, chosen, where, MOST)
 
 
+def without_null(values):
+    """The values of a config.json that are set: null stands for the default, as an absent one."""
+    return {k: v for k, v in values.items() if v is not None}
+
+
 def block_types(values, name, where):
     """The types of a network's blocks, a list of str, taken out of the values of a config.json."""
     kinds = values.get(name) or []
@@ -83,7 +88,7 @@ def unet_to_json(config):
 
 def unet_from_json(values, where):
     """A UNetConfig from config.json. Raises ValueError for an architecture not built here."""
-    values = UNET_ABSENT | values
+    values = UNET_ABSENT | without_null(values)
     levels = [kind == "CrossAttnDownBlock2D"
               for kind in block_types(values, "down_block_types", where)]
     dim = values.pop("projection_class_embeddings_input_dim", None)
@@ -106,7 +111,7 @@ def vae_to_json(config):
 
 def vae_from_json(values, where):
     """A VAEConfig from an autoencoder's config.json."""
-    values = VAE_ABSENT | values
+    values = VAE_ABSENT | without_null(values)
     blocks = {kind for name in ("down_block_types", "up_block_types")
               for kind in block_types(values, name, where)}
     values = {k: v for k, v in values.items() if not k.endswith("_block_types")}
@@ -144,7 +149,7 @@ def diffusion_from_json(values, where):
     if kind.startswith(("FlowMatch", "EDM")):
         raise ValueError(f"{where}: _class_name={kind!r} is not built here")
     names = {"clip_sample", "thresholding", *(f.name for f in dataclasses.fields(Diffusion))}
-    known = {k: v for k, v in values.items() if k in names and v is not None}
+    known = {k: v for k, v in without_null(values).items() if k in names}
     return from_config(Diffusion, SCHEDULE_ABSENT | known, {}, where)
 
 

@@ -98,11 +98,13 @@ def test_a_unet_config_with_every_field_of_todays_diffusers_is_read():
     assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
 
 
-def test_an_absent_field_has_the_default_of_diffusers():
+def test_an_absent_field_or_null_has_the_default_of_diffusers():
     values = {"down_block_types": DOWN, "up_block_types": UP}
-    assert configs.unet_from_json(values, "here").cross_attention_dim == 1280
-    autoencoder = configs.vae_from_json({}, "here")
-    assert (autoencoder.block_out_channels, autoencoder.layers_per_block) == ((64,), 1)
+    for absent in ({}, {"cross_attention_dim": None}):
+        assert configs.unet_from_json(values | absent, "here").cross_attention_dim == 1280
+    for absent in ({}, {"block_out_channels": None, "layers_per_block": None}):
+        autoencoder = configs.vae_from_json(absent, "here")
+        assert (autoencoder.block_out_channels, autoencoder.layers_per_block) == ((64,), 1)
 
 
 @pytest.mark.parametrize("more", [
