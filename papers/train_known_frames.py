@@ -125,15 +125,15 @@ def tasks_of(options, base, longest):
 
 
 def open_clips(options, sampling):
-    """(clips uint8 (t, 3, h, w) with captions, their frames per second) to train on."""
-    rate, size = sampling.frames_per_second, sampling.image_size
+    """(clips uint8 (t, 3, h, w) with captions, the stride of the video model's frame rate)."""
+    size = sampling.image_size
     if options.data == "shapes":  # two frames where the video model has one: for half its speed
         return BouncingShapes(options.num_clips, options.clip_frames, size, options.seed,
-                              step=0.5), 2 * rate
+                              step=0.5), 2
     known = (Path(options.init) / "train.json").exists()
     old = read_record(options.init)[0] if known else TrainOptions()  # its pace is the model's
     return ClipFolder(options.data, options.num_frames, size, old.stride, old.frame_rate,
-                      old.max_frames), rate
+                      old.max_frames), 1
 
 
 def random_windows(num_frames, at_start, stride, latents, lengths, count, generator):
@@ -158,6 +158,7 @@ def train_decoder(run, autoencoder, clips, latents):
         every = -(-len(frames) // DECODED)
         some.append((frames[::every], z[::every]))
     frames, latents = map(torch.cat, zip(*some, strict=True))  # n 3 h w, n c h/f w/f
+    autoencoder.to(run.device, memory_format=torch.channels_last)
     autoencoder.requires_grad_(False).decoder.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(autoencoder.decoder.parameters(), 1.0)])
     decoder = trainer.wrap(autoencoder.decoder)
@@ -175,61 +176,71 @@ def train_decoder(run, autoencoder, clips, latents):
     run.finish("decoder")
 
 
+def train_unet(run, unet, diffusion, tasks, windows_of, context_of, frame_rate):
+    """Stage two: each step draws a task, and how much noise the known frames get.
+
+    windows_of(task, stride, count, generator) are windows x0 (b, t, c, h, w) and their texts;
+    frame_rate is that of the data.
+    """
+    options, shares = run.options, torch.tensor([task.share for task in tasks])
+    trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
+    net = trainer.wrap(unet)
+    for _, generator in trainer.steps():
+        task = tasks[torch.multinomial(shares, 1, generator=generator)]
+        stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
+        t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
+        x0, texts = windows_of(task, stride, b, generator)
+        context = context_of(drop_captions(texts, options.caption_dropout, generator))  # b n d
+        noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
+        timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator,
+                                     prefer_noise=task.prefer_noise)
+        known = torch.zeros(t, dtype=torch.bool)
+        known[list(task.known)] = True
+        levels = torch.randint(options.max_level + 1, (b,), generator=generator)
+        clean = torch.rand(b, generator=generator) < options.clean_part
+        levels = levels.masked_fill(clean | ~known.any(), 0)
+        conditions = torch.stack([levels.float(), torch.full((b,), frame_rate / stride)], 1)
+        x0, noise, noise_of_known, timesteps, context, levels, conditions = run.to_device(
+            x0, noise, noise_of_known, timesteps, context, levels, conditions)
+        with trainer.autocast():
+            seen = perturb(diffusion, x0, levels, noise_of_known)
+            loss = known_frames_loss(net, diffusion, x0, noise, timesteps, context, seen, known,
+                                     conditions, options.hold, options.loss_on_known)
+        trainer.backward(loss)
+
+
 def train(run):
     """Train a model for known frames, from a video model."""
-    options = run.options
-    model = weights.load_pipeline(options.init)
+    options, model = run.options, weights.load_pipeline(run.options.init)
     if model.unet.config.num_conditions:
         raise ValueError(f"--init {options.init}: is a model for known frames already; name the "
                          "run of the video model")
     # The decoder learns in a copy, in float32; the frozen networks may be bfloat16.
     autoencoder = weights.load_vae(run.path / "vae") if run.finished else copy.deepcopy(model.vae)
-    autoencoder.to(run.device, memory_format=torch.channels_last)
-    model.vae.to(memory_format=torch.channels_last)
-    for network in (model.vae, model.text_encoder):
+    for network in (model.vae.to(memory_format=torch.channels_last), model.text_encoder):
         freeze(network, run.device, options.precision)
     sampling = dataclasses.replace(model.sampling, guidance_scale=options.guidance_scale)
-    clips, rate = open_clips(options, sampling)
-    captions = clips.captions
-    latents = cache_latents(run, clips, model.vae)
-    lengths = [len(clip) for clip in latents]
-    if options.decoder_steps and not run.finished:
-        train_decoder(run, autoencoder, clips, latents)
-    later = captions
+    # What may be refused, texts and room for windows, comes before the first training.
+    clips, base = open_clips(options, sampling)
+    captions = later = clips.captions
     if options.data == "shapes" and options.plain_captions:
         later = [plain_caption(caption) for caption in captions]
     context_of = cache_texts(run, [*captions, *later], model)
+    latents = cache_latents(run, clips, model.vae)
+    lengths = [len(clip) for clip in latents]
+    tasks = list(tasks_of(options, base, max(lengths)).values())
+
+    def windows_of(task, stride, count, generator):
+        x0, chosen = random_windows(task.num_frames, task.at_start, stride, latents, lengths,
+                                    count, generator)
+        return x0, [(captions if task.at_start else later)[i] for i in chosen]
+
+    if options.decoder_steps and not run.finished:
+        train_decoder(run, autoencoder, clips, latents)
     unet = widen(model.unet, options.hold, 2 * options.num_frames)
     unet.to(run.device, memory_format=torch.channels_last)
-    base = 2 if options.data == "shapes" else 1  # stride of the video model's frame rate
-    tasks = tasks_of(options, base, max(lengths))
-    shares = torch.tensor([task.share for task in tasks.values()])
-    trainer = Trainer(run, "long", [(unet.parameters(), 1.0)])
-    net = trainer.wrap(unet)
-    for _, generator in trainer.steps():
-        task = list(tasks.values())[torch.multinomial(shares, 1, generator=generator)]
-        stride = task.strides[torch.randint(len(task.strides), (), generator=generator)]
-        t, b = task.num_frames, max(1, round(options.long_batch_size * task.batch_part))
-        x0, chosen = random_windows(t, task.at_start, stride, latents, lengths, b, generator)
-        known = torch.zeros(t, dtype=torch.bool)
-        known[list(task.known)] = True
-        texts = [(captions if task.at_start else later)[i] for i in chosen]
-        texts = drop_captions(texts, options.caption_dropout, generator)
-        context = context_of(texts)  # b n d
-        noise, noise_of_known = torch.randn(2, *x0.shape, generator=generator)
-        timesteps = random_timesteps(b, model.diffusion.num_train_timesteps, generator,
-                                     prefer_noise=task.prefer_noise)
-        levels = torch.randint(options.max_level + 1, (b,), generator=generator)
-        clean = torch.rand(b, generator=generator) < options.clean_part
-        levels = levels.masked_fill(clean | ~known.any(), 0)
-        conditions = torch.stack([levels.float(), torch.full((b,), rate / stride)], 1)
-        x0, noise, noise_of_known, timesteps, context, levels, conditions = run.to_device(
-            x0, noise, noise_of_known, timesteps, context, levels, conditions)
-        with trainer.autocast():
-            seen = perturb(model.diffusion, x0, levels, noise_of_known)
-            loss = known_frames_loss(net, model.diffusion, x0, noise, timesteps, context, seen,
-                                     known, conditions, options.hold, options.loss_on_known)
-        trainer.backward(loss)
+    train_unet(run, unet, model.diffusion, tasks, windows_of, context_of,
+               base * sampling.frames_per_second)
     if processes.is_main():
         model = dataclasses.replace(model, unet=unet, vae=autoencoder, sampling=sampling)
         weights.save_pipeline(model, run.path)
