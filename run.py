@@ -292,15 +292,20 @@ def merge_options(path, given):
         if "init" in given:  # None: what that model predicts
             base = dataclasses.replace(base, init=given["init"], prediction_type=None)
         return dataclasses.replace(base, **given), []
+    return with_flags(path, stored, given, STAGES, begun), finished
+
+
+def with_flags(path, stored, given, stages, begun):
+    """A run's options with the flags given. Raises ValueError if one contradicts a begun stage."""
     for field in dataclasses.fields(stored):
         name, old = field.name, getattr(stored, field.name)
         stage, _, what = name.partition("_")  # image_steps is of a stage, image_size is not
-        of_stage = stage in STAGES and what in ("steps", "batch_size", "learning_rate")
+        of_stage = stage in stages and what in ("steps", "batch_size", "learning_rate")
         free = field.metadata.get("free") or not begun or (of_stage and stage not in begun)
         if given.get(name, old) != old and not free:
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
                              f"{given[name]}; choose a new folder for other options")
-    return dataclasses.replace(stored, **given), finished
+    return dataclasses.replace(stored, **given)
 
 
 def stages_to_run(path, stage, finished):

@@ -30,7 +30,7 @@ import vae
 import weights
 from checkpoints.configs import from_config
 from files import read_json, save_safetensors, write_json
-from layers import per_frame
+from layers import GroupNorm, per_frame
 
 WINDOW = 8  # latent frames of a long clip that are computed at once
 
@@ -47,9 +47,10 @@ class VideoVAEConfig(vae.VAEConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.time_factor < 1 or self.mid_block_add_attention:
-            raise ValueError("a 3-D autoencoder needs time_factor >= 1 and no attention, got "
-                             f"{self.time_factor} and {self.mid_block_add_attention}")
+        if self.time_factor < 1 or self.mid_block_add_attention or self.temporal != "none":
+            raise ValueError("a 3-D autoencoder needs time_factor >= 1, no attention and no other "
+                             f"temporal layers, got {self.time_factor}, "
+                             f"{self.mid_block_add_attention} and {self.temporal}")
 
 
 # With the widths of LVDM's public configuration, 1/4 of the frames and 1/8 of the size. The middle,
@@ -91,7 +92,7 @@ class Encoder(vae.Encoder):
         self.time_factor = k = config.time_factor
         width, groups = k * config.block_out_channels[-1], k * config.norm_num_groups
         self.mid_block = middle(config)
-        self.conv_norm_out = nn.GroupNorm(groups, width, vae.EPS)
+        self.conv_norm_out = GroupNorm(groups, width, vae.EPS)
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):

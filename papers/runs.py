@@ -1,9 +1,7 @@
 """The folder of a paper's training: a run with a record, stages and options of its own."""
 
-import dataclasses
-
 from memory import Plan, require_memory
-from run import Run, is_used, read_record
+from run import Run, is_used, read_record, with_flags
 
 
 class PaperRun(Run):
@@ -25,11 +23,5 @@ class PaperRun(Run):
             raise ValueError(f"{path}: is not empty and no run of this command; choose a new "
                              "folder")
         old, finished = read_record(path, cls) if known else (cls.options_type(), [])
-        begun = finished or (path / "training_state.pt").exists()
-        for field in dataclasses.fields(old):
-            value = getattr(old, field.name)
-            if begun and given.get(field.name, value) != value and not field.metadata.get("free"):
-                raise ValueError(f"{path} was trained with --{field.name.replace('_', '-')} "
-                                 f"{value}, not {given[field.name]}; for other options remove it, "
-                                 "or choose a new folder")
-        return cls(path, dataclasses.replace(old, **given), finished, resume)
+        begun = cls.stages[: len(finished) + (path / "training_state.pt").exists()]
+        return cls(path, with_flags(path, old, given, cls.stages, begun), finished, resume)

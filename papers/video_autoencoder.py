@@ -111,8 +111,8 @@ def start_autoencoder(options):
     """The autoencoder that the vae stage trains."""
     if options.init is None:
         return VideoAutoencoder(options.vae())
-    return inflate(weights.load_vae(Path(options.init) / "vae"), options.latent_channels,
-                   options.time_factor)
+    start = weights.load_vae(Path(options.init) / "vae")
+    return checked(inflate(start, options.latent_channels, options.time_factor), options)
 
 
 def train_vae(run, clips):
@@ -169,15 +169,16 @@ def train_run(args):
         if stage == "vae":
             train_vae(run, clips)
             continue
-        autoencoder = load_autoencoder(run.path / "vae")
-        autoencoder.to(run.device, memory_format=torch.channels_last)
-        latents = cache_latents(run, clips, autoencoder)
         if stage == "image":
+            autoencoder = load_autoencoder(run.path / "vae")
+            freeze(autoencoder, run.device, options.precision)
+            latents = cache_latents(run, clips, autoencoder)
             train.train_image(run, autoencoder, latents, clips.captions)
         else:
             image_model = load_model(run.path, "image_unet", "none")
             for network in (image_model.vae, image_model.text_encoder):  # its U-Net learns
                 freeze(network, run.device, options.precision)
+            latents = cache_latents(run, clips, image_model.vae)
             train.train_video(run, image_model, latents, clips.captions)
 
 
@@ -255,7 +256,9 @@ def evaluate(args):
     rows = {"seen": rates(right[half:]), "held out": rates(right[:half]), "all": rates(right)}
     print_table("agreement with the text, %", rows)
     print(f"CPU seconds a clip: {seconds:.2f}")
-    write_json(args.run / "evaluation.json", {"agreement": rows, "seconds": seconds})
+    write_json(args.run / "evaluation.json", {
+        "num_prompts": args.num_prompts, "seed": args.seed,
+        "sampling": dataclasses.asdict(model.sampling), "agreement": rows, "seconds": seconds})
 
 
 def parse_arguments():

@@ -1,5 +1,6 @@
 """The commands, with runs of seconds: train, stop, resume, compare, sample, evaluate, refusals."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from helpers import SMALL, call, flags, metrics_of, weights_of
 
 import devices
+import vae
 from media.read import read_clip
 from papers.autoencoder_3d import load_autoencoder
 from papers.video_autoencoder import (
@@ -20,6 +22,7 @@ from run import open_data, read_record
 from train import random_clips
 from trainer import Trainer
 from vae import encode_clip
+from weights import save_network
 
 TINY = SMALL | {"num_frames": 4, "time_factor": 2, "vae_batch_size": 2}
 
@@ -100,6 +103,25 @@ def test_the_first_steps_may_see_more_and_shorter_clips(tmp_path, monkeypatch):
 def test_other_options_need_another_folder(lvdm, trained):
     with pytest.raises(ValueError, match="was trained with --latent-channels 4, not 8"):
         train(lvdm, init=trained, latent_channels=8)
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused_before_it_is_trained(trained, tmp_path):
+    config = dataclasses.replace(vae.PRESETS["tiny"], block_out_channels=(16, 32, 32, 32))
+    save_network(tmp_path / "vae", vae.AutoencoderKL(config))  # 8 pixels a latent, not 4
+    with pytest.raises(ValueError, match="its autoencoder has downscale 8, the options say 4"):
+        train(tmp_path / "run", init=tmp_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_image_stage_does_not_train_the_autoencoder_and_may_get_new_steps(lvdm, monkeypatch):
+    seen = []
+    monkeypatch.setattr("train.train_image", lambda run, autoencoder, *_: seen.append(
+        [x.requires_grad for x in autoencoder.parameters()]))
+    run = shutil.copytree(lvdm, lvdm.with_name("image"))
+    record = json.loads((run / "video_autoencoder.json").read_text())
+    (run / "video_autoencoder.json").write_text(json.dumps(record | {"finished": ["vae"]}))
+    call(main, "train", run, "--stage", "image", "--image-steps", 7)
+    assert not any(seen[0])
 
 
 def test_frames_that_the_time_factor_does_not_divide_are_refused():
