@@ -88,15 +88,18 @@ def main():
     model = load_model(args.run).to(choose_device(args.device))
     rate = args.frame_rate or model.sampling.frames_per_second
     context = model.encode_text([args.prompt])
-    if args.command == "sample":
-        check_sampling(model, dataclasses.replace(
-            model.sampling, num_frames=args.num_key_frames * (args.frames_between + 1)), 1, 1)
-        keys = draw_key_frames(model, context, args.num_key_frames,
-                               rate / (args.frames_between + 1), [args.seed])
-    else:
+    step = args.frames_between + 1
+    frames, num_key_frames = None, getattr(args, "num_key_frames", None)
+    if args.command == "interpolate":
         frames, _ = read_clip(args.clip, image_size=model.sampling.image_size)
-        if len(frames) < 2:
+        num_key_frames = len(frames)
+        if num_key_frames < 2:
             raise ValueError(f"{args.clip}: needs two frames to draw others between, got 1")
+    check_sampling(model, dataclasses.replace(
+        model.sampling, num_frames=(num_key_frames - 1) * step + 1), 1, 1)
+    if frames is None:
+        keys = draw_key_frames(model, context, num_key_frames, rate / step, [args.seed])
+    else:
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)  # t h w c -> t c h w
         keys = encode_clip(model.vae, frames)[None]
     latents = interpolate(model, context, keys, args.frames_between, rate, [args.seed])

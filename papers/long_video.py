@@ -261,7 +261,10 @@ def main():
                           args.hierarchical, options.plain_captions)
         for name, value in result.items():
             print(f"{name:40}{value:10.3f}")
-        write_json(args.run / "long_evaluation.json", result)
+        settings = {name: getattr(args, name) for name in (
+            "num_clips", "num_frames", "seed", "hierarchical")}
+        settings["chain"] = dataclasses.asdict(chain)
+        write_json(args.run / "long_evaluation.json", settings | result)
 
 
 if __name__ == "__main__":

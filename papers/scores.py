@@ -20,7 +20,10 @@ from vae import encode_clip
 
 
 def window_error(model, known, num_frames, seed, how=Guidance(), num_clips=64):
-    """Mean error (along, across the motion), in pixels, of frames drawn beside real ones."""
+    """Mean error (along, across the motion), in pixels, of frames drawn beside real ones.
+
+    Of frames without a shape there is none; here and in speed_ratio the mean is of the others.
+    """
     rate, size = model.sampling.frames_per_second, model.sampling.image_size
     data = BouncingShapes(num_clips, 50 + num_frames, size, seed)
     starts = [7 * i % 50 for i in range(num_clips)]  # so that some windows have a bounce
@@ -29,7 +32,7 @@ def window_error(model, known, num_frames, seed, how=Guidance(), num_clips=64):
     mask = torch.zeros(num_frames, dtype=torch.bool)
     mask[known] = True
     context = model.encode_text([plain_caption(caption) for caption in data.captions])
-    drawn = draw(model, context, latents, mask, rate, range(num_clips), how)
+    drawn = draw(model, context, latents, mask, rate, range(seed, seed + num_clips), how)
     errors = []
     for i, clip in enumerate(model.decode(drawn)):
         truth = data.centres(i)[1][starts[i] : starts[i] + num_frames]
@@ -37,7 +40,7 @@ def window_error(model, known, num_frames, seed, how=Guidance(), num_clips=64):
         seen = track(clip, data.combinations[i][1]).centres
         error = np.abs(seen - truth)[~mask.numpy()]  # unknown frames, 2
         errors.append(error[:, [axis, 1 - axis]])
-    return [float(x) for x in np.concatenate(errors).mean(0)]
+    return [float(x) for x in np.nanmean(np.concatenate(errors), 0)]
 
 
 def speed_ratio(model, factor, seed, num_clips=64):
@@ -46,11 +49,11 @@ def speed_ratio(model, factor, seed, num_clips=64):
     chain = Chain(BASE_FRAMES, frame_rate=model.sampling.frames_per_second / factor)
     drawn = model.decode(begin(model, model.encode_text(data.captions), chain,
                                range(seed, seed + num_clips), latent_size(model)))
-    steps = [np.linalg.norm(np.diff(track(clip, shape).centres, axis=0), axis=1).mean()
+    steps = [np.linalg.norm(np.diff(track(clip, shape).centres, axis=0), axis=1)
              for clip, (_, shape, _) in zip(drawn, data.combinations, strict=True)]
     real = [np.linalg.norm(np.diff(data.centres(i)[1], axis=0), axis=1).mean()
             for i in range(num_clips)]
-    return float(np.mean(steps) / np.mean(real))
+    return float(np.nanmean(steps) / np.mean(real))
 
 
 def latent_size(model):
@@ -104,7 +107,8 @@ def long_clips(model, chain, prompts, seed, num_frames, hierarchical=False, plai
 
 def summary(results):
     """The laws() of several clips as one: means over clips, at their end unless it says else."""
-    # A clip without its shape is wrong in "right", and has no size or speed.
+    # A clip without its shape is wrong in "right" and has size 0; speed, paint and drift are those
+    # of the others.
     mean = {name: np.nanmean([result[name] for result in results], axis=0) for name in results[0]}
     size = np.nanmean([abs(result["size"][-1] - 1) for result in results])
     found = {

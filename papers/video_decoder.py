@@ -36,6 +36,7 @@ from layers import per_frame
 from memory import check_sampling
 from metrics import consistency, mean_over_clips, psnr, real_clips
 from options import RECIPES, LoopOptions
+from papers.fidelity import flicker
 from papers.runs import PaperRun
 from run import open_data, read_record
 from shapes import caption_of
@@ -127,17 +128,12 @@ def train(run, folder):
     run.finish("decoder")
 
 
-def flicker(decoded, true):
-    """Mean squared error of the changes from frame to frame, of clips (b, t, c, h, w)."""
-    return (decoded.diff(dim=1) - true.diff(dim=1)).square().mean()
-
-
 def scores(clips, prompts, true=None):
     """{measure: value} of decoded clips (n, t, 3, h, w), with their truth if it is known."""
     result = {}
     if true is not None:
         if clips.shape[1] > 1:
-            result["flicker"] = round(1e4 * flicker(clips, true).item(), 1)
+            result["flicker"] = round(1e4 * flicker(true, clips).mean().item(), 1)
         result["PSNR"] = round(mean_over_clips(psnr, clips, true), 2)
     if clips.shape[1] > 1:
         result["consistency"] = round(mean_over_clips(consistency, clips[:, None]), 4)
@@ -211,7 +207,8 @@ def compare(args):
     result = evaluate({"2-D": own.vae, options.temporal: model.vae}, drawn, true, prompts,
                       args.seed)
     print_table("latents, decoder", result)
-    write_json(args.run / FOLDER / "evaluation.json", result)
+    settings = {"num_prompts": args.num_prompts, "seed": args.seed}
+    write_json(args.run / FOLDER / "evaluation.json", settings | result)
 
 
 def parse_arguments():
@@ -240,7 +237,7 @@ def main():
         check_ranges(args, num_frames=(1, 10**4), image_size=(8, 8192))
         print_table("decoder", {kind: costs(kind, args.num_frames, args.image_size)
                                 for kind in VARIANTS})
-    elif not (args.run / "vae" / weights.UNET_WEIGHTS).exists():
+    elif not (args.run / "vae" / "config.json").exists():
         raise ValueError(f"{args.run}: has no trained vae/; needs a run or a diffusers folder")
     elif args.command == "evaluate":
         compare(args)

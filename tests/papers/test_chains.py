@@ -90,11 +90,13 @@ def test_a_clip_is_continued_and_not_repeated(drawn):
     assert frames_of(stream, 12) == list(range(20, 32))
 
 
-def test_key_frames_after_a_clip_are_counted_from_its_last_frame(drawn):
-    clip = torch.arange(20.0).view(1, 20, 1, 1, 1).expand(2, 20, 1, 2, 2)
+@pytest.mark.parametrize("count", [9, 10, 20])  # 9: as few as three key frames take
+def test_key_frames_after_a_clip_are_counted_from_its_last_frame(drawn, count):
+    clip = torch.arange(float(count)).view(1, count, 1, 1, 1).expand(2, count, 1, 2, 2)
     stream = long_latents(Model, (CONTEXT, CONTEXT), Chain(), [1, 2], 2, True, clip=clip)
-    # Known are frames 11, 15 and 19; the stand-in counts on by 1 from key frame to key frame.
-    assert frames_of(stream, 8) == [19.25, 19.5, 19.75, 20, 20.25, 20.5, 20.75, 21]
+    # Known are the last frame and those 4 and 8 before it; the stand-in counts on by 1 from key
+    # frame to key frame.
+    assert frames_of(stream, 8) == [count - 1 + i / 4 for i in range(1, 9)]
 
 
 def test_the_first_frame_is_the_one_given(drawn):

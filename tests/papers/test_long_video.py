@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import call, flags, metrics_of, weights_of
+from helpers import call, flags, make_clip, metrics_of, weights_of
 from PIL import Image
 
 from media.read import read_clip
@@ -207,6 +207,22 @@ def test_key_frames_and_what_lies_between(long_run, tmp_path):
     call(key_frames.main, "sample", long_run, "a red circle moving left", "--num-key-frames", 4,
          "--frames-between", 3, "--output", tmp_path / "keys.gif")
     assert len(read_clip(tmp_path / "keys.gif")[0]) == 13
+
+
+def test_frames_between_that_memory_cannot_hold_are_refused_first(long_run, tmp_path, monkeypatch):
+    asked, output = [], tmp_path / "x.gif"
+
+    def refuse(model, sampling, *rest):
+        asked.append(sampling.num_frames)
+        raise ValueError("too many")
+
+    make_clip(tmp_path / "a.gif", num_frames=3)
+    monkeypatch.setattr(key_frames, "check_sampling", refuse)
+    for words in (("sample", long_run, "a", "--num-key-frames", 4),
+                  ("interpolate", long_run, tmp_path / "a.gif")):
+        with pytest.raises(ValueError, match="too many"):
+            call(key_frames.main, *words, "--frames-between", 9, "--output", output)
+    assert asked == [31, 21]
 
 
 def test_interpolation_keeps_the_frames_of_the_clip_where_they_were(long_run, tmp_path):

@@ -53,6 +53,16 @@ def test_a_window_that_stands_still_is_wrong_along_the_motion_only(model, monkey
     assert 2 < along < 3 * 0.35 * 32 / 7 and across < 0.15
 
 
+def test_a_lost_shape_leaves_the_error_of_the_other_frames(model, monkeypatch):
+    def lose(model, context, latents, *_):
+        latents[0, 4] = latents[0, 4, :, :1, :1]  # background everywhere
+        return latents
+
+    monkeypatch.setattr(scores, "draw", lose)
+    along, across = scores.window_error(model, range(3), 8, seed=5, num_clips=12)
+    assert along < 0.1 and across < 0.1
+
+
 @pytest.mark.parametrize("factor", [0.5, 2])
 def test_real_clips_at_another_rate_have_the_speed_asked_for(model, monkeypatch, factor):
     def real(model, context, chain, seeds, size, first=None):

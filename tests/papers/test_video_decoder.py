@@ -13,7 +13,7 @@ import evaluate
 import sample
 from files import read_json
 from papers import video_decoder
-from papers.video_decoder import DecoderOptions, flicker
+from papers.video_decoder import DecoderOptions
 from temporal import VARIANTS, temporal_state
 from vae import AutoencoderKL, Decoder, VAEConfig, decode_clips
 from weights import load_network, load_pipeline, load_vae, save_network, use_decoder
@@ -145,16 +145,6 @@ def test_an_unknown_variant_is_refused(values):
         VAEConfig(**values)
 
 
-# Measures
-
-
-def test_flicker_by_hand():
-    true = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1, 1)
-    decoded = torch.tensor([5.0, 6.0, 9.0]).view(1, 3, 1, 1, 1)  # changes by 1 and 3, not 1 and 1
-    assert flicker(decoded, true) == 2.0  # (0 + 2^2) / 2
-    assert flicker(true + 7.0, true) == 0.0  # a constant error does not flicker
-
-
 # Training
 
 
@@ -238,7 +228,8 @@ def test_both_decoders_are_measured_on_the_same_latents(with_decoder):
     call(video_decoder.main, "evaluate", with_decoder, "--num-prompts", 2, "--device", "cpu")
     result = read_json(with_decoder / "video_decoder" / "evaluation.json")
     sources = ("clean", "noise 0.05", "noise 0.1", "noise 0.2", "images", "drawn")
-    assert list(result) == [f"{s}, {name}" for s in sources for name in ("2-D", "directed")]
+    rows = [f"{s}, {name}" for s in sources for name in ("2-D", "directed")]
+    assert list(result) == ["num_prompts", "seed", *rows]
     known = {s for s in sources if "PSNR" in result[f"{s}, 2-D"]}
     assert known == set(sources) - {"drawn"}
     assert result["clean, 2-D"] != result["noise 0.2, 2-D"]
