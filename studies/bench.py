@@ -37,7 +37,7 @@ SHAPES = {  # b, t, c, h, w of a U-Net's first level, where the shift moves most
 def measure(functions, repetitions, device, clock=time.perf_counter, warm_up=1):
     """Seconds of each function, repetitions times in turn: {name: [seconds, ...]}."""
     seconds = {name: [] for name in functions}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     for turn in range(warm_up + repetitions):
         for name, function in functions.items():
             wait()

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from cache import digest_of
 from cli import add_flags, check_ranges, choose_device, given_flags, option, run_main
 from devices import precision
 from evaluate import choose_prompts, draw, evaluate_agreement
@@ -266,6 +267,8 @@ def compare(run, output, choices):
     check_settings(output / "settings.json", {
         "run": str(run.resolve()), "steps": choices.steps, "checkpoints": choices.checkpoints,
         "curve_prompts": choices.curve_prompts, "num_prompts": choices.num_prompts, **VARIANTS,
+        "image_model": digest_of(comparison.model.unet),
+        "sampling": dataclasses.asdict(comparison.model.sampling),
     })
     costs_path, references_path = output / "costs.json", output / "references.json"
     costs = read_form(costs_path, COSTS_FORM) if costs_path.exists() else {}

@@ -86,11 +86,11 @@ def in_a_process(function, *arguments):
         return executor.submit(function, *arguments).result()
 
 
-def operations(unet, *inputs):
-    """{operator: multiplications and additions} of a forward pass on the meta device."""
+def operations(network, *inputs):
+    """{operator: multiplications and additions} of a call; the meta device is enough."""
     # Attention in its plain form is matrix products (bmm), which the counter knows.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(*inputs)
+        network(*inputs)
     return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
 
 

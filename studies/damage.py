@@ -83,7 +83,7 @@ def fault_of(main, words):
             run_main(main)
     except SystemExit as end:
         status = end.code or 0
-    except BaseException as error:  # run_main lets it through: a traceback, or Late
+    except (Exception, Late) as error:  # run_main lets it through: a traceback, or Late
         if isinstance(error, Late) and re.search(r"\d+/\d+ \[", errors.getvalue()):
             return None  # a training that goes on, with a bar that says how long
         return f"{type(error).__name__}: {error}"[:300]
@@ -94,6 +94,8 @@ def fault_of(main, words):
             signal.signal(name, handler)
         sys.argv = before
         torch.set_flush_denormal(False)  # the commands set it for their whole process
+    if status == 130:  # Ctrl-C, or a training that stops as if by it
+        raise KeyboardInterrupt
     lines = [line for line in re.split(r"[\r\n]+", errors.getvalue()) if line.strip()]
     said = [line for line in lines if ": error: " in line]
     listed = not lines and "problems" in out.getvalue()  # the answer of `data.py check`
@@ -139,7 +141,8 @@ def cases(folders):
 
 def stopped_run(path, *options):
     """A training that Ctrl-C has stopped in its first stage before the last of four steps."""
-    with mock.patch.object(Trainer, "_stopping", lambda self, _: self.step == 3):
+    stop = mock.patch.object(Trainer, "_stopping", lambda self, _: self.step == 3)
+    with stop, contextlib.suppress(KeyboardInterrupt):
         fault_of(train.main, [path, *options, "--vae-steps", "4", "--stage", "vae"])
     return path
 

@@ -11,8 +11,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import layers
 from diffusion import randn
@@ -26,6 +24,7 @@ from pipeline import Pipeline
 from run import load_image_model, open_data, read_record
 from shapes import SHAPES, MovingShapes
 from shift import temporal_shift
+from studies.costs import operations
 from temporal import temporal_state
 from train import denoising_loss
 from transformer import TransformerBlock
@@ -184,22 +183,15 @@ def without_third(third):
     return patch.object(layers, "temporal_shift", shift)
 
 
-def flops_of(call):
-    """Multiplications and additions of a call, as PyTorch counts them."""
-    # Attention in its plain form is matrix products, which the counter knows.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        call()
-    return counter.get_total_flops()
-
-
 def operations_of(model, frame, latents):
     """Operations of each part for one frame (1, 3, h, w) and its latents (1, c, h/f, w/f)."""
     unet, vae, context, t = model.unet, model.vae, model.encode_text([""]), torch.tensor([500])
     in_pixels = UNet(dataclasses.replace(unet.config, in_channels=3, out_channels=3))
-    return {"encode, once": flops_of(lambda: vae.encode(frame)),
-            "U-Net on pixels, each step": flops_of(lambda: in_pixels(frame[None], t, context)),
-            "U-Net on latents, each step": flops_of(lambda: unet(latents[None], t, context)),
-            "decode, once": flops_of(lambda: vae.decode(latents))}
+    calls = {"encode, once": (vae.encode, frame),
+             "U-Net on pixels, each step": (in_pixels, frame[None], t, context),
+             "U-Net on latents, each step": (unet, latents[None], t, context),
+             "decode, once": (vae.decode, latents)}
+    return {what: sum(operations(*call).values()) for what, call in calls.items()}
 
 
 def losses_of(model, x0, noise, texts, levels):

@@ -35,15 +35,21 @@ WINDOW = 50
 
 
 def curves(model, chain, num_clips, num_frames, seed, plain):
-    """{panel: [(frame, mean, low, high), ...]} of long clips."""
+    """{panel: [(frame, mean, low, high), ...]} of long clips; NaN with fewer than 3 shapes."""
     prompts = choose_prompts(num_clips)
     clips, _ = long_clips(model, chain, prompts, seed, num_frames, plain=plain)
     found = [laws(clip, prompt, window=WINDOW) for clip, prompt in zip(clips, prompts, strict=True)]
     return {
-        name: [(WINDOW * (i + 1), *interval(values))
-               for i, values in enumerate(np.array([result[name] for result in found]).T.tolist())]
+        name: [(WINDOW * (i + 1), *interval_of_seen(values))
+               for i, values in enumerate(np.array([result[name] for result in found]).T)]
         for name in PANELS
     }
+
+
+def interval_of_seen(values):
+    """interval() of the clips that have a number, which are those whose shape is there."""
+    seen = values[np.isfinite(values)].tolist()
+    return interval(seen) if len(seen) > 2 else 3 * (np.nan,)
 
 
 def draw_panels(path, panels):

@@ -31,7 +31,7 @@ from media.write import write_clip
 from options import RECIPES
 from pipeline import Sampling
 from sample import read_prompts
-from studies.damage import cases, places, small_files, stopped_run, trial
+from studies.damage import cases, fault_of, places, small_files, stopped_run, trial
 from trainer import drop_repeated
 
 
@@ -238,6 +238,14 @@ def test_a_command_holds_whatever_a_file_holds(folders, tmp_path, number):
     case, chance = cases(folders)[number], random.Random(number)
     for _ in range(5):  # studies/torture.py tries more
         assert trial(case, folders, tmp_path / "work", chance) is None
+
+
+def test_ctrl_c_in_a_command_ends_the_study():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fault_of(interrupted, [])
 
 
 # One checked reader

@@ -175,6 +175,14 @@ def test_other_steps_in_the_same_folder_are_refused(trained, begun, capsys):
         call(compare.main, trained, "--variants", "shift", "--output", begun, *TINY, "--steps", 3)
 
 
+@pytest.mark.parametrize("key", ["image_model", "sampling"])
+def test_another_image_model_or_sampler_in_the_same_folder_is_refused(trained, begun, key):
+    settings = json.loads((begun / "settings.json").read_text())
+    (begun / "settings.json").write_text(json.dumps(settings | {key: "another"}))
+    with pytest.raises(ValueError, match=f"was made with {key} another, not .*another --output"):
+        call(compare.main, trained, "--variants", "shift", "--output", begun, *TINY)
+
+
 # Mistakes
 
 
