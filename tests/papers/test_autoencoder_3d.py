@@ -171,7 +171,7 @@ def test_weights_are_spread_by_hand():
 
 @pytest.mark.parametrize("config, channels, message", [
     (OLD, 7, "latent_channels needs 5 or 15 to start from this 2-D autoencoder, got 7"),
-    (dataclasses.replace(OLD, mid_block_add_attention=True), 5, "no attention, got 3 and True"),
+    (dataclasses.replace(OLD, mid_block_add_attention=True), 5, "no attention .* got 3, True and none"),
 ])
 def test_an_autoencoder_that_does_not_fit_is_not_inflated(config, channels, message):
     with pytest.raises(ValueError, match=message):
@@ -225,6 +225,7 @@ def test_clips_that_do_not_divide_are_refused(network, shape):
         network.encode(torch.zeros(shape))
 
 
-def test_a_time_factor_below_one_is_refused():
-    with pytest.raises(ValueError, match="time_factor >= 1 and no attention, got 0"):
-        VideoVAEConfig(time_factor=0)
+@pytest.mark.parametrize("values", [{"time_factor": 0}, {"temporal": "shift"}])
+def test_a_time_factor_below_one_and_other_temporal_layers_are_refused(values):
+    with pytest.raises(ValueError, match="time_factor >= 1, no attention and no other temporal"):
+        VideoVAEConfig(**values)
