@@ -61,6 +61,8 @@ class VideoOptions(TrainOptions):
     kl_weight: float = option(1e-3, "weight of the pull of latents towards N(0, 1)")
     short_part: float = option(0.0, "part of the vae steps, the first, that see windows of one "
                                "latent frame")
+    image_steps: int = option(650, "steps of the image stage")
+    video_steps: int = option(1200, "steps of the video stage")
     video_batch_size: int = option(16, "clips a step")
 
     def __post_init__(self):
