@@ -224,14 +224,14 @@ class Trainer:
                         with full_disk(metrics, metrics), open(metrics, "ab") as file:
                             file.write(json.dumps(entry).encode() + b"\n")
                     started, first = now, self.step
-                # Before the state is saved: a resume from it would not draw the preview again.
+                stopping = self._stopping(received)
+                if self.step % options.save_every == 0 or last or stopping:
+                    self.save_state()
+                # After the state, which a preview that fails shall not cost, and before a stop.
                 previewing = preview and self.step % options.preview_every == 0 and not last
                 if previewing and processes.is_main():
                     with self.average.swapped():
                         preview(self.step)
-                stopping = self._stopping(received)
-                if self.step % options.save_every == 0 or last or stopping:
-                    self.save_state()
                 if stopping:
                     raise Stopped(f"stopped at step {self.step} of the {self.stage} stage; "
                                   "continue with --resume")
@@ -270,7 +270,8 @@ class Trainer:
         """Whether any process got a signal: all have to stop after the same step."""
         if processes.rank_and_count()[1] == 1:
             return bool(received)
-        if self.step % self.options.log_every:  # asking the others waits for them
+        # Asking the others waits for them. The last step asks: its stage forgets the signals.
+        if self.step % self.options.log_every and self.step < self.num_steps:
             return False
         return processes.mean(torch.tensor(float(len(received)), device=self.device)) > 0
 

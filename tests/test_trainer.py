@@ -210,13 +210,26 @@ def test_metrics_have_the_mean_loss_of_each_interval(tmp_path):
     assert [entry["loss"] for entry in entries] == pytest.approx(means)
 
 
-def test_a_preview_is_drawn_before_its_step_is_saved(tmp_path, monkeypatch):
-    # A resume goes on behind the saved step, so a preview that comes later could be lost.
+def test_a_stop_draws_the_preview_of_its_step(tmp_path, monkeypatch):
+    # A resume goes on behind the saved step, so the preview would be lost.
     state, seen = tmp_path / "training_state.pt", []
     monkeypatch.setattr(Line, "_stopping", lambda self, _: self.step == 2)
     with pytest.raises(Stopped):
         Line(tmp_path, preview_every=2).run(lambda step: seen.append((step, state.exists())))
-    assert seen == [(2, False)] and state.exists()
+    assert seen == [(2, True)]  # saved first: a preview that fails costs no step
+
+
+def test_a_signal_in_the_last_step_stops_several_processes_too(tmp_path, monkeypatch):
+    def draw(generator):
+        if line.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return points(generator)
+
+    monkeypatch.setattr(processes, "rank_and_count", lambda: (0, 2))
+    monkeypatch.setattr(processes, "mean", lambda value: value.item())
+    line = Line(tmp_path, draw, num_steps=5)
+    with pytest.raises(Stopped, match="stopped at step 5"):
+        line.run()
 
 
 def test_a_resume_drops_the_lines_of_the_steps_that_it_repeats(tmp_path):
