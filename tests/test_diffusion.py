@@ -393,10 +393,12 @@ def test_refuses_an_unknown_sampler():
         next(sample_loop(Diffusion(), None, normal(1, 2), 5, sampler="plms"))
 
 
-def test_guidance_by_hand():
-    unconditional, conditional = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
-    guided = classifier_free_guidance(unconditional, conditional, 7.5)
-    assert guided.tolist() == [8.5, -13.0]  # 1 + 7.5 * 1 and 2 - 7.5 * 2
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 2.0, 7.5])
+def test_guidance_is_that_of_the_paper_at_every_scale(scale):
+    unconditional, conditional = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 0.0, 4.0])
+    w = scale - 1  # eq. 6: (1 + w) eps(z, c) - w eps(z)
+    expected = (1 + w) * conditional - w * unconditional
+    assert torch.equal(classifier_free_guidance(unconditional, conditional, scale), expected)
 
 
 # Randomness

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers import make_clip
 
 from files import write_json
 from options import RECIPES, STAGES, TrainOptions
-from run import merge_options, read_record, stages_to_run
+from run import merge_options, open_data, read_record, stages_to_run
 
 OPTIONS = dataclasses.replace(RECIPES["tiny"], image_size=16, num_clips=8)
 
@@ -131,3 +132,21 @@ def test_the_schedule_divides_the_signal_to_noise_ratio(divisor):
 def test_the_last_timestep_is_pure_noise_if_asked_for():
     assert TrainOptions().diffusion().alphas_cumprod[-1] == 0
     assert TrainOptions(zero_terminal_snr=False).diffusion().alphas_cumprod[-1] > 0
+
+
+# Its data
+
+
+def test_shapes_are_opened_as_the_options_say():
+    shapes = open_data(TrainOptions(num_clips=7, num_frames=3, image_size=24, seed=5))
+    seen = len(shapes), shapes.num_frames, shapes.max_frames, shapes.image_size, shapes.seed
+    assert seen == (7, 3, 3, 24, 5)
+
+
+@pytest.mark.parametrize("pace", [{"stride": 3}, {"frame_rate": 5.5}])
+def test_a_folder_is_opened_as_the_options_say(tmp_path, pace):
+    make_clip(tmp_path / "dog/a.gif")
+    given = {"num_frames": 2, "image_size": 24, "max_frames": 4, "stride": 1, "frame_rate": None}
+    clips = open_data(TrainOptions(data=str(tmp_path), **given | pace))
+    assert {name: getattr(clips, name) for name in given} == given | pace
+    assert clips.captions == ["dog"]

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import call
@@ -196,3 +197,11 @@ def test_compile_compiles_the_unet_with_frozen_weights(trained, tmp_path, monkey
     call(sample.main, trained, "a red circle", "--num-frames", 1, "--compile", "--output",
          tmp_path / "x.png")
     assert compiled == [("UNet", {"options": {"freezing": True}, "dynamic": False})]
+
+
+def test_zoom_makes_a_square_of_each_pixel(run, tmp_path):
+    for zoom in (1, 3):
+        path = tmp_path / f"{zoom}.webp"  # lossless
+        call(sample.main, run, "a red circle", "--zoom", zoom, "--output", path)
+    small, large = (read_clip(tmp_path / f"{zoom}.webp")[0] for zoom in (1, 3))
+    assert np.array_equal(large, small.repeat(3, axis=1).repeat(3, axis=2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import SMALL, call, metrics_of, train_small, weights_of
 from PIL import Image
+from torch import nn
 
 import train
 import vae
@@ -292,3 +293,31 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(TrainOptions):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
+
+
+def test_every_setting_of_samples_gets_into_the_run(run):
+    chosen = {"frames_per_second": 12.0, "num_steps": 7, "guidance_scale": 3.0,
+              "guidance_max_snr": 2.0, "timestep_power": 0.9}
+    record = read_json(run / "train.json")
+    assert all(record["options"][name] != value for name, value in chosen.items())
+    write_json(run / "train.json", record | {"options": record["options"] | chosen,
+                                             "finished": ["vae", "image"]})
+    call(train.main, run)
+    assert read_json(run / "sampling.json") == chosen | {
+        "num_frames": 3, "image_size": 16, "sampler": "ddim", "eta": 0.0}
+
+
+def test_after_the_image_stage_a_run_draws_images(run):
+    record = read_json(run / "train.json")
+    write_json(run / "train.json", record | {"finished": ["vae"]})
+    call(train.main, run, "--stage", "image")
+    assert read_json(run / "sampling.json")["num_frames"] == 1
+
+
+def test_with_compile_every_network_that_learns_is_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile",
+                        lambda module, **options: compiled.append((type(module).__name__, options)))
+    train_small(tmp_path / "run", "--compile", vae_steps=1, image_steps=1, video_steps=1)
+    names = ["AutoencoderKL", "UNet", "CLIPTextModel", "UNet"]
+    assert compiled == [(name, {"dynamic": False}) for name in names]

@@ -275,3 +275,32 @@ def test_weights_that_are_not_finite_are_not_saved_whatever_the_loss(tmp_path):
     with pytest.raises(ValueError, match="the model of the vae stage is not finite"):
         line.save_state()
     assert line.state_path.read_bytes() == before
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x):
+        return x * self.weight / 2
+
+
+def test_a_compiled_network_learns_the_same_under_its_own_names(tmp_path, monkeypatch):
+    compile_, graphs, learned = nn.Module.compile, [], []
+
+    def backend(graph, inputs):  # dynamo's graphs and guards, no C++ compiler
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile",
+                        lambda module, **options: compile_(module, backend=backend, **options))
+    for wanted in (False, True):
+        line = Line(tmp_path / str(wanted), compile=wanted)
+        network = Half()
+        forward = line.wrap(network)
+        for rows in (4, 3):
+            forward(torch.ones(rows, 1)).square().mean().backward()
+        learned.append({name: network.get_parameter(name).grad for name in network.state_dict()})
+        assert len(graphs) == 2 * wanted  # one for each shape
+    assert learned[0] == learned[1] == {"weight": torch.tensor([1.5 / 2 * 2])}
