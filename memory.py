@@ -108,9 +108,9 @@ def learning(run, stage):
             return [(vae.AutoencoderKL(config), (torch.empty(n, 3, size, size), noise))]
         adopted = run.path / "image_unet"  # of --init, or of a finished stage
         config, autoencoder = options.unet(), options.vae()
-        if adopted.exists():
-            config = weights.load_unet(adopted).config
-            autoencoder = weights.load_vae(run.path / "vae").config
+        if (adopted / "config.json").is_file():  # perhaps of a save that was killed: no weights yet
+            config = weights.load_config(adopted, UNet)
+            autoencoder = weights.load_config(run.path / "vae", vae.AutoencoderKL)
         temporal = {"temporal": "none"} if stage == "image" else options.temporal_fields()
         config, small = dataclasses.replace(config, **temporal), size // autoencoder.downscale
         b, t = options.video_batch_size, options.latent_frames
@@ -179,8 +179,9 @@ def plan(run, stage, needs=None, free=None):
     needs = needs or needs_of(learning(run, stage))
     free = free or free_bytes(run.device)
     bf16 = uses_bf16(run.device, options.precision)
-    wish = options.gradient_checkpointing
-    twice = (False, True) if wish is None and stage != "vae" else (bool(wish),)
+    # The autoencoder stores all, whatever is asked for.
+    wish = options.gradient_checkpointing if stage != "vae" else False
+    twice = (False, True) if wish is None else (wish,)
     for way in itertools.product(twice, (False, True)):
         chosen = Plan(*way, options.offload)
         needed = MARGIN * needs.peak(chosen, bf16)

@@ -89,20 +89,24 @@ def build(kind, config, where):
         raise ValueError(f"{where}: describes no network that is built here ({reason})") from None
 
 
+def load_config(folder, kind):
+    """The configuration of the network of that class in a folder."""
+    where = Path(folder) / "config.json"
+    if not where.is_file():
+        raise ValueError(f"{folder}: has no config.json; is the folder half written or incomplete?")
+    _, from_json, _ = FORMS[kind]
+    return from_json(read_json(where), where)
+
+
 def load_network(folder, kind, temporal=None, dtype=torch.float32):
     """(the network of that class in a folder, how many tensors were ignored).
 
     temporal: the temporal variant of a U-Net, in place of the one that its config.json names.
     """
-    folder = Path(folder)
-    where = folder / "config.json"
-    if not where.is_file():
-        raise ValueError(f"{folder}: has no config.json; is the folder half written or incomplete?")
-    _, from_json, _ = FORMS[kind]
-    config = from_json(read_json(where), where)
+    config = load_config(folder, kind)
     if temporal is not None:
         config = dataclasses.replace(config, temporal=temporal)
-    return fill_from(folder, build(kind, config, where), dtype)
+    return fill_from(folder, build(kind, config, Path(folder) / "config.json"), dtype)
 
 
 def fill_from(folder, network, dtype=torch.float32):

@@ -1,6 +1,7 @@
 """The plan of a GPU's memory: sums by hand, counted peaks, and what is done if little is free."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,19 @@ def test_who_asks_for_checkpointing_or_not_gets_it(tmp_path):
         assert plan(run, "video", needs, 1e9).checkpointing == wish
     with pytest.raises(ValueError, match="use --offload or --gradient-checkpointing or a smaller"):
         plan(run, "video", needs, 10.0)
+
+
+def test_the_autoencoder_is_planned_as_it_trains_with_all_activations_stored(tmp_path):
+    needs = Needs(1000, 10, 10, 10)
+    for wish in (True, False, None):
+        run = stage_of(tmp_path, gradient_checkpointing=wish)
+        assert not plan(run, "vae", needs, 1e9).checkpointing
+
+
+def test_a_save_that_was_killed_before_the_weights_can_be_planned(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "image_unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert learning(stage_of(run, num_frames=2, image_size=64), "image")
 
 
 @pytest.mark.parametrize("stage", ["vae", "image", "video"])
