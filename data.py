@@ -11,7 +11,7 @@ import torch
 
 from cli import add_flags, check_ranges, given_flags, option, run_main
 from media.captions import find_clips
-from media.read import iter_clip, read_clip
+from media.read import check_pace, iter_clip, read_clip
 
 
 def _check_length(path, count, num_frames, stride, frame_rate):
@@ -30,6 +30,7 @@ class ClipFolder(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
+        check_pace(stride, frame_rate, max_frames)
         if max_frames is not None and max_frames < num_frames:
             raise ValueError(f"max_frames needs >= num_frames = {num_frames}, got {max_frames}")
         self.clips, problems = find_clips(folder)

@@ -190,16 +190,21 @@ def _resample(path, frames, frame_rate):
             time = time + step
 
 
-def iter_clip(path, stride=1, frame_rate=None, max_frames=None):
-    """Yield (RGB image, its duration in seconds as a Fraction, or None), as `read_clip` reads them.
-
-    Close the generator (contextlib.closing) if you stop early: it may hold a decoder process.
-    """
+def check_pace(stride, frame_rate, max_frames):
+    """Raises ValueError for a choice of frames that no clip can have."""
     if stride < 1 or (max_frames is not None and max_frames < 1):
         raise ValueError(f"stride and max_frames need >= 1, got {stride} and {max_frames}")
     if frame_rate is not None and not (stride == 1 and 0 < frame_rate <= 1000):
         raise ValueError("frame_rate needs > 0, at most 1000, and stride 1, got "
                          f"{frame_rate} and {stride}")
+
+
+def iter_clip(path, stride=1, frame_rate=None, max_frames=None):
+    """Yield (RGB image, its duration in seconds as a Fraction, or None), as `read_clip` reads them.
+
+    Close the generator (contextlib.closing) if you stop early: it may hold a decoder process.
+    """
+    check_pace(stride, frame_rate, max_frames)
     size = None
     with contextlib.closing(_decode(Path(path))) as frames:
         kept = itertools.islice(frames, 0, None, stride)

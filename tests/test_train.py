@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, metrics_of, train_small, weights_of
+from helpers import SMALL, call, make_clip, metrics_of, train_small, weights_of
 from PIL import Image
 from torch import nn
 
@@ -279,6 +279,9 @@ def test_a_folder_of_clips_is_trained_on(tmp_path):
 def test_a_mistake_leaves_no_folder_behind(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         train_small(tmp_path / "run", data=tmp_path / "nowhere")
+    make_clip(tmp_path / "clips/dog/a.gif")
+    with pytest.raises(ValueError, match="frame_rate needs > 0, .* got 0.0 and 1"):
+        train_small(tmp_path / "run", data=tmp_path / "clips", frame_rate=0)
     assert not (tmp_path / "run").exists()
 
 
