@@ -7,6 +7,7 @@ one process needs: nothing.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -29,7 +30,8 @@ def start(name):
     device = choose_device(name)
     if not distributed.is_initialized():
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        distributed.init_process_group(backend, device_id=own)
+        # The others wait for the first one's previews; NCCL's own patience is ten minutes.
+        distributed.init_process_group(backend, device_id=own, timeout=timedelta(hours=2))
     return device
 
 
