@@ -57,9 +57,10 @@ class Diffusion:
             raise ValueError("num_train_timesteps needs >= 2 and steps_offset >= 0, got "
                              f"{self.num_train_timesteps} and {self.steps_offset}")
         betas = self._betas()
-        if not ((betas > 0) & (betas <= 1)).all():  # written as not ..., so that NaN fails
-            raise ValueError("betas need to lie in (0, 1]; look at beta_start, beta_end and "
-                             "trained_betas")
+        # Written as not ..., so that NaN fails. Only the last may be 1: no step leaves pure noise.
+        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+            raise ValueError("betas need to lie in (0, 1], and only the last may be 1; look at "
+                             "beta_start, beta_end and trained_betas")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
             # Stable Diffusion's last timestep still shows 7 % of the latents, by which a model

@@ -274,6 +274,6 @@ class UNet(nn.Module):
         ):
             raise ValueError(f"conditions need the shape ({b}, {config.num_conditions}); a model "
                              "for known frames is drawn with by `python -m papers.long_video`")
-        if timesteps.shape != (b,) or context.shape != (b, context.shape[1], d):
+        if timesteps.shape != (b,) or (context.ndim, len(context), context.shape[-1]) != (3, b, d):
             raise ValueError(f"timesteps and context need the shapes ({b},) and ({b}, n, {d}), got "
                              f"{tuple(timesteps.shape)} and {tuple(context.shape)}")

@@ -115,6 +115,7 @@ class TrainOptions(LoopOptions):
         if self.start_as_shift and self.temporal != "conv":
             raise ValueError("--start-as-shift needs --temporal conv, got "
                              f"--temporal {self.temporal}; leave it out")
+        check_ranges(self, snr_divisor=(1e-3, 1e9))
         self.sampling(self.num_frames)
         if self.init is None:  # or else shapes and schedule are those of that model
             self.check_shapes()

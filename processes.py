@@ -2,8 +2,8 @@
 script N times, and each process trains on its own batches.
 
 PyTorch averages the gradients (DistributedDataParallel), so after every step all processes hold the
-same weights; the first one alone prints and writes. Without torchrun each function here does what
-one process needs: nothing.
+same weights; the first one alone prints and writes, but for caches, of which each writes a share.
+Without torchrun each function here does what one process needs: nothing.
 """
 
 import os
@@ -30,7 +30,8 @@ def start(name):
     device = choose_device(name)
     if not distributed.is_initialized():
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        # The others wait for the first one's previews; NCCL's own patience is ten minutes.
+        # They wait for the first one's previews and for the last one's share of a cache. NCCL's
+        # own patience is ten minutes.
         distributed.init_process_group(backend, device_id=own, timeout=timedelta(hours=2))
     return device
 

@@ -207,7 +207,8 @@ def draw_previews(run, stage, pipeline, captions):
 
 def progress(items, title, total=None):
     """The items behind a bar, which only the first process draws."""
-    return tqdm(items, title, total, unit="clip", disable=not processes.is_main(), leave=False)
+    return tqdm(items, title, total, unit="clip", leave=False,
+                disable=not processes.is_main() or "TQDM_DISABLE" in os.environ)
 
 
 def read_state(path):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import processes
 import text
 import vae
 from cache import cache_frames, cache_latents, cache_texts, read
@@ -83,7 +82,8 @@ def train_vae(run, clips):
 
     @torch.no_grad()
     def preview(step):
-        x = pixels(frames.rows(torch.linspace(0, frames.num_rows - 1, 8).long().tolist()))
+        # Whole numbers: float32 would round the last row of a large cache up, to one behind it.
+        x = pixels(frames.rows([i * (frames.num_rows - 1) // 7 for i in range(8)]))
         with trainer.autocast():
             y = autoencoder.decode(autoencoder.encode(x).mean).float()
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
@@ -245,7 +245,6 @@ def main():
         print(f"{args.run}: all stages are finished")
         return
     torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
-    processes.start(options.device)  # so that the first one alone draws a bar for the data
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:

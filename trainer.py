@@ -202,7 +202,8 @@ class Trainer:
         average's. Raises Stopped after Ctrl-C, when the state is saved.
         """
         options, metrics = self.options, self.run_dir / "metrics.jsonl"
-        drop_repeated(metrics, self.stage, self.step)
+        if processes.is_main():
+            drop_repeated(metrics, self.stage, self.step)
         with stop_signals() as received, self._bar() as bar:
             started, first = time.perf_counter(), self.step
             while self.step < self.num_steps:
@@ -270,8 +271,9 @@ class Trainer:
         """Whether any process got a signal: all have to stop after the same step."""
         if processes.rank_and_count()[1] == 1:
             return bool(received)
-        # Asking the others waits for them. The last step asks: its stage forgets the signals.
-        if self.step % self.options.log_every and self.step < self.num_steps:
+        # Asking the others waits for them, and torchrun kills all 30 s after a signal. The last
+        # step asks, too: its stage forgets the signals.
+        if self.step % min(self.options.log_every, 10) and self.step < self.num_steps:
             return False
         return processes.mean(torch.tensor(float(len(received)), device=self.device)) > 0
 

@@ -206,7 +206,7 @@ def enlarge(clip, zoom):
 
 def write_samples(clips, prompts, output, suffix, rate):
     """Write clips to the folder `output`, one file each, or to the one file. Returns the paths."""
-    if output.suffix.lower() in WRITERS:
+    if output.suffix.lower() in WRITERS and not output.is_dir():
         clips = torch.stack(list(clips))  # n t 3 h w
         if output.suffix.lower() == ".png":  # a row for each clip, or eight images in a row
             one = contact_sheet(clips if clips.shape[1] > 1 else clips[:, 0].split(8))

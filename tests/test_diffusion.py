@@ -105,6 +105,7 @@ def test_zero_terminal_snr_moves_and_stretches_the_signal():
     ({"steps_offset": -1}, "steps_offset >= 0, got 1000 and -1"),
     ({"trained_betas": (0.1, 0.2)}, "trained_betas needs 1000 values, got 2"),
     ({"num_train_timesteps": 2, "trained_betas": (0.1, 1.1)}, r"betas need to lie in \(0, 1\]"),
+    ({"num_train_timesteps": 2, "trained_betas": (1.0, 0.5)}, "only the last may be 1"),
     ({"beta_end": float("nan")}, r"betas need to lie in \(0, 1\]"),
 ])
 def test_impossible_schedules_are_refused(options, message):

@@ -129,6 +129,11 @@ def test_the_schedule_divides_the_signal_to_noise_ratio(divisor):
     assert torch.allclose(ratio(divided), ratio(plain) / divisor, rtol=1e-9)
 
 
+def test_a_divisor_of_zero_is_refused_by_its_flag():
+    with pytest.raises(ValueError, match="--snr-divisor needs to lie in"):
+        TrainOptions(snr_divisor=0.0)
+
+
 def test_the_last_timestep_is_pure_noise_if_asked_for():
     assert TrainOptions().diffusion().alphas_cumprod[-1] == 0
     assert TrainOptions(zero_terminal_snr=False).diffusion().alphas_cumprod[-1] > 0

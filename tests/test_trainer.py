@@ -304,3 +304,45 @@ def test_a_compiled_network_learns_the_same_under_its_own_names(tmp_path, monkey
         learned.append({name: network.get_parameter(name).grad for name in network.state_dict()})
         assert len(graphs) == 2 * wanted  # one for each shape
     assert learned[0] == learned[1] == {"weight": torch.tensor([1.5 / 2 * 2])}
+
+
+def adamw(value, gradients, rates, decay, betas):
+    """Loshchilov & Hutter 2019, algorithm 2, for one number."""
+    m = v = 0.0
+    for i, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m = betas[0] * m + (1 - betas[0]) * gradient
+        v = betas[1] * v + (1 - betas[1]) * gradient**2
+        update = (m / (1 - betas[0] ** i)) / (math.sqrt(v / (1 - betas[1] ** i)) + 1e-8)
+        value -= rate * decay * value + rate * update
+    return value
+
+
+def test_the_weights_are_those_of_adamw_by_hand(tmp_path):
+    line, gradients = Line(tmp_path, num_steps=5), []
+    step = line.optimizer.step
+    line.optimizer.step = lambda: (
+        gradients.append([p.grad.item() for p in line.parameters]), step())
+    line.run()
+    rates = [learning_rate_at(i, 5, 0.1, 0) for i in range(5)]
+    saved = torch.load(line.state_path)["parameters"]
+    for number, (start, part) in enumerate([(0.5, 1.0), (0.0, 0.1)]):
+        expected = adamw(start, [both[number] for both in gradients],
+                         [part * rate for rate in rates], decay=0.01, betas=(0.9, 0.99))
+        assert saved[number].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resume_needs_room_for_a_model_beside_its_state(tmp_path, monkeypatch):
+    line = Line(tmp_path)
+    line.run()
+    state = torch.load(line.state_path)
+
+    def resume(free):  # weights, average and two moments of two numbers: 32 bytes, and a quarter
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        run = SimpleNamespace(path=tmp_path, options=line.options, device=line.device, state=state,
+                              plan=lambda stage: Plan())
+        groups = [([nn.Parameter(torch.zeros(()))], part) for part in (1.0, 0.1)]
+        return Trainer(run, "vae", groups)
+
+    assert resume(40).step == 6
+    with pytest.raises(ValueError, match="needs 40 bytes of disk, got 39"):
+        resume(39)

@@ -120,6 +120,12 @@ def test_a_folder_has_a_file_for_each_prompt(tmp_path):
     assert read_clip(paths[0])[1] == 0.5
 
 
+def test_a_folder_may_be_called_like_a_clip(tmp_path):
+    (tmp_path / "a.gif").mkdir()  # as sample.py sees it, too
+    paths = write_samples(gray_clips((0, 40)), ["a cat"], tmp_path / "a.gif", ".gif", 8)
+    assert paths == [tmp_path / "a.gif" / "a-cat.gif"] and paths[0].is_file()
+
+
 def test_prompts_become_names():
     names = file_names(["A cat!", "a  cat?", "Zwölf/../Bären", "", "a cat 2", "...", "a cat"],
                        ".gif")

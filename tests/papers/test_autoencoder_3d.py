@@ -171,7 +171,8 @@ def test_weights_are_spread_by_hand():
 
 @pytest.mark.parametrize("config, channels, message", [
     (OLD, 7, "latent_channels needs 5 or 15 to start from this 2-D autoencoder, got 7"),
-    (dataclasses.replace(OLD, mid_block_add_attention=True), 5, "no attention .* got 3, True and none"),
+    (dataclasses.replace(OLD, mid_block_add_attention=True), 5,
+     "no attention .* got 3, True and none"),
 ])
 def test_an_autoencoder_that_does_not_fit_is_not_inflated(config, channels, message):
     with pytest.raises(ValueError, match=message):
