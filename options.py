@@ -91,7 +91,7 @@ class TrainOptions(LoopOptions):
     new_layers_rate: float = option(1.0, "temporal layers' part of the video stage's learning rate")
     # diffusion
     prediction_type: str | None = option("v_prediction", "what the U-Net predicts",
-                                  choices=("epsilon", "v_prediction"))
+                                         choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
     snr_divisor: float = option(4.0, "divide signal-to-noise ratios: few latents need more noise")
     early_noise: float = option(3.0, "how much the first half of the video steps prefers noise")

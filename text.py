@@ -138,7 +138,7 @@ class CLIPTextModel(nn.Module):
         })
 
     def forward(self, ids):
-        """Raises ValueError for more tokens than positions."""
+        """Hidden states (b, n, d) of ids (b, n). Raises ValueError for more than the positions."""
         positions, embeddings = self.config.max_position_embeddings, self.text_model.embeddings
         if ids.ndim != 2 or ids.shape[1] > positions:
             raise ValueError(f"ids needs shape (b, n), n <= {positions}, got {[*ids.shape]}")

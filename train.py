@@ -37,7 +37,7 @@ from trainer import Trainer, step_generator
 
 NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
 # What is standardised is measured on all frames or captions, or on evenly spaced ones: at least so
-# many, and fewer than twice that.
+# many, and fewer than twice that, if clips are of about one length.
 FRAMES, TEXTS = 8192, 256
 
 

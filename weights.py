@@ -121,10 +121,12 @@ def fill_from(folder, network, dtype=torch.float32):
 
 
 def load_unet(folder, temporal=None):
+    """The U-Net in a folder, float32 on the CPU, with its own or another temporal variant."""
     return load_network(folder, UNet, temporal)[0]
 
 
 def load_vae(folder):
+    """The autoencoder in a folder, float32 on the CPU."""
     return load_network(folder, AutoencoderKL)[0]
 
 
