@@ -12,12 +12,14 @@ Format: https://github.com/huggingface/safetensors#format
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import mmap
 import os
+import platform
 import shutil
 import stat
 import struct
@@ -36,6 +38,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the reference implementation refuses longer headers, too
 MAX_TEXT = 100_000_000  # bytes of JSON, merges, captions and prompts
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # a disk may be shared by several
 SWEPT = set()  # folders in which this process has looked for what dead ones left
 
 
@@ -48,7 +51,7 @@ def atomic(path, size=0):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with full_disk(path, temporary, size):
             with open(temporary, "wb") as file:
@@ -81,11 +84,11 @@ def full_disk(path, written_to, size=0):
 
 
 def _sweep(folder):
-    """Remove the temporary files that dead processes left in a folder."""
+    """Remove the temporary files that dead processes of this machine left in a folder."""
     if folder.absolute() in SWEPT or os.name == "nt":  # there os.kill ends a process
         return
     SWEPT.add(folder.absolute())
-    for path in folder.glob(".*.*.tmp"):
+    for path in folder.glob(f".*.{HOST}.*.tmp"):
         number = path.suffixes[-2][1:]
         if number.isdecimal():
             try:

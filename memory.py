@@ -62,7 +62,7 @@ class Needs:
 
     parameters: int
     activations: int
-    inputs: int  # of the layers that checkpointing computes twice
+    kept: int  # of them with checkpointing: inputs of layers computed twice, a text encoder's all
     largest: int  # activations of one such layer
 
     def peak(self, plan, bf16=True):
@@ -70,7 +70,7 @@ class Needs:
         p, wide = self.parameters, 1 if bf16 else 2
         states = p * (4 + 8 * (not plan.moments_on_cpu) + 4 * (not plan.average_on_cpu))
         if plan.checkpointing:
-            return states + max(4 * p, wide * self.inputs) + wide * self.largest
+            return states + max(4 * p, wide * self.kept) + wide * self.largest
         stored = 2 * p * bf16 + wide * self.activations  # when the backward pass begins
         return states + max(stored, 4 * p + wide * self.largest)
 
@@ -93,8 +93,9 @@ def needs_of(networks):
     parameters = sum(p.numel() for network, _ in networks for p in network.parameters())
     largest = sum(max((n for k, _, n in outputs if k is kind), default=0)
                   for kind in (ResnetBlock, TransformerBlock))
-    inputs = sum(INPUT * numel for kind, numel, _ in outputs if kind is ResnetBlock)
-    return Needs(parameters, sum(n for *_, n in outputs), inputs, int(1.2 * largest))
+    kept = sum(INPUT * numel for kind, numel, _ in outputs if kind is ResnetBlock)
+    kept += sum(n for kind, _, n in outputs if kind is text.TextLayer)
+    return Needs(parameters, sum(n for *_, n in outputs), kept, int(1.2 * largest))
 
 
 def learning(run, stage):

@@ -117,7 +117,7 @@ class Run:
         self.finish("image")
 
     def precision(self):
-        """The context in which networks that learn compute."""
+        """On a GPU networks that learn compute in bfloat16; their weights stay float32."""
         return devices.precision(self.device, self.options.precision)
 
     def plan(self, stage):

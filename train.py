@@ -84,7 +84,7 @@ def train_vae(run, clips):
     def preview(step):
         # Whole numbers: float32 would round the last row of a large cache up, to one behind it.
         x = pixels(frames.rows([i * (frames.num_rows - 1) // 7 for i in range(8)]))
-        with trainer.autocast():
+        with run.precision():
             y = autoencoder.decode(autoencoder.encode(x).mean).float()
         write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
 
@@ -96,10 +96,10 @@ def train_vae(run, clips):
         choose(generator)  # drawn for x already: the noise is what the generator gives next
         noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
         x, (noise,) = pixels(x), run.to_device(noise)
-        with trainer.autocast():
+        with run.precision():
             loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
         trainer.backward(loss)
-    with trainer.autocast():
+    with run.precision():
         latents = some_latents(autoencoder, frames)
     vae.standardise(autoencoder, latents.to(run.device))
     run.save(vae=autoencoder)
@@ -176,7 +176,7 @@ def train_image(run, autoencoder, latents, captions):
         timesteps = random_timesteps(len(x0), diffusion.num_train_timesteps, generator)
         ids = tokenizer(drop_captions(texts, options.caption_dropout, generator))  # b n
         x0, noise, timesteps, ids = run.to_device(x0, noise, timesteps, ids)
-        with trainer.autocast():
+        with run.precision():
             context = encode(ids)  # b n -> b n d
             loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
         trainer.backward(loss)
@@ -221,7 +221,7 @@ def train_video(run, image_model, latents, captions, preview=None):
         texts = drop_captions(texts, options.caption_dropout, generator)
         context = context_of(texts)  # b n d
         x0, noise, timesteps, context = run.to_device(x0, noise, timesteps, context)
-        with trainer.autocast():
+        with run.precision():
             loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
         trainer.backward(loss)
     run.save(unet=unet, schedule=(diffusion, sampling))

@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 import processes
-from devices import precision
 from files import atomic, full_disk, open_regular, require_room, write_text
 
 WEIGHT_DECAY = 0.01  # of AdamW
@@ -190,10 +189,6 @@ class Trainer:
             wrapped.compile(dynamic=False)
         self.wrapped.append(wrapped)
         return wrapped
-
-    def autocast(self):
-        """On a GPU the networks compute in bfloat16; their weights stay float32."""
-        return precision(self.device, self.options.precision)
 
     def steps(self, preview=None):
         """Yield (step, generator) for each batch; answer each with backward(loss).

@@ -168,7 +168,7 @@ def train_decoder(run, autoencoder, clips, latents):
         noise = deviation * torch.randn(b, *latents.shape[1:], generator=generator)
         x, z, noise = run.to_device(frames[chosen], latents[chosen], noise)
         x, z = x.to(z) / 127.5 - 1, (z + noise) / autoencoder.config.scaling_factor
-        with trainer.autocast():
+        with run.precision():
             decoded = decoder(autoencoder.post_quant_conv(z))
             loss = reconstruction_error(decoded, x, MOTION_WEIGHT)
         trainer.backward(loss)
@@ -202,7 +202,7 @@ def train_unet(run, unet, diffusion, tasks, windows_of, context_of, frame_rate):
         conditions = torch.stack([levels.float(), torch.full((b,), frame_rate / stride)], 1)
         x0, noise, noise_of_known, timesteps, context, levels, conditions = run.to_device(
             x0, noise, noise_of_known, timesteps, context, levels, conditions)
-        with trainer.autocast():
+        with run.precision():
             seen = perturb(diffusion, x0, levels, noise_of_known)
             loss = known_frames_loss(net, diffusion, x0, noise, timesteps, context, seen, known,
                                      conditions, options.hold, options.loss_on_known)

@@ -139,7 +139,7 @@ def train_vae(run, clips):
         noise = torch.randn(b, t // k, config.latent_channels, size, size, generator=generator)
         x, noise = run.to_device(x, noise)
         frames = x.flatten(0, 1).float() / 127.5 - 1  # 0..255 -> -1..1
-        with trainer.autocast():
+        with run.precision():
             loss = train.reconstruction_loss(as_frames, frames, noise, options.motion_weight,
                                              options.kl_weight)
         trainer.backward(loss)

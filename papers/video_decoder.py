@@ -119,7 +119,7 @@ def train(run, folder):
         x = x.to(z) / 127.5 - 1
         if image_every and (step + 1) % image_every == 0:
             x, z = (y.flatten(0, 1)[:, None] for y in (x, z))  # b t c h w -> (b t) 1 c h w
-        with trainer.autocast():
+        with run.precision():
             decoded = decode(per_frame(model.post_quant_conv, z))
             loss = reconstruction_error(decoded.flatten(0, 1), x.flatten(0, 1), old.motion_weight)
         trainer.backward(loss)

@@ -14,7 +14,6 @@ on both.
 import argparse
 import ctypes
 import dataclasses
-import re
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from devices import freeze, precision
 from diffusion import Diffusion, randn
 from files import save_safetensors, write_json
 from pipeline import Pipeline, Sampling
-from studies.bench import measure, ratio, row, table
+from studies.bench import measure, ratio, row, status, table
 from studies.costs import in_a_process
 from tokenizer import CLIPTokenizer
 from weights import load_pipeline, save_schedule
@@ -167,9 +166,6 @@ def memory_of(function, device):
         before = torch.cuda.memory_allocated()
         result = function()
         return result, (torch.cuda.max_memory_allocated() - before) / 2**30
-
-    def status(name):
-        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     ctypes.CDLL(None).malloc_trim(0)  # give back what building the networks has freed (Linux)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on

@@ -25,7 +25,7 @@ import train
 from checkpoints.containers import read_checkpoint
 from checkpoints.tokenizers import read_merges
 from cli import run_main
-from files import MAX_TEXT, atomic, from_json, full_disk, load_safetensors, read_json, write_json
+from files import HOST, MAX_TEXT, atomic, from_json, full_disk, load_safetensors, read_json, write_json
 from media.read import read_clip
 from media.write import write_clip
 from options import RECIPES
@@ -136,8 +136,9 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path, small_disk, sa
 def test_what_dead_processes_left_is_removed_and_what_live_ones_write_is_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    kept = {".a.pt.1.tmp", f".b.pt.{os.getppid()}.tmp", ".c.pt.x.tmp", "d.pt"}
-    for name in kept | {f".e.pt.{dead.pid}.tmp", f".f.safetensors.{dead.pid}.tmp"}:
+    kept = {f".a.pt.{HOST}.1.tmp", f".b.pt.{HOST}.{os.getppid()}.tmp", f".c.pt.{HOST}.x.tmp",
+            f".d.pt.other.{dead.pid}.tmp", "d.pt"}
+    for name in kept | {f".{old}.{HOST}.{dead.pid}.tmp" for old in ("e.pt", "f.safetensors")}:
         (tmp_path / name).touch()
     write_json(tmp_path / "g.json", {})
     assert {file.name for file in tmp_path.iterdir()} == kept | {"g.json"}

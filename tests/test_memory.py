@@ -14,7 +14,7 @@ from memory import MARGIN, Needs, Plan, learning, needs_of, plan
 from model import UNet
 from options import RECIPES
 
-NEEDS = Needs(parameters=1000, activations=9000, inputs=500, largest=300)
+NEEDS = Needs(parameters=1000, activations=9000, kept=500, largest=300)
 
 
 @pytest.mark.parametrize("way, expected", [
@@ -44,6 +44,14 @@ def test_the_needs_of_stable_diffusion_are_the_counted_ones(tmp_path):
     for way, peak in [((False, False, False), 20.01e9), ((False, True, False), 16.57e9),
                       ((True, True, False), 14.33e9), ((True, True, True), 7.45e9)]:
         assert needs.peak(Plan(*way)) == pytest.approx(peak, rel=0.03)
+
+
+def test_checkpointing_keeps_all_activations_of_a_text_encoder(tmp_path):
+    unet, encoder = learning(stage_of(tmp_path, image_size=64), "image")
+    alone, texts, both = needs_of([unet]), needs_of([encoder]), needs_of([unet, encoder])
+    # 12 layers, 47 bytes for each number of their output.
+    assert texts.kept == texts.activations == 12 * 47 * encoder[1][0].numel() * 768
+    assert both.kept == alone.kept + texts.kept
 
 
 @pytest.mark.parametrize("name", UNETS)

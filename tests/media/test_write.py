@@ -138,7 +138,7 @@ def test_prompts_become_names():
 @pytest.mark.parametrize("letter", ["x", "猫", "𠮷"])
 def test_a_long_prompt_becomes_a_name_that_a_file_may_have(tmp_path, letter):
     (name,) = file_names([1000 * letter], ".webp")
-    temporary = tmp_path / f".{name}.1234567.tmp"  # what atomic() writes first
+    temporary = tmp_path / f".{name}.01234567.1234567.tmp"  # what atomic() writes first
     temporary.touch()
     assert temporary.exists() and 196 < len(name.removesuffix(".webp").encode()) <= 200
 
