@@ -29,19 +29,6 @@ def test_a_text_becomes_keys_once_for_each_clip_not_for_each_frame():
 
 
 @torch.no_grad()
-def test_attention_to_a_context_equals_a_loop_over_heads_and_queries():
-    attention = fill(layers.Attention(6, 2, 5))
-    x, context = normal(2, 4, 6), normal(2, 3, 5, seed=2)
-    q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
-    out = torch.zeros(2, 4, 6)
-    for b, i, head in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(2)):
-        part = slice(3 * head, 3 * head + 3)
-        shares = (k[b, :, part] @ q[b, i, part] / 3**0.5).softmax(0)
-        out[b, i, part] = shares @ v[b, :, part]
-    torch.testing.assert_close(attention(x, context), attention.to_out[0](out), atol=1e-6, rtol=0)
-
-
-@torch.no_grad()
 def test_a_block_equals_its_three_parts_frame_by_frame():
     block = fill(TransformerBlock(6, num_heads=2, context_channels=5))
     x, context = normal(2, 3, 4, 6), normal(2, 7, 5, seed=2)  # b t (h w) c, b n d
