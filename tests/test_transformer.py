@@ -5,7 +5,6 @@ import torch
 from recorded.rule import fill, normal
 from helpers import TOLERANCE, build_unet, unet_inputs
 
-import layers
 import transformer
 from transformer import FeedForward, Transformer2D, TransformerBlock
 
