@@ -68,7 +68,7 @@ class TrainOptions(LoopOptions):
     frame_rate: float | None = option(None, "resample a folder's clips to this rate instead")
     max_frames: int = option(512, "frames kept of a folder's clip")
     # stages
-    vae_steps: int = option(700, "steps of the vae stage")
+    vae_steps: int = option(1000, "steps of the vae stage")
     vae_batch_size: int = option(32, "frames a step")
     vae_learning_rate: float = option(3e-3, "learning rate of the vae stage")
     kl_weight: float = option(2e-2, "weight of the pull of latents towards N(0, 1)")
