@@ -51,6 +51,8 @@ VARIANTS = {
     "shift-quarter": {"temporal": "shift", "shift_fold": 4},
     "shift-eighth": {"temporal": "shift", "shift_fold": 8},
     "shift-causal": {"temporal": "shift", "shift_causal": True},
+    "shift-conv1": {"temporal": "shift", "shift_before": "conv1"},
+    "shift-conv2": {"temporal": "shift", "shift_before": "conv2"},
     "attention": {"temporal": "attention", "new_layers_rate": 3.0},
     "joint": {"temporal": "joint", "new_layers_rate": 3.0},
     "directed": {"temporal": "directed"},
