@@ -25,7 +25,9 @@ import train
 from checkpoints.containers import read_checkpoint
 from checkpoints.tokenizers import read_merges
 from cli import run_main
-from files import HOST, MAX_TEXT, atomic, from_json, full_disk, load_safetensors, read_json, write_json
+from files import (
+    HOST, MAX_TEXT, atomic, from_json, full_disk, load_safetensors, read_json, write_json,
+)
 from media.read import read_clip
 from media.write import write_clip
 from options import RECIPES
