@@ -1,11 +1,10 @@
 """The layers that the autoencoder and the U-Net share, and the place where frames meet.
 
-To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images; frames stand before channels, so
-that view is free. Frames meet only in ResnetBlock.forward: by the temporal shift in its residual
-branch (Latent-Shift, An et al. 2023, figure 3), here in front of both convolutions, or by what
-temporal.py has instead.
+To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images. Frames stand before channels, so
+that view is free. Frames meet in ResnetBlock.forward, by the temporal shift in its residual branch
+(Latent-Shift, An et al. 2023, figure 3), or in the layers that temporal.py has instead.
 
-Names and layout are those of diffusers, so Stable Diffusion's checkpoints load without a table.
+Names and layout are diffusers', so Stable Diffusion's checkpoints load without a table.
 """
 
 import math
@@ -19,14 +18,56 @@ from shift import temporal_shift
 
 def per_frame(layer, x):
     """Apply a layer for images (n, c, h, w) to x (..., c, h, w)."""
-    return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])  # (b t) c h w -> b t c h w
+    return layer(x.flatten(0, -4)).unflatten(0, x.shape[:-3])  # b t c h w -> (b t) c h w and back
 
 
-def as_computed(x):
-    """A norm's output, which autocast makes float32, in the dtype of the layers after it."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))  # once; shift and SiLU move half the bytes
+class ResnetBlock(nn.Module):
+    """x + conv2(silu(norm2(shift(conv1(silu(norm1(x)))) + time))).
+
+    Takes x (..., c, h, w) and the time embedding (b, d) after its SiLU; returns (..., out_channels,
+    h, w). `shifts` counts the temporal shifts: 0 in an image model, 1 behind conv1 as in the paper,
+    2 adds one behind conv2 (ours). With `scale_shift`, the time embedding scales and offsets
+    norm2's output instead of being added to its input.
+    """
+
+    def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
+                 scale_shift=False, shifts=0):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.scale_shift, self.shifts = scale_shift, shifts
+        # Identities have no parameters. temporal.py has layers to put here instead of the shift.
+        self.temporal1, self.temporal2 = nn.Identity(), nn.Identity()
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, time=None):
+        branch = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
+        if self.shifts:
+            branch = temporal_shift(branch)  # Latent-Shift
+        branch = self.temporal1(branch)  # b t c h w -> b t c h w
+
+        scale = None
+        if time is not None:
+            time = self.time_emb_proj(time)[:, None, :, None, None]  # b d -> b 1 c 1 1
+            if self.scale_shift:
+                scale, time = time.chunk(2, dim=2)  # b 1 2c 1 1 -> b 1 c 1 1, twice
+            else:
+                branch = branch + time
+        branch = per_frame(self.norm2, branch)
+        if scale is not None:
+            branch = torch.addcmul(branch + time, branch, scale)  # branch * (1 + scale) + time
+
+        branch = self.temporal2(per_frame(self.conv2, F.silu(branch)))
+        if self.shifts == 2:
+            branch = temporal_shift(branch)
+        # The skip connection is not shifted, so a frame keeps everything it knows about itself.
+        return per_frame(self.conv_shortcut, x) + branch
 
 
 class GroupNorm(nn.GroupNorm):
@@ -39,73 +80,12 @@ class LayerNorm(nn.LayerNorm):
         return as_computed(super().forward(x))
 
 
-def sinusoids(positions, channels):
-    """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
-
-    Fast waves tell neighbours apart, slow ones give the rough place. Vaswani et al. 2017, section
-    3.5; the cosines come first, as Stable Diffusion was trained.
-    """
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=positions.device) / half)
-    angles = positions.float()[:, None] * frequencies  # n half
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class ResnetBlock(nn.Module):
-    """x + conv2(shift(silu(norm2(conv1(shift(silu(norm1(x)))) + time)))).
-
-    Takes x (..., c, h, w) and the time embedding (b, d) after its SiLU, returns (..., out_channels,
-    h, w). With `scale_shift` the time scales and offsets norm2's output instead of being added to
-    its input. `shift_before` names the convolutions in front of which 1 / `shift_fold` of the
-    channels move each way in time; it is empty in an image model.
-    """
-
-    def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,
-                 scale_shift=False, shift_before=(), shift_fold=3, shift_causal=False):
-        super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.scale_shift = scale_shift
-        self.shift_before = shift_before
-        self.shift_fold, self.shift_causal = shift_fold, shift_causal
-        self.temporal_after1 = self.temporal_after2 = None  # layers of other variants: temporal.py
-        if time_channels is not None:
-            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
-        self.conv_shortcut = None
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x, time=None):
-        # A single frame has no neighbours: zeros in their place would cost it 2/3 of its channels.
-        shift_before = self.shift_before if x.shape[1] > 1 else ()
-        branch = F.silu(per_frame(self.norm1, x))
-        if "conv1" in shift_before:  # Latent-Shift: the step from an image model to a video model
-            branch = temporal_shift(branch, branch.shape[2] // self.shift_fold, self.shift_causal)
-        branch = per_frame(self.conv1, branch)
-        if self.temporal_after1 is not None:
-            branch = self.temporal_after1(branch)
-        scale = None
-        if time is not None:
-            time = self.time_emb_proj(time)[:, None, :, None, None]  # b d -> b 1 c 1 1
-            if self.scale_shift:
-                scale, time = time.chunk(2, dim=2)
-            else:
-                branch = branch + time
-        branch = per_frame(self.norm2, branch)
-        if scale is not None:
-            branch = torch.addcmul(branch + time, branch, scale)  # branch * (1 + scale) + time
-        branch = F.silu(branch)
-        if "conv2" in shift_before:
-            branch = temporal_shift(branch, branch.shape[2] // self.shift_fold, self.shift_causal)
-        branch = per_frame(self.conv2, branch)
-        if self.temporal_after2 is not None:
-            branch = self.temporal_after2(branch)
-        # x itself is not shifted: a frame keeps all that it knows of itself.
-        if self.conv_shortcut is not None:
-            x = per_frame(self.conv_shortcut, x)
-        return x + branch
+def as_computed(x):
+    """Cast a norm's float32 output back to the autocast dtype, which halves the bytes that the
+    shift and the SiLU behind it move."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 class Downsample(nn.Module):
@@ -119,7 +99,7 @@ class Downsample(nn.Module):
     def forward(self, x):
         if self.asymmetric:  # Stable Diffusion's autoencoder pads right and bottom only
             x = F.pad(x, (0, 1, 0, 1))
-        return per_frame(self.conv, x)
+        return per_frame(self.conv, x)  # b t c h w -> b t c h/2 w/2
 
 
 class Upsample(nn.Module):
@@ -133,11 +113,23 @@ class Upsample(nn.Module):
         return per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
 
 
+def sinusoids(positions, channels):
+    """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
+
+    Fast waves distinguish neighbours, slow ones give the rough position. Vaswani et al. 2017,
+    section 3.5. The cosines come first, as Stable Diffusion was trained.
+    """
+    half = channels // 2  # of the channels are cosines, half are sines
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=positions.device) / half)
+    angles = positions.float()[:, None] * frequencies  # n half
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (b, n, d) to itself, or to a context (b, m, e). Returns (b, n, d).
 
-    `bias` is for the projections of queries, keys and values: the U-Net has none, the autoencoder
-    has. `mask` is boolean, True where a query may look, and broadcasts to (b, heads, n, m).
+    `bias` is for the projections of queries, keys and values: the autoencoder has one, the U-Net
+    has none. `mask` is boolean, True where a query may look, and broadcasts to (b, heads, n, m).
     """
 
     def __init__(self, channels, num_heads, context_channels=None, bias=False):
@@ -149,10 +141,99 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # [1] is diffusers' dropout
 
     def forward(self, x, context=None, mask=None):
-        context = x if context is None else context
+        context = x if context is None else context  # self-attention
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # b n d -> b heads n d/heads
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # b heads n d/heads -> b n d
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another one. Shazeer 2020."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * width)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)  # ... 2w -> ... w
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two layers for each token by itself, four times as wide inside."""
+
+    def __init__(self, channels):
+        super().__init__()
+        # Keys instead of a list, for the checkpoint's names: number 1 is diffusers' dropout.
+        self.net = nn.ModuleDict({
+            "0": GEGLU(channels, 4 * channels),
+            "2": nn.Linear(4 * channels, channels),
+        })
+
+    def forward(self, x):
+        return self.net["2"](self.net["0"](x))  # ... c -> ... 4c -> ... c
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention inside each frame, cross-attention to the clip's text, feed-forward.
+
+        x + attn1(norm1(x))             each position to all positions of its own frame
+        x + attn2(norm2(x), context)    all positions of all frames to the clip's text
+        x + ff(norm3(x))                each position by itself
+
+    Latent diffusion, Rombach et al. 2022, section 3.3 and appendix E.2.1.
+    """
+
+    def __init__(self, channels, num_heads, context_channels):
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, num_heads, context_channels)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)  # each position by itself
+        self.temporal = None  # attention over time beside attn1, in one variant of temporal.py
+
+    def forward(self, x, context):
+        """x (b, t, h * w, c) and hidden states (b, n, d) to (b, t, h * w, c)."""
+        y = self.norm1(x)
+        attended = self.attn1(y.flatten(0, 1)).view_as(x)  # b t (h w) c -> (b t) (h w) c and back
+        if self.temporal is not None:
+            attended = attended + self.temporal(y)
+        x = x + attended
+        # All frames share one text, so the positions of all frames are one row of queries. The
+        # text's keys and values are then computed once per clip, not once per frame.
+        y = self.norm2(x).flatten(1, 2)  # b t (h w) c -> b (t h w) c
+        x = x + self.attn2(y, context).view_as(x)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Images to tokens, a transformer block, and back, around a skip connection."""
+
+    def __init__(self, channels, num_heads, context_channels, groups, linear):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6)  # as in the checkpoints
+        self.linear = linear  # Stable Diffusion 2; version 1 has 1x1 convolutions
+        project = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.proj_in = project(channels, channels)
+        block = TransformerBlock(channels, num_heads, context_channels)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x, context):
+        """x (b, t, c, h, w) and hidden states (b, n, d) to (b, t, c, h, w)."""
+        tokens = per_frame(self.norm, x)
+        if not self.linear:
+            tokens = per_frame(self.proj_in, tokens)
+        tokens = tokens.flatten(3).transpose(2, 3)  # b t c h w -> b t (h w) c
+        if self.linear:
+            tokens = self.proj_in(tokens)
+        tokens = self.transformer_blocks[0](tokens, context)
+        if self.linear:
+            tokens = self.proj_out(tokens)
+        tokens = tokens.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
+        return x + (tokens if self.linear else per_frame(self.proj_out, tokens))

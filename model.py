@@ -1,51 +1,37 @@
 """The U-Net: a text-to-image model of Stable Diffusion's form that also draws clips.
 
 A clip of noisy latents (b, t, c, h, w) goes down through levels of halved size and back up. On the
-way up, each layer also gets what the way down set aside at its size. A level is made of
+way up, each layer also gets the skip connection from the way down at its size. A level consists of
 
     ResnetBlock        convolutions and the timestep; here frames meet, by the temporal shift
-    Transformer2D      each place attends to its own frame (attn1), then to the text (attn2)
+    Transformer2D      each position attends to its own frame (attn1), then to the text (attn2)
 
 With temporal="none" every frame is an image by itself. temporal="shift" has the same parameters
 under the same names: that is how an image model becomes a video model in Latent-Shift (An et al.
-2023, section 3.2 and figure 3). All other layers are those of latent diffusion (Rombach et al.
-2022); names are those of diffusers' UNet2DConditionModel.
+2023, section 3.2 and figure 3). All other layers are from latent diffusion (Rombach et al.
+2022); names are from diffusers' UNet2DConditionModel.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import lcm
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import (checkpoint, create_selective_checkpoint_contexts,
-                                    noop_context_fn)
+from torch.utils.checkpoint import checkpoint
 
-from layers import Downsample, GroupNorm, ResnetBlock, Upsample, per_frame, sinusoids
-from temporal import VARIANTS, add_temporal_layers
-from transformer import Transformer2D
-
-# What gradient checkpointing keeps beside a layer's input: outputs that are expensive to compute
-# and cheap to store.
-KEPT = [
-    torch.ops.aten.convolution.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
+import temporal
+from layers import (Downsample, GroupNorm, ResnetBlock, Transformer2D, Upsample, per_frame,
+                    sinusoids)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net; where diffusers has a field for it, under diffusers' name.
+    """The shape of a U-Net, in diffusers' names where diffusers has the field.
 
-    The last six fields are ours: `temporal` names a variant of temporal.py, `shift_before` the
-    convolutions of a block that see shifted channels ("conv1", "conv2" or "both"; the paper does
-    not say which), `shift_fold` says that one in so many channels moves each way, `shift_causal`
-    that none moves back in time; `max_frames` counts the frames that have parameters of their own;
-    `num_conditions` numbers of a clip, such as its frame rate, are embedded like the timestep.
+    The last three fields are ours: `temporal` names a variant of temporal.py, `shifts` counts the
+    temporal shifts per ResnetBlock (1: the paper's; 2: one behind conv2, too), and `max_frames` is
+    the number of frames that some other variants have parameters for.
     """
 
     in_channels: int = 4
@@ -63,38 +49,21 @@ class UNetConfig:
     class_embed_type: str | None = None  # or "simple_projection": the last token joins the time
     sample_size: int = 64  # latents it was trained on; a note, not a limit
     temporal: str = "shift"
-    shift_before: str = "both"
-    shift_fold: int = 3
-    shift_causal: bool = False
+    shifts: int = 1
     max_frames: int = 16
-    num_conditions: int = 0
 
     def __post_init__(self):
-        def check(name, right, need):
-            if not right:
-                raise ValueError(f"{name} needs {need}, got {getattr(self, name)!r}")
-
-        choices = {
-            "temporal": VARIANTS,
-            "shift_before": ("conv1", "conv2", "both"),
-            "resnet_time_scale_shift": ("default", "scale_shift"),
-            "class_embed_type": (None, "simple_projection"),
-        }
-        for name, known in choices.items():
-            check(name, getattr(self, name) in known, f"one of {known}")
-        for name in ("layers_per_block", "norm_num_groups", "max_frames"):
-            check(name, getattr(self, name) >= 1, ">= 1")
         widths, heads, groups = self.block_out_channels, self.num_heads, self.norm_num_groups
-        check("block_out_channels", min(widths, default=0) >= 1, "one level or more, >= 1 channels")
-        check("attention_levels", len(self.attention_levels) == len(widths),
-              f"{len(widths)} values, one a level")
-        check("attention_head_dim", len(heads) == len(widths) and min(heads) >= 1,
-              f"one number >= 1, or {len(widths)}, one a level")
         # GroupNorm and attention split the channels, sinusoids halve them.
-        divided = all(c % lcm(2, groups, n) == 0 for c, n in zip(widths, heads, strict=True))
-        check("block_out_channels", divided,
-              f"even multiples of norm_num_groups={groups} and of the numbers of heads {heads}")
-        check("shift_fold", 2 <= self.shift_fold <= min(widths), f"2 to {min(widths)} (channels)")
+        if len({len(widths), len(self.attention_levels), len(heads)}) > 1 or (
+            min(groups, *heads, *widths, len(widths)) < 1
+        ) or any(width % lcm(2, groups, n) for width, n in zip(widths, heads, strict=True)):
+            raise ValueError("block_out_channels, attention_levels and heads need one value per "
+                             "level, and even multiples of norm_num_groups and heads, got "
+                             f"{widths}, {self.attention_levels}, {heads} and {groups} groups")
+        if self.temporal not in temporal.VARIANTS or self.shifts not in (1, 2):
+            raise ValueError(f"temporal needs one of {temporal.VARIANTS} and shifts 1 or 2, got "
+                             f"{self.temporal!r} and {self.shifts}")
 
     @property
     def num_heads(self):
@@ -104,7 +73,7 @@ class UNetConfig:
 
     @property
     def downscale(self):
-        """Height and width of the latents need to be multiples of this."""
+        """Height and width of the latents must be multiples of this."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -136,41 +105,48 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(F.silu(self.linear_1(x)))  # b c -> b 4c
 
 
 class Level(nn.Module):
     """The layers of one resolution: ResnetBlocks, each followed by a Transformer2D or by none.
 
-    `i` is its place in the config, `widths` are the channels that enter each ResnetBlock. Behind
-    its layers, `downsample` halves the size and `upsample` doubles it.
+    `i` is the level's index in the config, `widths` are the channels that enter each ResnetBlock.
+    Behind the layers, `downsample` halves the size and `upsample` doubles it.
     """
 
     def __init__(self, config, i, widths, num_transformers, downsample=False, upsample=False):
         super().__init__()
-        channels, groups = config.block_out_channels[i], config.norm_num_groups
-        shift_before = [name for name in ("conv1", "conv2")
-                        if config.temporal == "shift" and config.shift_before in (name, "both")]
+        channels, num_heads = config.block_out_channels[i], config.num_heads[i]
+        kind, shifts = config.temporal, config.shifts if config.temporal == "shift" else 0
         self.resnets = nn.ModuleList(
-            ResnetBlock(width, channels, groups, eps=1e-5,
+            ResnetBlock(width, channels, config.norm_num_groups, eps=1e-5,
                         time_channels=4 * config.block_out_channels[0],
-                        scale_shift=config.resnet_time_scale_shift == "scale_shift",
-                        shift_before=shift_before, shift_fold=config.shift_fold,
-                        shift_causal=config.shift_causal)
+                        scale_shift=config.resnet_time_scale_shift == "scale_shift", shifts=shifts)
             for width in widths)
         self.attentions = nn.ModuleList(
-            Transformer2D(channels, config.num_heads[i], config.cross_attention_dim, groups,
+            Transformer2D(channels, num_heads, config.cross_attention_dim, config.norm_num_groups,
                           linear=config.use_linear_projection)
             for _ in range(num_transformers))
-        self.temporal = nn.ModuleList()  # behind its layers, in one variant of temporal.py
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
+        # What the variants other than the shift add; temporal.py says where.
+        for block in self.resnets:
+            block.temporal1 = temporal.behind_convolution(kind, channels, config.max_frames)
+            block.temporal2 = temporal.behind_convolution(kind, channels, config.max_frames)
+        for transformer in self.attentions:
+            transformer.transformer_blocks[0].temporal = temporal.beside_attention(
+                kind, channels, num_heads)
+        self.temporal = nn.ModuleList(
+            temporal.behind_layer(kind, channels, num_heads, config.max_frames)
+            for _ in range(num_transformers or len(widths)))
+
     def layer(self, i, x, time, context):
         """The i-th ResnetBlock and what follows it, (b, t, c, h, w) to (b, t, channels, h, w)."""
-        x = self.resnets[i](x, time)
+        x = self.resnets[i](x, time)  # here frames meet
         if i < len(self.attentions):
-            x = self.attentions[i](x, context)
+            x = self.attentions[i](x, context)  # positions of a frame, then the text
         return self.temporal[i](x) if i < len(self.temporal) else x
 
 
@@ -180,7 +156,7 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep little of each layer, compute the rest again
+        self.gradient_checkpointing = False  # keep each layer's input only, compute the rest twice
         widths, num_layers = config.block_out_channels, config.layers_per_block
         last, time_width = len(widths) - 1, 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -188,15 +164,10 @@ class UNet(nn.Module):
         self.class_embedding = None
         if config.class_embed_type is not None:
             self.class_embedding = nn.Linear(config.cross_attention_dim, time_width)
-            # As loud as the timestep from the start, so that directions are learned sooner.
+            # Gain 4 makes the text embedding as large as the time embedding, so that directions
+            # are learned sooner.
             nn.init.orthogonal_(self.class_embedding.weight, gain=4)
-        self.condition_embeddings = nn.ModuleList(
-            TimeEmbedding(widths[0], time_width) for _ in range(config.num_conditions)
-        )
-        for embedding in self.condition_embeddings:  # 0 at first: the model without conditions
-            nn.init.zeros_(embedding.linear_2.weight)
-            nn.init.zeros_(embedding.linear_2.bias)
-        skips = [widths[0]]  # channels of what the way down sets aside; a stack, as in forward()
+        skips = [widths[0]]  # channels of the skip connections; a stack, as in forward()
         self.down_blocks = nn.ModuleList()
         for i in range(len(widths)):
             enters = [widths[max(i - 1, 0)]] + [widths[i]] * (num_layers - 1)
@@ -213,67 +184,57 @@ class UNet(nn.Module):
             self.up_blocks.append(Level(config, i, enters, transformers, upsample=i > 0))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        add_temporal_layers(self)
 
-    def forward(self, latents, timesteps, context, conditions=None):
+    def forward(self, latents, timesteps, context):
         """The prediction (b, t, c, h, w) for noisy latents of that shape.
 
-        timesteps is (b,), context the text's hidden states (b, n, d), conditions the numbers (b,
-        config.num_conditions). h and w need to be multiples of config.downscale; t is any number,
-        and an image is a clip of one frame.
+        timesteps is (b,), context the text's hidden states (b, n, d). h and w must be multiples of
+        config.downscale; t is any number, and an image is a clip of one frame.
         """
-        self._check(latents, timesteps, context, conditions)
-        time = sinusoids(timesteps, self.config.block_out_channels[0])  # b -> b c
-        time = self.time_embedding(time.to(latents.dtype))
-        if self.class_embedding is not None:
-            # The last token has seen all others. Beside the cross-attention, this path brings the
-            # text into every ResnetBlock; the tiny model hardly learns directions without it.
-            time = time + self.class_embedding(context[:, -1])
-        for i, embedding in enumerate(self.condition_embeddings):
-            numbers = sinusoids(conditions[:, i], self.config.block_out_channels[0])  # b -> b c
-            time = time + embedding(numbers.to(latents.dtype))
-        time = F.silu(time)  # once, for all ResnetBlocks
+        self.check(latents, timesteps, context)
+        time = F.silu(self.embed(timesteps, context))  # b d, once for all ResnetBlocks
         # Only a change of width. Text and time come later, in the transformers and ResnetBlocks.
         x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
-        skips = [x]
+        skips = [x]  # a stack: the last one pushed is the first one popped
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = self._run(level.layer, i, x, time, context)
+                x = self.run(level.layer, i, x, time, context)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)  # b t c h w -> b t c h/2 w/2
                 skips.append(x)
         for i in range(len(self.mid_block.resnets)):
-            x = self._run(self.mid_block.layer, i, x, time, context)
+            x = self.run(self.mid_block.layer, i, x, time, context)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 x = torch.cat([x, skips.pop()], dim=2)  # b t c h w -> b t (c + c') h w
-                x = self._run(level.layer, i, x, time, context)
+                x = self.run(level.layer, i, x, time, context)
             for upsample in level.upsamplers:
                 x = upsample(x)  # b t c h w -> b t c 2h 2w
         return per_frame(self.conv_out, F.silu(per_frame(self.conv_norm_out, x)))  # b t 4 h w
 
-    def _run(self, layer, *inputs):
-        """Call a layer; with gradient checkpointing, forget what it computes until it is needed."""
+    def embed(self, timesteps, context):
+        """The time embedding (b, d), with the text's last token if so configured."""
+        time = sinusoids(timesteps, self.config.block_out_channels[0])  # b -> b c
+        time = self.time_embedding(time.to(context.dtype))
+        if self.class_embedding is not None:
+            # The last token has seen all others. Beside the cross-attention, this path brings the
+            # text into every ResnetBlock; without it the tiny model hardly learns directions.
+            time = time + self.class_embedding(context[:, -1])
+        return time
+
+    def run(self, layer, *inputs):
+        """Call a layer; with gradient checkpointing, compute its activations again when needed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            keep = partial(create_selective_checkpoint_contexts, KEPT)
-            # Choosing what is kept takes every operation through Python. A GPU would wait for it.
-            if inputs[1].is_cuda and not torch.compiler.is_compiling():
-                keep = noop_context_fn
-            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep)
+            return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _check(self, latents, timesteps, context, conditions):
+    def check(self, latents, timesteps, context):
         b, config = len(latents), self.config
         c, f, d = config.in_channels, config.downscale, config.cross_attention_dim
         if latents.ndim != 5 or latents.shape[2] != c or any(n % f for n in latents.shape[3:]):
             raise ValueError(f"latents need the shape (b, t, {c}, h, w) with h and w multiples of "
                              f"{f}, got {tuple(latents.shape)}")
-        if config.num_conditions and (
-            conditions is None or conditions.shape != (b, config.num_conditions)
-        ):
-            raise ValueError(f"conditions need the shape ({b}, {config.num_conditions}); a model "
-                             "for known frames is drawn with by `python -m papers.long_video`")
-        if timesteps.shape != (b,) or (context.ndim, len(context), context.shape[-1]) != (3, b, d):
+        if len(timesteps) != b or (context.ndim, len(context), context.shape[-1]) != (3, b, d):
             raise ValueError(f"timesteps and context need the shapes ({b},) and ({b}, n, {d}), got "
                              f"{tuple(timesteps.shape)} and {tuple(context.shape)}")

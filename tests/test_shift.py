@@ -1,27 +1,34 @@
-"""The temporal shift, the one idea of Latent-Shift: values by hand, loops, and its symmetries."""
+"""The temporal shift, the one idea of Latent-Shift: values by hand, loops, and its gradient."""
 
 import pytest
 import torch
+from torch.func import jacfwd, jacrev, jvp, vmap
 
 from shift import temporal_shift
 
-SHAPE = (2, 5, 7, 3, 4)  # b t c h w, all different
+SHAPE = (2, 3, 7, 5, 6)  # b t c h w, all different
+# torch's own code for forward derivatives warns of a part of torch that will go.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 def numbers(*shape, dtype=torch.float32):
-    """1, 2, 3, ...: every number tells where it came from, and none is the 0 of the ends."""
+    """1, 2, 3, ...: every number tells where it came from, and none is a zero of the ends."""
     return torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
 
 
-def by_loops(x, fold, causal=False):
+def by_loops(x, fold):
     """The definition, one channel of one frame of one clip at a time."""
+    b, t, c = x.shape[:3]
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for clip in range(x.shape[0]):
-        for frame in range(x.shape[1]):
-            for channel in range(x.shape[2]):
-                source = frame - 1 if channel < fold else frame
-                source = frame + 1 if fold <= channel < 2 * fold and not causal else source
-                if 0 <= source < x.shape[1]:
+    for clip in range(b):
+        for frame in range(t):
+            for channel in range(c):
+                source = frame
+                if channel < fold:
+                    source = frame - 1
+                if channel >= c - fold:
+                    source = frame + 1
+                if 0 <= source < t:
                     out[clip, frame, channel] = x[clip, source, channel]
     return out
 
@@ -29,78 +36,42 @@ def by_loops(x, fold, causal=False):
 # What it does
 
 
-def test_three_frames_of_three_channels_by_hand():
+def test_the_thirds_come_from_the_frame_before_the_frame_itself_and_the_frame_after():
     frames = [[11, 12, 13],
               [21, 22, 23],
               [31, 32, 33]]
-    shifted = [[0, 22, 13],
-               [11, 32, 23],
-               [21, 0, 33]]
+    shifted = [[0, 12, 23],
+               [11, 22, 33],
+               [21, 32, 0]]
     assert temporal_shift(torch.tensor([frames])).tolist() == [shifted]
 
 
-def test_left_over_channels_stay():
+def test_channels_left_over_by_the_thirds_stay_in_their_frame():
     frames = [[11, 12, 13, 14, 15],
               [21, 22, 23, 24, 25]]
-    shifted = [[0, 22, 13, 14, 15],
-               [11, 0, 23, 24, 25]]
+    shifted = [[0, 12, 13, 14, 25],
+               [11, 22, 23, 24, 0]]
     assert temporal_shift(torch.tensor([frames])).tolist() == [shifted]
 
 
-def test_a_causal_shift_by_hand():
-    frames = [[11, 12, 13],
-              [21, 22, 23],
-              [31, 32, 33]]
-    shifted = [[0, 12, 13],
-               [11, 22, 23],
-               [21, 32, 33]]
-    assert temporal_shift(torch.tensor([frames]), causal=True).tolist() == [shifted]
+def test_an_image_is_unchanged():
+    image = numbers(2, 1, 7, 5, 6)
+    assert torch.equal(temporal_shift(image), image)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("fold", [1, 2, 3])
-def test_equals_a_triple_loop(fold, causal):
-    x = numbers(*SHAPE)
-    assert torch.equal(temporal_shift(x, fold, causal), by_loops(x, fold, causal))
+@pytest.mark.parametrize("channels, fold, expected", [
+    (6, None, 2), (7, None, 2), (8, None, 2), (320, None, 106),  # c // 3 unless told otherwise
+    (7, 1, 1), (7, 3, 3), (6, 3, 3),
+])
+def test_equals_a_triple_loop(channels, fold, expected):
+    x = numbers(2, 3, channels, 5, 6)
+    assert torch.equal(temporal_shift(x, fold), by_loops(x, expected))
 
 
-def test_a_causal_shift_shows_a_frame_nothing_later():
-    x = numbers(*SHAPE)
-    later = torch.cat([x[:, :3], -x[:, 3:]], 1)
-    same = temporal_shift(x, causal=True) == temporal_shift(later, causal=True)
-    assert same[:, :3].all() and not same[:, 4:].any()
-
-
-@pytest.mark.parametrize("channels, fold", [(3, 1), (5, 1), (6, 2), (8, 2), (320, 106)])
-def test_a_third_of_the_channels_is_shifted_unless_told_otherwise(channels, fold):
-    x = numbers(1, 2, channels)
-    assert torch.equal(temporal_shift(x), temporal_shift(x, fold))
-
-
-def test_first_third_comes_from_the_frame_before():
-    x = numbers(*SHAPE)
-    assert torch.equal(temporal_shift(x)[:, 1:, :2], x[:, :-1, :2])
-
-
-def test_second_third_comes_from_the_frame_after():
-    x = numbers(*SHAPE)
-    assert torch.equal(temporal_shift(x)[:, :-1, 2:4], x[:, 1:, 2:4])
-
-
-def test_last_third_stays():
-    x = numbers(*SHAPE)
-    assert torch.equal(temporal_shift(x)[:, :, 4:], x[:, :, 4:])
-
-
-def test_zeros_come_in_at_the_ends_and_nowhere_else():
-    zero = temporal_shift(numbers(*SHAPE)) == 0
+def test_zeros_enter_at_the_ends_and_nowhere_else():
     at_the_ends = torch.zeros(SHAPE, dtype=torch.bool)
-    at_the_ends[:, 0, :2] = at_the_ends[:, -1, 2:4] = True
-    assert torch.equal(zero, at_the_ends)
-
-
-def test_a_single_frame_keeps_only_its_last_third():
-    assert temporal_shift(numbers(1, 1, 3)).tolist() == [[[0, 0, 3]]]
+    at_the_ends[:, 0, :2] = at_the_ends[:, -1, -2:] = True
+    assert torch.equal(temporal_shift(numbers(*SHAPE)) == 0, at_the_ends)
 
 
 def test_does_not_leak_between_clips():
@@ -109,19 +80,17 @@ def test_does_not_leak_between_clips():
     assert torch.equal(temporal_shift(x), one_by_one)
 
 
-def test_a_film_played_backwards_swaps_the_two_directions():
+def test_a_clip_played_backwards_swaps_the_first_third_and_the_last():
     x = numbers(*SHAPE)
-    swap = [2, 3, 0, 1, 4, 5, 6]
-    backwards = temporal_shift(x.flip(1)[:, :, swap])[:, :, swap].flip(1)
-    assert torch.equal(backwards, temporal_shift(x))
+    assert torch.equal(temporal_shift(x.flip(1, 2)).flip(1, 2), temporal_shift(x))
 
 
 @pytest.mark.parametrize("num_shifts", [1, 2, 3])
-def test_each_shift_with_a_mix_of_channels_reaches_one_frame_further(num_shifts):
+def test_each_shift_followed_by_a_mix_of_channels_reaches_one_frame_further(num_shifts):
     x = torch.ones(1, 9, 3, requires_grad=True)
     out = x
     for _ in range(num_shifts):
-        out = temporal_shift(out).mean(2, keepdim=True).expand(-1, -1, 3)  # what a convolution does
+        out = temporal_shift(out).mean(2, keepdim=True).expand(-1, -1, 3)  # as a convolution does
     (grad,) = torch.autograd.grad(out[0, 4].sum(), x)
     seen = [abs(frame - 4) <= num_shifts for frame in range(9)]
     assert (grad[0].sum(1) > 0).tolist() == seen
@@ -130,36 +99,64 @@ def test_each_shift_with_a_mix_of_channels_reaches_one_frame_further(num_shifts)
 # Its gradient
 
 
-def test_gradient_is_the_opposite_shift_by_hand():
+def test_the_gradient_is_the_opposite_shift():
     x = torch.zeros(1, 3, 3, requires_grad=True)
     grad_out = torch.tensor([[[11.0, 12, 13],
                               [21, 22, 23],
                               [31, 32, 33]]])
     (grad,) = torch.autograd.grad(temporal_shift(x), x, grad_out)
-    assert grad.tolist() == [[[21, 0, 13],
-                              [31, 12, 23],
-                              [0, 22, 33]]]
+    assert grad.tolist() == [[[21, 12, 0],
+                              [31, 22, 13],
+                              [0, 32, 23]]]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_gradient_is_the_transpose_of_the_shift(causal):
-    x, y = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
-    x.requires_grad_()
-    shifted = temporal_shift(x, causal=causal)
-    (grad,) = torch.autograd.grad(shifted, x, y)
-    transposed, applied = (grad * x).sum(), (shifted * y).sum()  # <A'y, x> = <y, Ax>
-    torch.testing.assert_close(transposed, applied)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_gradient_equals_finite_differences(causal):
+def test_first_derivatives_equal_finite_differences():
     x = torch.randn(2, 3, 7, 1, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(temporal_shift, (x, 3, causal))
+    assert torch.autograd.gradcheck(temporal_shift, (x, 3), check_forward_ad=True)
 
 
-def test_second_derivative_equals_finite_differences():
+def test_second_derivatives_equal_finite_differences():
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: temporal_shift(x) ** 3, (x,))
+
+
+# Inside the transforms of torch.func and torch.compile
+
+
+@pytest.mark.parametrize("axis", [0, 3])
+def test_vmap_shifts_each_element_of_the_mapped_axis(axis):
+    x = numbers(2, 3, 7, 4)  # b t c and, along any axis, four of them
+    out = vmap(temporal_shift, in_dims=axis, out_dims=axis)(x.movedim(3, axis))
+    expected = [by_loops(part, 2) for part in x.unbind(3)]
+    assert torch.equal(out, torch.stack(expected, axis))
+
+
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+def test_jacobians_move_one_number_at_a_time(jacobian):
+    rows = jacobian(temporal_shift)(torch.zeros(1, 3, 4)).flatten(3).flatten(0, 2)  # out in
+    units = torch.eye(12).view(12, 3, 4)  # a 1 at each position of x
+    assert torch.equal(rows, by_loops(units, 1).flatten(1).T)
+
+
+def test_jvp_shifts_the_tangent():
+    x, tangent = numbers(*SHAPE), numbers(*SHAPE).flip(0)
+    out, moved = jvp(temporal_shift, (x,), (tangent,))
+    assert torch.equal(out, by_loops(x, 2)) and torch.equal(moved, by_loops(tangent, 2))
+
+
+def test_the_hessian_of_cubes_is_six_x_where_x_stays_in_the_clip():
+    x = numbers(1, 2, 3)
+    hessian = jacfwd(jacrev(lambda x: (temporal_shift(x) ** 3).sum()))(x).view(6, 6)
+    assert hessian.tolist() == torch.diag(torch.tensor([6.0, 12, 0, 0, 30, 36])).tolist()
+
+
+def test_compiled_it_is_one_graph_with_the_same_values_and_gradients():
+    compiled, results = torch.compile(temporal_shift, backend="aot_eager", fullgraph=True), []
+    for shift in (temporal_shift, compiled):
+        x = numbers(*SHAPE).requires_grad_()
+        out = shift(x)
+        results.append((out, *torch.autograd.grad(out, x, numbers(*SHAPE))))
+    assert all(map(torch.equal, *results))
 
 
 # Every tensor there is
@@ -180,73 +177,44 @@ def channels_last(x):
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
-def test_keeps_the_memory_layout(layout):
-    x = layout(numbers(*SHAPE))
-    assert temporal_shift(x).stride() == x.stride()
-
-
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
-def test_gradient_keeps_the_memory_layout(layout):
+def test_the_result_and_its_gradient_keep_the_memory_layout(layout):
     x = layout(numbers(*SHAPE)).requires_grad_()
-    (grad,) = torch.autograd.grad(temporal_shift(x), x, layout(numbers(*SHAPE)))
-    assert grad.stride() == x.stride()
+    out = temporal_shift(x)
+    (grad,) = torch.autograd.grad(out, x, layout(numbers(*SHAPE)))
+    assert out.stride() == grad.stride() == x.stride()
 
 
 VIEWS = {
     "contiguous": lambda: numbers(*SHAPE),
     "channels last": lambda: channels_last(numbers(*SHAPE)),
-    "transposed": lambda: numbers(2, 7, 5, 3, 4).transpose(1, 2),
-    "every second frame": lambda: numbers(2, 10, 7, 3, 4)[:, ::2],
-    "one frame repeated": lambda: numbers(2, 1, 7, 3, 4).expand(SHAPE),
+    "transposed": lambda: numbers(2, 7, 3, 5, 6).transpose(1, 2),
+    "every second frame": lambda: numbers(2, 6, 7, 5, 6)[:, ::2],
+    "one frame repeated": lambda: numbers(2, 1, 7, 5, 6).expand(SHAPE),
     "one number repeated": lambda: numbers(1, 1, 1, 1, 1).expand(SHAPE),
-    "no picture": lambda: numbers(2, 5, 7),
+    "no height or width": lambda: numbers(2, 3, 7),
 }
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_takes_every_view(view):
-    x = VIEWS[view]()
-    assert torch.equal(temporal_shift(x), by_loops(x, 2))
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_does_not_write_into_its_input(view):
+def test_takes_every_view_and_never_shares_its_memory(view):
     x = VIEWS[view]()
     before = x.clone()
-    temporal_shift(x)
+    out = temporal_shift(x)
+    assert torch.equal(out, by_loops(before, 2))
+    out.zero_()
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_writing_into_the_result_leaves_the_input_alone(view):
-    x = VIEWS[view]()
-    before = x.clone()
-    temporal_shift(x).zero_()
-    assert torch.equal(x, before)
-
-
-def test_gradient_takes_a_gradient_that_is_one_number_repeated():
-    x = numbers(*SHAPE).requires_grad_()
-    temporal_shift(x).sum().backward()  # sum() hands back an expanded 1
-    lost = torch.ones(SHAPE)
-    lost[:, -1, :2] = lost[:, 0, 2:4] = 0  # what left the clip has no influence
-    assert torch.equal(x.grad, lost)
 
 
 # Mistakes
 
 
-@pytest.mark.parametrize("fold", [0, -1, 4, 2.0])
-def test_refuses_a_fold_that_does_not_fit(fold):
-    with pytest.raises(ValueError, match=f"0 < 2\\*fold <= c, got fold={fold}, c=7"):
-        temporal_shift(numbers(*SHAPE), fold)
+@pytest.mark.parametrize("channels, fold, got", [(7, 4, "fold=4"), (7, 0, "fold=0"),
+                                                 (2, None, "fold=0")])
+def test_a_fold_that_does_not_fit_is_refused(channels, fold, got):
+    with pytest.raises(ValueError, match=rf"0 < 2\*fold <= c, got {got}, c={channels}"):
+        temporal_shift(numbers(2, 3, channels), fold)
 
 
-def test_refuses_too_few_channels_for_a_third():
-    with pytest.raises(ValueError, match="got fold=0, c=2"):
-        temporal_shift(numbers(1, 3, 2))
-
-
-def test_refuses_a_tensor_without_channels():
+def test_a_tensor_without_channels_is_refused():
     with pytest.raises(ValueError, match=r"needs x of shape \(b, t, c, ...\), got \(3, 4\)"):
         temporal_shift(numbers(3, 4))

@@ -1,91 +1,172 @@
 """The other variants: each layer against a slow loop, and what all keep of the image model."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import train_small
 from recorded.rule import fill, normal
-from torch import nn
 
 from model import PRESETS, UNet, UNetConfig
-from shift import temporal_shift
-from temporal import (
-    VARIANTS,
-    AttentionOverTime,
-    DirectedAttention,
-    FrameAdaptor,
-    JointAttention,
-    TemporalAttention,
-    TemporalConvolution,
-    start_as_shift,
-    temporal_state,
-)
-from transformer import TransformerBlock
-from weights import load_unet, save_network
+from temporal import (VARIANTS, AttentionOverTime, DirectedAttention, FrameAdaptor, JointAttention,
+                      TemporalAttention, TemporalConvolution, temporal_state)
 
 SMALL = UNetConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
-    attention_levels=(False, True), attention_head_dim=2, temporal="none", max_frames=4,
+    attention_levels=(False, True), attention_head_dim=2, temporal="none", max_frames=3,
 )
-LEARNED = ("attention", "joint", "directed", "conv")
 SHAPE = (2, 3, 6, 5, 4)  # b t c h w, all different
 
 
-def variant(temporal, **options):
-    """A U-Net with the weights of one image model, whatever its temporal variant."""
-    image, unet = fill(UNet(SMALL)), UNet(replace(SMALL, temporal=temporal, **options))
-    unet.load_state_dict(unet.state_dict() | image.state_dict())
+def untrained(variant, **options):
+    """A U-Net with the weights of one image model, whatever its variant."""
+    image, unet = fill(UNet(SMALL)), UNet(replace(SMALL, temporal=variant, **options))
+    unet.load_state_dict(image.state_dict() | temporal_state(unet))
     return unet
 
 
-def trained(temporal):
-    """A variant whose temporal layers do something."""
-    unet = variant(temporal)
-    for name in list(temporal_state(unet)):
-        parameter = unet.get_parameter(name)
+def trained(variant, **options):
+    """A variant whose temporal layers have moved away from the identity."""
+    unet = untrained(variant, **options)
+    for name, parameter in new_parameters(unet).items():
         parameter.data += 0.3 * normal(*parameter.shape, seed=len(name))
     return unet
+
+
+def new_parameters(unet):
+    return {name: unet.get_parameter(name) for name in temporal_state(unet)}
 
 
 def inputs(b=2, t=3):
     return normal(b, t, 4, 4, 8), torch.tensor([37, 2])[:b], normal(b, 5, 20, seed=2)
 
 
-def clip(*shape):
-    return normal(*(shape or SHAPE), seed=3)
+LEARNED = [variant for variant in VARIANTS if temporal_state(untrained(variant))]
 
 
-def softmax_by_hand(logits):
-    powers = [logit.exp() for logit in logits]
-    return [power / sum(powers) for power in powers]
+# Every variant in the U-Net
 
 
-def attention_by_loops(attention, tokens, directed):
-    """Attention over time of tokens (b, t, n, c): clip by clip, place by place, head by head."""
+def test_all_variants_except_none_and_the_shift_have_parameters_of_their_own():
+    assert {*VARIANTS} - {*LEARNED} == {"none", "shift"}
+
+
+@pytest.mark.parametrize("variant", LEARNED)
+def test_the_new_parameters_and_no_others_have_temporal_in_their_names(variant):
+    image, unet = untrained("none"), untrained(variant)
+    others = {name for name in unet.state_dict() if "temporal" not in name}
+    assert others == set(image.state_dict()) == set(unet.state_dict()) - set(temporal_state(unet))
+
+
+@pytest.mark.parametrize("variant", ["none", *LEARNED])
+@torch.no_grad()
+def test_new_temporal_layers_leave_each_frame_an_image_by_itself(variant):
+    image_model, (latents, *others) = untrained("none"), inputs()
+    expected = torch.cat([image_model(frame, *others) for frame in latents.split(1, dim=1)], 1)
+    for shifts in (1, 2):
+        clip = untrained(variant, shifts=shifts)(latents, *others)
+        torch.testing.assert_close(clip, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_an_image_skips_every_temporal_layer_before_training_and_after(variant):
+    image = inputs(t=1)
+    expected = untrained("none")(*image)
+    for shifts in (1, 2):
+        assert torch.equal(untrained(variant, shifts=shifts)(*image), expected)
+        assert torch.equal(trained(variant, shifts=shifts)(*image), expected)
+
+
+@pytest.mark.parametrize("variant", ["shift", *LEARNED])
+@torch.no_grad()
+def test_frames_see_each_other_after_training(variant):
+    unet, (latents, *others) = trained(variant), inputs()
+    before = unet(latents, *others)
+    latents[:, 0] = 1.0
+    changed = (unet(latents, *others) - before).abs().amax((0, 2, 3, 4))
+    assert changed.min() > 1e-5  # also in the last of three frames
+
+
+@pytest.mark.parametrize("variant", LEARNED)
+def test_the_first_gradient_reaches_a_parameter_of_each_temporal_layer(variant):
+    unet, learns = untrained(variant), {}
+    unet(*inputs()).square().mean().backward()
+    for name, parameter in new_parameters(unet).items():
+        layer = re.match(r".*?\.temporal(\d|\.\d|)", name)[0]
+        learns[layer] = learns.get(layer, False) or bool(parameter.grad.any())
+    assert len(learns) >= 5 and all(learns.values())
+
+
+@pytest.mark.parametrize("variant", LEARNED)
+def test_every_new_parameter_gets_a_gradient_after_the_first_steps(variant):
+    unet = trained(variant)
+    unet(*inputs()).square().mean().backward()
+    assert all(parameter.grad.any() for parameter in new_parameters(unet).values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_gradient_checkpointing_and_memory_layout_change_nothing(variant):
+    unet = trained(variant)
+    before = unet(*inputs())
+    unet.to(memory_format=torch.channels_last).gradient_checkpointing = True
+    with torch.enable_grad():
+        after = unet(*inputs())
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("variant, expected", [
+    # SD 1 has 22 blocks: five make 320 channels, five 640 and twelve 1280, with two convolutions.
+    ("directed", 2 * 16 * 2 * (5 * 320 + 5 * 640 + 12 * 1280)
+     + sum(n * (4 * c * c + c) for n, c in ((5, 320), (5, 640), (6, 1280)))),
+    ("conv", 2 * sum(n * (3 * c * c + c) for n, c in ((5, 320), (5, 640), (12, 1280)))),
+    # A layer is 4 c^2 + c of attention, 2 c of norm and 16 c of positions, behind each of 21.
+    ("attention", sum(n * (4 * c * c + 19 * c) for n, c in ((5, 320), (5, 640), (11, 1280)))),
+])
+def test_the_number_of_new_parameters_at_stable_diffusions_size_by_hand(variant, expected):
+    with torch.device("meta"):
+        unet = UNet(replace(PRESETS["sd1"], temporal=variant))
+    assert sum(parameter.numel() for parameter in new_parameters(unet).values()) == expected
+
+
+def test_a_temporal_layer_has_as_many_heads_as_its_level():
+    unet = UNet(replace(SMALL, temporal="attention", attention_head_dim=(1, 4)))
+    levels = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    assert [level.temporal[0].attention.num_heads for level in levels] == [1, 4, 4, 4, 1]
+
+
+def test_a_clip_of_more_frames_than_the_model_has_parameters_for_is_refused():
+    with pytest.raises(ValueError, match="at most max_frames=3 frames, .* got 4"):
+        untrained("attention")(*inputs(t=4))
+
+
+# Each layer
+
+
+def attention_by_loops(attention, tokens, directed=False):
+    """Attention over time of tokens (b, t, n, c), one query at a time."""
     b, t, n, c = tokens.shape
     width = c // attention.num_heads
     out = torch.zeros(b, t, n, c)
-    for clip_, place, head in torch.cartesian_prod(*map(torch.arange, (b, n, attention.num_heads))):
+    for clip, position, head in torch.cartesian_prod(*map(torch.arange, (b, n, c // width))):
         part = slice(head * width, (head + 1) * width)
-        x = tokens[clip_, :, place]
+        x = tokens[clip, :, position]
         q, k, v = (x @ to.weight[part].T for to in (attention.to_q, attention.to_k, attention.to_v))
         for i in range(t):
-            seen = range(i + 1) if directed else range(t)
-            shares = softmax_by_hand([q[i] @ k[j] / width**0.5 for j in seen])
-            out[clip_, i, place, part] = sum(s * v[j] for s, j in zip(shares, seen, strict=True))
+            seen = slice(0, i + 1 if directed else t)
+            powers = (k[seen] @ q[i] / width**0.5).exp()
+            out[clip, i, position, part] = powers / powers.sum() @ v[seen]
     return out @ attention.to_out[0].weight.T + attention.to_out[0].bias
 
 
-# Each of them
-
-
+@pytest.mark.parametrize("max_frames", [4, None])  # None: no positions, any number of frames
 @torch.no_grad()
-def test_temporal_attention_equals_attention_place_by_place():
-    layer, x = fill(TemporalAttention(6, AttentionOverTime(6, 2), max_frames=4)), clip()
+def test_temporal_attention_equals_attention_position_by_position(max_frames):
+    layer, x = fill(TemporalAttention(6, AttentionOverTime(6, 2), max_frames)), normal(*SHAPE)
     tokens = layer.norm(x.permute(0, 1, 3, 4, 2).flatten(2, 3))
-    tokens = tokens + layer.positions[:3, None]
-    y = attention_by_loops(layer.attention, tokens, directed=False)
+    y = attention_by_loops(
+        layer.attention, tokens + (layer.positions[:3, None] if max_frames else 0))
     expected = x + y.unflatten(2, (5, 4)).permute(0, 1, 4, 2, 3)
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=0)
 
@@ -96,46 +177,23 @@ def test_positions_tell_every_frame_from_every_other():
 
 
 @torch.no_grad()
-def test_directed_attention_is_attention_to_the_past_place_by_place():
-    layer, tokens = fill(DirectedAttention(6, 2)), clip(2, 3, 5, 6)
+def test_directed_attention_is_attention_to_the_past_position_by_position():
+    layer, tokens = fill(DirectedAttention(6, 2)), normal(2, 3, 5, 6)
     expected = attention_by_loops(layer, tokens, directed=True)
     torch.testing.assert_close(layer(tokens), expected, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_joint_attention_is_attention_of_every_place_to_all_places_of_all_frames():
-    layer, tokens = fill(JointAttention(6, 2)), clip(2, 3, 5, 6)
-    row = tokens.reshape(2, 15, 1, 6)  # the places of all frames, as if they were frames
-    expected = attention_by_loops(layer, row, directed=False).view_as(tokens)
+def test_joint_attention_is_attention_of_every_position_to_all_positions_of_all_frames():
+    layer, tokens = fill(JointAttention(6, 2)), normal(2, 3, 5, 6)
+    row = tokens.reshape(2, 15, 1, 6)  # the positions of all frames, as if they were frames
+    expected = attention_by_loops(layer, row).view_as(tokens)
     torch.testing.assert_close(layer(tokens), expected, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_a_block_adds_directed_attention_to_the_spatial_one():
-    block, x, context = fill(TransformerBlock(6, 2, 5)), clip(2, 3, 5, 6), clip(2, 4, 5)
-    before = block(x, context)
-    block.temporal = fill(DirectedAttention(6, 2))
-    block.attn2.to_out[0].weight.zero_()
-    y, text = block.norm1(x), block.attn2.to_out[0].bias
-    attended = torch.stack([block.attn1(frame) for frame in y.unbind(1)], 1)
-    inside = x + attended + block.temporal(y) + text
-    expected = inside + block.ff(block.norm3(inside))
-    torch.testing.assert_close(block(x, context), expected, atol=1e-6, rtol=0)
-    assert (expected - before).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_a_later_frame_changes_nothing_earlier_in_directed_attention():
-    layer, tokens = fill(DirectedAttention(6, 2)), clip(2, 4, 5, 6)
-    before = layer(tokens)
-    tokens[:, 2] = 7.0
-    same = ((layer(tokens) - before).abs() < 1e-6).flatten(2).all(2)
-    assert same.tolist() == [[True, True, False, False]] * 2
-
-
-@torch.no_grad()
-def test_the_adaptor_scales_and_moves_each_frame_by_its_own():
-    layer, x = fill(FrameAdaptor(6, max_frames=4)), clip()
+def test_the_adaptor_has_a_scale_and_an_offset_for_each_frame_and_channel():
+    layer, x = fill(FrameAdaptor(6, max_frames=4)), normal(*SHAPE)
     expected = torch.zeros(SHAPE)
     for frame in range(3):
         for channel in range(6):
@@ -146,7 +204,7 @@ def test_the_adaptor_scales_and_moves_each_frame_by_its_own():
 
 @torch.no_grad()
 def test_the_convolution_over_time_equals_a_triple_loop():
-    layer, x = fill(TemporalConvolution(6)), clip()
+    layer, x = fill(TemporalConvolution(6)), normal(*SHAPE)
     expected = layer.bias[:, None, None].expand(SHAPE).clone()
     for frame in range(3):
         for tap in range(3):
@@ -157,191 +215,11 @@ def test_the_convolution_over_time_equals_a_triple_loop():
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=0)
 
 
-@torch.no_grad()
-def test_the_convolution_over_time_is_a_3d_convolution_of_one_place():
-    layer, x = fill(TemporalConvolution(6)), clip()
-    convolution = nn.Conv3d(6, 6, (3, 1, 1), padding=(1, 0, 0))
-    convolution.load_state_dict({"weight": layer.weight[..., None], "bias": layer.bias})
-    expected = convolution(x.transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("layer", [
     TemporalAttention(6, AttentionOverTime(6, 2), 4), TemporalConvolution(6), FrameAdaptor(6, 4),
 ])
 @torch.no_grad()
 def test_frames_that_lie_in_memory_as_h_w_c_stay_so(layer):
-    x = clip().flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, SHAPE[:2])
+    x = normal(*SHAPE).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    x = x.unflatten(0, SHAPE[:2])
     assert layer(x).stride() == x.stride()
-
-
-# In the U-Net
-
-
-@pytest.mark.parametrize("temporal", ["none", *LEARNED])
-@torch.no_grad()
-def test_a_clip_starts_as_the_image_models_images(temporal):
-    expected = variant("none")(*inputs())
-    torch.testing.assert_close(variant(temporal)(*inputs()), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("temporal", VARIANTS)
-@torch.no_grad()
-def test_a_image_is_the_image_models_before_and_after_training(temporal):
-    image = inputs(t=1)
-    expected = variant("none")(*image)
-    assert torch.equal(variant(temporal)(*image), expected)
-    assert torch.equal(trained(temporal)(*image), expected)
-
-
-@pytest.mark.parametrize("temporal", ["shift", *LEARNED])
-@torch.no_grad()
-def test_frames_see_each_other_once_it_is_trained(temporal):
-    unet, (latents, *others) = trained(temporal), inputs()
-    before = unet(latents, *others)
-    latents[:, 0] = 1.0
-    changed = (unet(latents, *others) - before).abs().amax((0, 2, 3, 4))
-    assert changed.min() > 1e-5
-
-
-@pytest.mark.parametrize("temporal", LEARNED)
-def test_the_first_gradient_reaches_what_lets_the_rest_learn(temporal):
-    unet = variant(temporal)
-    unet(*inputs()).square().mean().backward()
-    silent = {  # until the zeros in front of them have moved
-        name for name in list(temporal_state(unet)) if not unet.get_parameter(name).grad.any()
-    }
-    waiting = ("norm.weight", "norm.bias", "positions", "to_q.weight", "to_k.weight", "to_v.weight")
-    assert silent == {name for name in list(temporal_state(unet)) if name.endswith(waiting)}
-
-
-@pytest.mark.parametrize("temporal", LEARNED)
-def test_every_new_parameter_gets_a_gradient_when_it_is_trained(temporal):
-    unet = trained(temporal)
-    unet(*inputs()).square().mean().backward()
-    assert all(unet.get_parameter(name).grad.abs().max() > 0 for name in list(temporal_state(unet)))
-
-
-def test_names_of_the_new_parameters():
-    names = {
-        kind: list(temporal_state(UNet(replace(SMALL, temporal=kind)))) for kind in VARIANTS
-    }
-    assert names["none"] == names["shift"] == []
-    assert names["conv"][:2] == [
-        "down_blocks.0.resnets.0.temporal_after1.weight",
-        "down_blocks.0.resnets.0.temporal_after1.bias",
-    ]
-    parts = {
-        kind: sorted({name.split("temporal")[1].lstrip("_.0123456789") for name in names[kind]})
-        for kind in LEARNED
-    }
-    projections = [f"to_{part}" for part in ("k.weight", "out.0.bias", "out.0.weight", "q.weight",
-                                             "v.weight")]
-    attention = [f"attention.{name}" for name in projections]
-    attention += ["norm.bias", "norm.weight", "positions"]
-    assert parts == {
-        "attention": attention, "joint": attention,
-        "directed": ["after1.offset", "after1.scale", "after2.offset", "after2.scale"]
-        + projections,
-        "conv": ["after1.bias", "after1.weight", "after2.bias", "after2.weight"],
-    }
-
-
-@pytest.mark.parametrize("temporal, expected", [
-    # SD 1 has 22 blocks: five make 320 channels, five 640 and twelve 1280, with two convolutions.
-    ("directed", 2 * 16 * 2 * (5 * 320 + 5 * 640 + 12 * 1280)
-     + sum(n * (4 * c * c + c) for n, c in ((5, 320), (5, 640), (6, 1280)))),
-    ("conv", 2 * sum(n * (3 * c * c + c) for n, c in ((5, 320), (5, 640), (12, 1280)))),
-    # A layer is 4 c^2 + c of attention, 2 c of norm and 16 c of positions, behind each of 21.
-    ("attention", sum(n * (4 * c * c + 19 * c) for n, c in ((5, 320), (5, 640), (11, 1280)))),
-    ("shift", 0),
-])
-def test_number_of_new_parameters_at_stable_diffusions_size_by_hand(temporal, expected):
-    with torch.device("meta"):
-        unet = UNet(replace(PRESETS["sd1"], temporal=temporal))
-    assert sum(unet.get_parameter(name).numel() for name in list(temporal_state(unet))) == expected
-
-
-def test_a_temporal_layer_has_as_many_heads_as_its_level():
-    unet = UNet(replace(SMALL, temporal="attention", attention_head_dim=(1, 4)))
-    levels = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    assert [level.temporal[0].attention.num_heads for level in levels] == [1, 4, 4, 4, 1]
-
-
-@pytest.mark.parametrize("temporal", ("attention", "directed"))
-def test_a_clip_with_more_frames_than_there_are_parameters_for_is_refused(temporal):
-    with pytest.raises(ValueError, match="at most max_frames=4 frames, .* got 5"):
-        variant(temporal)(*inputs(t=5))
-
-
-@pytest.mark.parametrize("temporal", VARIANTS)
-@torch.no_grad()
-def test_gradient_checkpointing_and_memory_layout_change_nothing(temporal):
-    unet = trained(temporal)
-    before = unet(*inputs())
-    unet.to(memory_format=torch.channels_last).gradient_checkpointing = True
-    with torch.enable_grad():
-        after = unet(*inputs())
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
-
-
-# The shift's variants
-
-
-@torch.no_grad()
-def test_every_option_of_the_shift_reaches_it():
-    given = inputs()
-    drawn = [
-        variant("shift", shift_fold=fold, shift_causal=causal)(*given)
-        for fold in (3, 4, 8) for causal in (False, True)
-    ]
-    distances = torch.cdist(*2 * [torch.stack(drawn).flatten(1)])
-    assert distances.fill_diagonal_(1.0).min() > 1e-3
-
-
-@torch.no_grad()
-def test_with_a_causal_shift_a_later_frame_changes_nothing_earlier():
-    unet, (latents, *others) = variant("shift", shift_causal=True), inputs(t=4)
-    before = unet(latents, *others)
-    latents[:, 2] = 1.0
-    changed = (unet(latents, *others) - before).abs().amax((0, 2, 3, 4)) > 1e-6
-    assert changed.tolist() == [False, False, True, True]
-
-
-# Image weights and folders
-
-
-@pytest.mark.parametrize("temporal", VARIANTS)
-@torch.no_grad()
-def test_a_folder_of_each_loads_again(tmp_path, temporal):
-    unet = trained(temporal)
-    save_network(tmp_path, unet)
-    loaded = load_unet(tmp_path)
-    assert loaded.config == unet.config
-    assert torch.equal(loaded(*inputs()), unet(*inputs()))
-
-
-def test_a_folder_with_temporal_layers_is_no_image_model(tmp_path):
-    save_network(tmp_path, variant("conv"))
-    with pytest.raises(ValueError, match="32 unexpected: .*temporal_after1"):
-        load_unet(tmp_path, "none")
-
-
-# Learning
-
-
-def test_a_run_learns_new_layers_in_its_video_stage_alone(tmp_path):
-    train_small(tmp_path, temporal="directed", new_layers_rate=2.0)
-    image, video = (load_unet(tmp_path / part) for part in ("image_unet", "unet"))
-    assert list(temporal_state(image)) == [] and video.config.max_frames == 3
-    untouched = UNet(video.config)
-    adaptors = [name for name in list(temporal_state(video)) if name.endswith("scale")]
-    assert adaptors and not any(
-        torch.equal(video.get_parameter(name), untouched.get_parameter(name)) for name in adaptors
-    )
-
-
-def test_a_convolution_over_time_can_start_as_the_shift():
-    convolution, x = TemporalConvolution(7), normal(2, 3, 7, 5, 6)
-    start_as_shift(convolution)
-    assert torch.equal(convolution(x), temporal_shift(x))
