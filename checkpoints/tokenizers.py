@@ -1,39 +1,32 @@
 """Read and write tokenizers: merges files, and the tokenizer/ folder of a model.
 
     merges.txt              one pair of symbols per line, in the order in which they were learned
-    vocab.json              {token: id}; the merges determine it, so it is only checked
+    vocab.json              {token: id}; the merges determine it, so it is only compared
     tokenizer_config.json   maximum length and padding
     tokenizer.json          merges and vocabulary in one file, as transformers 5 writes them
 """
 
 import gzip
-import io
-import zlib
+from operator import index
 from pathlib import Path
 
-from files import MAX_TEXT, read_bytes, read_json, write_json, write_text
-from tokenizer import BYTE_TO_CHARACTER, END, START, CLIPTokenizer
+from checkpoints.errors import naming
+from support.files import read_json, write_json, write_text
+from tokenizer import END, START, CLIPTokenizer
 
-CLIP_NUM_MERGES = 49152 - 256 - 2  # CLIP uses only the first part of its merges file
 
+def tokenizer_for(path, config):
+    """The tokenizer for a text encoder's config, from a merges file or a tokenizer folder.
 
-def tokenizer_from_merges(path, num_merges=CLIP_NUM_MERGES, max_length=77, pad_with_end=True):
-    """The tokenizer of a merges file such as CLIP's bpe_simple_vocab_16e6.txt, plain or .gz.
-
-    Raises ValueError if the file has fewer than num_merges merges or a damaged line.
+    Whatever the folder says, CLIP (Stable Diffusion 1) gets the end token as padding and OpenCLIP
+    (2), which its GELU identifies, gets id 0.
     """
-    merges = read_merges(path, num_merges)
-    if len(merges) < num_merges:
-        raise ValueError(f"{path}: needs {num_merges} merges, got {len(merges)}")
-    return _tokenizer(path, merges, max_length, pad_with_end)
-
-
-def _tokenizer(path, *arguments):
-    """A CLIPTokenizer whose errors name the file of its merges."""
-    try:
-        return CLIPTokenizer(*arguments)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; is it complete and undamaged?") from None
+    with naming(path, "is not a whole, undamaged tokenizer"):
+        if Path(path).is_dir():
+            merges = load_tokenizer(path).ranks
+        else:  # CLIP's bpe_simple_vocab_16e6.txt has more merges than CLIP uses
+            merges = read_merges(path)[: config.vocab_size - 2 * 256 - 2]
+        return CLIPTokenizer(merges, config.max_position_embeddings, config.hidden_act != "gelu")
 
 
 def load_tokenizer(folder):
@@ -42,30 +35,26 @@ def load_tokenizer(folder):
     Raises ValueError if the vocabulary does not follow from the merges.
     """
     folder, settings = Path(folder), {}
-    # special_tokens_map.json overrides the other file, as in transformers: in the folders of SD 2
-    # only this file says that padding is id 0.
+    # As in transformers, special_tokens_map.json overrides the other file: in the folders of SD 2
+    # only this file says that padding is id 0, which is the token "!".
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             settings |= read_json(folder / name)
-    pad = settings.get("pad_token") or END
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    first = BYTE_TO_CHARACTER[ord("!")]
-    if pad not in (END, first):
-        raise ValueError(f"{folder}: pad_token needs to be {END!r} or {first!r}, got {pad!r}")
-    if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
-        source = folder / "tokenizer.json"
-        merges, vocabulary = read_tokenizer_json(source)
-    else:
-        source = folder / "merges.txt"
-        merges, vocabulary = read_merges(source), read_json(folder / "vocab.json")
-    length = settings.get("model_max_length", 77)
-    if type(length) is not int or not 2 <= length <= 65536:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length needs a whole "
-                         f"number from 2 to 65536, got {length!r:.60}")
-    tokenizer = _tokenizer(source, merges, length, pad == END)
-    for token in vocabulary | tokenizer.ids:
-        if vocabulary.get(token) != tokenizer.ids.get(token):
-            raise ValueError(f"{folder}: vocabulary and merges disagree about {token!r}")
+    with naming(folder, "is not a whole, undamaged tokenizer"):
+        if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
+            model = read_json(folder / "tokenizer.json")["model"]
+            # "a b" up to transformers 4.44, ["a", "b"] in later versions
+            merges = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
+            vocabulary = model["vocab"]
+        else:
+            merges = read_merges(folder / "merges.txt")
+            vocabulary = read_json(folder / "vocab.json")
+        pad = settings.get("pad_token")
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        length = index(settings.get("model_max_length", 77))  # no fraction, no text
+        tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad != "!")
+        if differing := vocabulary.items() ^ tokenizer.ids.items():
+            raise ValueError(f"vocabulary and merges disagree about {min(differing)[0]!r}")
     return tokenizer
 
 
@@ -82,38 +71,9 @@ def save_tokenizer(folder, tokenizer):
     })
 
 
-def read_merges(path, num_merges=None):
-    """The first num_merges pairs (or all) of a merges file, plain or .gz."""
-    data = read_bytes(path)
-    try:
-        if str(path).endswith(".gz"):  # a small file may be gigabytes when it is unpacked
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TEXT + 1)
-        if len(data) > MAX_TEXT:
-            raise EOFError(f"more than {MAX_TEXT:,} bytes")
-        text = data.decode("utf-8")
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a merges file ({error})") from None
-    first, *lines = text.rstrip("\n").split("\n")
-    if "#version" not in first:
-        raise ValueError(f"{path}: line 1 needs to be the #version line, got {first[:40]!r}")
-    return check_merges(path, [line.split() for line in lines[:num_merges]])
-
-
-def read_tokenizer_json(path):
-    """(merges, {token: id}) of a tokenizer.json. Raises ValueError if it has none."""
-    model = read_json(path).get("model")
-    model = model if isinstance(model, dict) else {}
-    merges, vocabulary = model.get("merges"), model.get("vocab")
-    if not (isinstance(merges, list) and isinstance(vocabulary, dict)):
-        raise ValueError(f"{path}: needs merges and vocab in its model, got {list(model)}")
-    # "a b" up to transformers 4.44, ["a", "b"] after that
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    return check_merges(path, merges), vocabulary
-
-
-def check_merges(path, merges):
-    """The merges. Raises ValueError with the number of one that is not a list of two symbols."""
-    for number, pair in enumerate(merges, start=1):
-        if not (isinstance(pair, list) and [type(symbol) for symbol in pair] == [str, str]):
-            raise ValueError(f"{path}: merge {number} needs two symbols, got {pair!r}")
-    return merges
+def read_merges(path):
+    """The pairs of a merges file, plain or .gz, whose first line is a comment with #version."""
+    data = Path(path).read_bytes()
+    text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
+    lines = text.rstrip("\n").split("\n")
+    return [line.split() for line in lines["#version" in lines[0]:]]

@@ -1,62 +1,65 @@
 """Command lines: flags made from a dataclass, and errors that are one line.
 
-Options are a dataclass whose fields carry their help text (`option(default, "help")`). A default is
-written only there. `add_flags` turns the fields into flags: `learning_rate` becomes
---learning-rate, a boolean becomes --flag / --no-flag.
+Options are a dataclass whose fields carry help text and range: `option(8, "clips per step",
+low=1)`. A default is written only there. `add_flags` turns the fields into flags: `learning_rate`
+becomes --learning-rate, a boolean becomes --flag / --no-flag.
 """
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 import types
 import typing
 import warnings
+from pathlib import Path
 
-import torch
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that knows no abbreviations and whose errors are one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
 def option(default, help, **metadata):
-    """A dataclass field with a help text; metadata may hold `choices`."""
+    """A dataclass field with a help text; metadata may hold `low`, `high` and `choices`."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
-def number(kind):
-    """A function that reads a finite int or float below 2**63, as argparse calls it for a flag."""
+def number(kind, low=-math.inf, high=math.inf):
+    """A function that argparse calls to read an int or float from low to high."""
     def parse(text):
         value = kind(text)
-        if not abs(value) < 2**63:  # so that NaN fails; a larger int is no number of torch
-            raise argparse.ArgumentTypeError(f"needs a finite number below 2**63, got {text:.40}")
+        if not low <= value <= high or abs(value) >= 2**63:  # "not <=", so that NaN fails
+            limit = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"needs {limit}, got {text:.40}")
         return value
 
-    parse.__name__ = kind.__name__  # "invalid int value"
+    parse.__name__ = kind.__name__  # for "invalid int value"
     return parse
-
-
-def check_ranges(args, **limits):
-    """Raise ValueError unless flags lie in their limits, name=(low, high). None is not checked."""
-    for name, (low, high) in limits.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:  # "not <=", so that NaN fails
-            raise ValueError(f"--{name.replace('_', '-')} needs to lie in [{low}, {high}], got "
-                             f"{value}")
 
 
 def add_flags(parser, options, show_defaults=True):
     """Add one flag per field of a dataclass instance, whose values are the defaults."""
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        flag, default = "--" + field.name.replace("_", "-"), getattr(options, field.name)
-        text, kind = field.metadata["help"], hints[field.name]
+        flag, about = "--" + field.name.replace("_", "-"), field.metadata
+        text, kind = about["help"], hints[field.name]
         if show_defaults:
-            text += f" (default: {default})"
+            text += f" (default: {getattr(options, field.name)})"
         if isinstance(kind, types.UnionType):  # `int | None`: parse as the first of the two
             kind = typing.get_args(kind)[0]
         if kind is bool:
             parser.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
-        else:
-            kind = number(kind) if kind in (int, float) else kind
-            parser.add_argument(flag, help=text, type=kind, choices=field.metadata.get("choices"))
+            continue
+        if kind in (int, float):
+            kind = number(kind, about.get("low", 0), about.get("high", math.inf))
+        parser.add_argument(flag, help=text, type=kind, choices=about.get("choices"))
 
 
 def given_flags(args, options):
@@ -65,29 +68,12 @@ def given_flags(args, options):
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def choose_device(name):
-    """The torch.device of a --device flag. Raises ValueError if it is not usable."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch built without CUDA
-        raise ValueError(f"--device {name}: not usable ({str(error).splitlines()[0]})") from None
-    device = torch.device(name)
-    if device.type == "meta":
-        raise ValueError(f"--device {name}: not usable (its tensors have no numbers)")
-    if device.type == "cuda":  # shapes repeat: cuDNN may look for the fastest kernels
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # products of what stays float32 are TF32
-    return device
-
-
-# Flags that decide how much memory a command takes.
+# Flags that decide how much memory a command takes
 LARGE = r"--[\w-]*(?:size|frames|zoom|clips|prompts|tokens|file|between|accumulate)\b"
 
 
 def out_of_memory(error):
-    """The one line for an error of an allocator, of torch, numpy or Python; None for others."""
+    """The one line for an allocator's error, of torch, numpy or Python; None for other errors."""
     if not isinstance(error, MemoryError) and not re.search(
         r"can't allocate memory|out of memory|overflowed|multiplication overflow", str(error)
     ):
@@ -101,11 +87,11 @@ def out_of_memory(error):
 
 def run_main(main):
     """Call main() and exit. A user's mistake is one line; `python -X dev` shows the traceback."""
-    program = sys.argv[0].rsplit("/", 1)[-1]
+    program = Path(sys.argv[0].removesuffix("/__main__.py")).name  # python -m checkpoints
     try:
         with warnings.catch_warnings():
             if not sys.flags.dev_mode and not sys.warnoptions:
-                warnings.simplefilter("ignore")  # what torch warns of would precede an error's line
+                warnings.simplefilter("ignore")  # torch's warnings would precede the error's line
             sys.exit(main())
     except KeyboardInterrupt as stop:  # its text may say where the script stopped
         print(f"\n{str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""Files that are whole or absent: atomic writes, and JSON."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a binary file that becomes `path` if the block ends without an error.
+
+    It is written under another name and renamed. A rename is atomic, so after a kill, a full disk
+    or Ctrl-C the last good file is still there. The next write replaces a file that a kill left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path, value):
+    """Write a JSON file atomically, indented for readers."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """The JSON object in a file. Raises ValueError naming the file if it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: needs a JSON object, got {type(value).__name__}")
+    return value
+
+
+def from_json(cls, values, where):
+    """A dataclass from a JSON object; lists become tuples. Errors name the file `where`."""
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    try:
+        if unknown := values.keys() - known:
+            raise ValueError(f"{min(unknown)} is unknown; is it of another version?")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None

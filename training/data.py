@@ -1,0 +1,79 @@
+"""Captioned clips from a folder of your own, by the rules of media/captions.py.
+
+    python train.py RUN --data FOLDER --check     read every clip and list every problem
+"""
+
+import torch
+
+from media.captions import find_clips
+from media.read import read_clip
+
+
+def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frames):
+    """The frames and the frame rate of a clip. Raises ValueError if it is too short."""
+    frames, rate = read_clip(path, stride, frame_rate, max_frames, image_size)
+    if len(frames) < num_frames:
+        pace = f"stride {stride}" + (f" of {frame_rate:g} frames per second" if frame_rate else "")
+        raise ValueError(f"{path}: needs {num_frames} frames at {pace}, got {len(frames)}; "
+                         "lower --num-frames or --stride, or raise --frame-rate or --max-frames")
+    return frames, rate
+
+
+class ClipFolder(torch.utils.data.Dataset):
+    """A sequence of (frames uint8 (t, 3, image_size, image_size), caption) from a folder.
+
+    An item is a whole clip of t >= num_frames frames, of which a training step selects num_frames.
+    Raises ValueError if the folder has a problem, and on access if a clip has one.
+    """
+
+    def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
+        self.clips, problems = find_clips(folder)
+        if problems:
+            raise ValueError(f"{problems[0]} (problem 1 of {len(problems)}; run: python train.py "
+                             f"RUN --data {folder} --check)")
+        self.captions = [caption for _, caption in self.clips]
+        self.num_frames, self.image_size, self.max_frames = num_frames, image_size, max_frames
+        self.how = image_size, stride, frame_rate, max_frames
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        path, caption = self.clips[i]
+        frames, _ = read_long_enough(path, self.num_frames, *self.how)
+        return torch.from_numpy(frames).movedim(-1, 1), caption  # t h w 3 -> t 3 h w
+
+    def version(self, i):
+        """What clip i depends on: names, sizes and times of its files, and how it is read.
+
+        Clips with equal versions are equal.
+        """
+        path, _ = self.clips[i]
+        files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return str(path), stats, *self.how
+
+
+def check(options):
+    """Read every clip as a training with these TrainOptions would, and print every problem.
+
+    Returns the exit code, 1 if there are problems.
+    """
+    if options.data == "shapes":
+        print("shapes are drawn, so there is nothing to check")
+        return 0
+    clips, problems = find_clips(options.data)
+    total = 0
+    print("frames    fps  file: caption")
+    for path, caption in clips:
+        frames, rate = [], None
+        try:
+            frames, rate = read_long_enough(
+                path, options.num_frames, options.image_size, options.stride, options.frame_rate,
+                options.max_frames)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        total += len(frames)
+        print(f"{len(frames):6} {f'{rate:.4g}' if rate else '-':>6}  {path}: {caption:.50}")
+    print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
+    return 1 if problems else 0

@@ -1,0 +1,252 @@
+"""The folder of a training run: its options, the finished stages, the state of an unfinished one.
+
+    train.json                 options and finished stages
+    training_state.pt          while a stage is unfinished: everything that --resume needs
+    unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json sampling.json
+                               the model in the layout of diffusers (checkpoints/weights.py)
+    image_unet/                the U-Net before it saw a clip
+    metrics.jsonl previews/    losses, and samples drawn during training
+    cache/                     while stages are unfinished: clips and captions, encoded (cache.py)
+    .lock                      locked by the process that trains
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import weights
+from media.write import contact_sheet, side_by_side, write_clip
+from support import devices
+from support.devices import barrier, is_main
+from support.files import atomic, write_json
+from training.options import check_image_size
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None
+
+LOCKS = {}  # {path: open file}: a file that is closed loses its lock
+
+
+class Run:
+    """An open run: `path`, `options`, the `finished` stages, and the `device` that it trains on.
+
+    The options' class names the record and the stages, so papers/ have runs of their own. `state`
+    is the training state of an unfinished stage, or None. `checkpointing` says whether U-Nets
+    compute their activations twice to save memory.
+    """
+
+    def __init__(self, path, options, finished, resume):
+        self.path, self.options, self.finished = Path(path), options, finished
+        self.device, self.state = devices.start(options.device), None
+        large = getattr(options, "preset", "tiny") in ("sd1", "sd2")
+        self.checkpointing = large and self.device.type != "cuda"  # a GPU tries it (train.py)
+        state_path = self.path / "training_state.pt"
+        if resume and not (self.path / options.record).exists():
+            raise ValueError(f"{path}: nothing to resume, it is no run; leave out --resume to "
+                             "start one")
+        barrier()  # until all processes have looked
+        if is_main():
+            lock(self.path / ".lock")
+        if state_path.exists():
+            self.state = read_state(state_path)
+            if self.state["stage"] in finished:  # a kill came just before its removal
+                self.state = None
+            elif not resume:
+                raise ValueError(f"{state_path}: is of an unfinished stage; add --resume to "
+                                 "continue it, or remove that file to start the stage again")
+        self.save_record()
+
+    def save_record(self):
+        """Write options and finished stages."""
+        barrier()  # until all processes have read the old ones
+        if is_main():
+            options = dataclasses.asdict(self.options)
+            write_json(self.path / self.options.record,
+                       {"options": options, "finished": self.finished})
+
+    def save_state(self, state):
+        """Write the training state, everything that the next step needs, as one file."""
+        if is_main():
+            with atomic(self.path / "training_state.pt") as file:
+                torch.save(state, file)
+
+    def log(self, entry):
+        """Add a line to metrics.jsonl."""
+        if is_main():
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def forget_later(self, stage, step):
+        """Remove the lines of a stage's later steps from metrics.jsonl; a resume repeats them."""
+        path = self.path / "metrics.jsonl"
+        if is_main() and path.exists():
+            entries = [json.loads(line) for line in path.read_text().splitlines()
+                       if line.endswith("}")]  # a kill may cut the last one short
+            kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
+        """Write parts of the model: networks, (encoder, tokenizer), (diffusion, sampling)."""
+        if not is_main():
+            return
+        for part, network in (("unet", unet), ("image_unet", image_unet), ("vae", vae)):
+            if network is not None:
+                weights.save_network(self.path / part, network)
+        if text is not None:
+            weights.save_text(self.path, *text)
+        if schedule is not None:
+            weights.save_schedule(self.path, *schedule)
+
+    def finish(self, stage):
+        """Record that a stage is finished, after its results have been written."""
+        stages = self.options.stages
+        self.finished = list(stages[: stages.index(stage) + 1])
+        self.save_record()
+        if is_main():
+            (self.path / "training_state.pt").unlink(missing_ok=True)
+            if stage == stages[-1]:
+                shutil.rmtree(self.path / "cache", ignore_errors=True)
+        barrier()
+
+    def adopt(self):
+        """Take the model that --init names as stages one and two."""
+        options = self.options
+        model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
+        model.encode_text([""])  # refuse a model without a tokenizer now
+        check_image_size(options.image_size, model.vae.config, model.unet.config)
+        if is_main():
+            for note in model.report.notes:
+                print(note, file=sys.stderr)
+            weights.save_network(self.path / "image_unet", model.unet)
+            weights.save_pipeline(model, self.path)
+        self.finish("image")
+
+    def draw_previews(self, stage, pipeline, captions):
+        """A function of the step that draws nine captions.
+
+        Frozen networks stay in CPU memory except while a preview is drawn.
+        """
+        frozen = [network for network in (pipeline.vae, pipeline.text_encoder)
+                  if not next(network.parameters()).requires_grad]
+        for network in frozen:
+            network.to("cpu")
+        prompts = list(dict.fromkeys(captions))
+        prompts = prompts[:: max(1, len(prompts) // 9)][:9]
+
+        def preview(step):
+            clips = []
+            with devices.visit(frozen, self.device), self.precision():
+                for seed, prompt in enumerate(prompts):  # one by one: training fills the memory
+                    *_, latents = pipeline.sample([prompt], [seed])
+                    clips.append(pipeline.decode(latents))
+            suffix = ".png" if stage == "image" else ".gif"
+            path = self.path / "previews" / f"{stage}-{step:06d}{suffix}"
+            write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)
+
+        return preview
+
+    def preview_vae(self, autoencoder, frames):
+        """A function of the step that draws some frames uint8 (n, 3, h, w) and reconstructions."""
+        @torch.no_grad()
+        def preview(step):
+            some = frames[[i * (len(frames) - 1) // 7 for i in range(8)]]
+            x = self.to_device(some)[0].float() / 127.5 - 1
+            with self.precision():
+                y = autoencoder.decode(autoencoder.encode(x).mean).float()
+            sheet = contact_sheet([x.cpu(), y.cpu()])
+            write_clip(self.path / "previews" / f"vae-{step:06d}.png", sheet)
+
+        return preview
+
+    def precision(self):
+        """A context in which networks that learn compute in bfloat16 on a GPU that has it."""
+        return devices.precision(self.device, self.options.precision)
+
+    def to_device(self, *tensors):
+        """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
+        if self.device.type != "cuda":
+            return tuple(x.to(self.device) for x in tensors)
+        return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
+
+
+class Rehearsal(Run):
+    """A copy of a run that trains one step and keeps nothing."""
+
+    def __init__(self, run):
+        one = {f"{stage}_steps": 1 for stage in run.options.stages}
+        options = dataclasses.replace(run.options, **one, compile=False)  # compiling takes minutes
+        vars(self).update(vars(run), state=None, options=options)
+
+    def keep_nothing(self, *_, **__):
+        pass
+
+    save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
+
+
+def lock(path):
+    """Lock a file for this process until it ends. Raises ValueError if another process has it."""
+    if path.absolute() in LOCKS or fcntl is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # it stays open
+    try:  # lockf and not flock: forked worker processes do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{path.parent}: another process is training here; stop it, or choose "
+                         "another folder") from None
+    except OSError:  # a disk without locks
+        pass
+    LOCKS[path.absolute()] = file
+
+
+def read_state(path):
+    """A training state. Only tensors and plain values are ever loaded from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler may raise anything for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
+                         "again") from None
+
+
+def load_vae(path, device, precision):
+    """A run's autoencoder, frozen."""
+    network = weights.load_vae(Path(path) / "vae").to(memory_format=torch.channels_last)
+    return devices.freeze(network, device, precision)
+
+
+def load_image_model(path, device, precision):
+    """A run's model before it saw a clip: a Pipeline, all of it but the U-Net on a device.
+
+    The U-Net stays mapped from its file, because training copies its weights and then needs it no
+    more.
+    """
+    unet = weights.load_unet(Path(path) / "image_unet", "none")
+    model = weights.load_folder(Path(path), unet=unet)
+    devices.freeze(model.vae.to(memory_format=torch.channels_last), device, precision)
+    devices.freeze(model.text_encoder, device, precision)
+    return model
+
+
+def open_data(options):
+    """The clips that --data names: a sequence of (frames uint8 (t, 3, h, w), caption)."""
+    size = options.num_frames, options.image_size
+    if options.data == "shapes":
+        from shapes import MovingShapes  # imported where needed: training reads one data set only
+        return MovingShapes(options.num_clips, *size, options.seed)
+    from training.data import ClipFolder
+    return ClipFolder(options.data, *size, options.stride, options.frame_rate, options.max_frames)
+
+
+def progress(items, title, total=None):
+    """The items behind a bar, which only the first process draws."""
+    return tqdm(items, title, total, unit="clip", leave=False,
+                disable=not is_main() or "TQDM_DISABLE" in os.environ)
