@@ -9,12 +9,12 @@ Symbols, here only, and the letters of the papers:
     alpha_bar   prod_{s<=t} (1 - beta_s)    alpha_bar_t in DDPM, alpha_t in DDIM
     v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)
     signal      sqrt(alpha_bar), the part of x0 in x_t; noise_scale, sqrt(1 - alpha_bar), of eps
-    sigma, eta  noise that a DDIM step adds, and its share of DDPM's (0 adds none)
+    sigma, eta  noise that a DDIM step adds, and its ratio to DDPM's (0 adds none)
     SNR         signal-to-noise ratio, alpha_bar / (1 - alpha_bar)
 
 A model gets x_t, t and a text and predicts eps or v; either of them gives x0 by linear algebra. A
-sampler starts from pure noise at a large t and goes down a list of timesteps. At each it takes the
-model's x0 and steps to the x_t between it and where it is.
+sampler starts from pure noise at a large t and goes down a list of timesteps. At each one it
+computes the model's x0 and moves x_t a step towards it.
 
 DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin
 et al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like images.
@@ -29,10 +29,10 @@ import torch
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A noise schedule; its fields are those of a Stable Diffusion scheduler_config.json.
+    """A noise schedule; its fields are named as in Stable Diffusion's scheduler_config.json.
 
-    `alphas_cumprod` (num_train_timesteps,) is alpha_bar in float64. `trained_betas` are used in
-    place of beta_schedule. Raises ValueError for fields that make no schedule.
+    `alphas_cumprod` (num_train_timesteps,) is alpha_bar in float64. `trained_betas` replace the
+    beta_schedule. Raises ValueError for fields that make no schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -46,104 +46,90 @@ class Diffusion:
     set_alpha_to_one: bool = False
     trained_betas: tuple[float, ...] | None = None
     alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
-    _tables: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    tables: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
-        for name, known in (("prediction_type", ("epsilon", "v_prediction")),
-                            ("timestep_spacing", ("leading", "trailing", "linspace"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} needs one of {known}, got {getattr(self, name)!r}")
-        if self.num_train_timesteps < 2 or self.steps_offset < 0:
-            raise ValueError("num_train_timesteps needs >= 2 and steps_offset >= 0, got "
-                             f"{self.num_train_timesteps} and {self.steps_offset}")
-        betas = self._betas()
-        # Written as not ..., so that NaN fails. Only the last may be 1: no step leaves pure noise.
-        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
-            raise ValueError("betas need to lie in (0, 1], and only the last may be 1; look at "
-                             "beta_start, beta_end and trained_betas")
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        if self.rescale_betas_zero_snr:
-            # Stable Diffusion's last timestep still shows 7 % of the latents, by which a model
-            # learns their mean brightness; a sampler that starts from pure noise lacks this hint.
-            # Shifted and scaled, sqrt(alpha_bar) ends at 0, not above. Lin et al., algorithm 1.
-            root = alphas_cumprod.sqrt()
-            alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        # Where alpha_bar = 0 the noise says nothing about x0: the first step would divide by 0.
-        if self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
-            raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR; use "
-                             "'v_prediction'")
-        object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
+        object.__setattr__(self, "alphas_cumprod", compute_alpha_bar(self))
 
-    def _betas(self):
-        """Betas of all timesteps, (num_train_timesteps,) float64."""
-        steps, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
-        if self.trained_betas is not None:
-            if len(self.trained_betas) != steps:
-                raise ValueError(f"trained_betas needs {steps} values, got "
-                                 f"{len(self.trained_betas)}")
-            return torch.tensor(self.trained_betas, dtype=torch.float64)
-        if self.beta_schedule == "linear":
-            return torch.linspace(start, end, steps, dtype=torch.float64)
-        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion's own
-            return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        if self.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-            u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-            alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        known = ("linear", "scaled_linear", "squaredcos_cap_v2")
-        raise ValueError(f"beta_schedule needs one of {known}, got {self.beta_schedule!r}")
-
-    def _coefficients(self, timesteps, like):
-        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (b,), shaped to multiply `like`."""
+    def coefficients(self, timesteps, like):
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar) of timesteps (b,) or of one, to multiply `like`."""
         key = like.device, like.dtype
-        if key not in self._tables:  # once a device: copying them at each step would wait for it
+        if key not in self.tables:  # once per device: a copy at each step would make it wait
             # Roots of float64, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
             roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-            self._tables[key] = [root.to(like.device, like.dtype) for root in roots]
+            self.tables[key] = [root.to(like.device, like.dtype) for root in roots]
         shape = -1, *[1] * (like.ndim - 1)  # b -> b 1 1 1 1
-        signal, noise_scale = self._tables[key]
+        signal, noise_scale = self.tables[key]
         return signal[timesteps].view(shape), noise_scale[timesteps].view(shape)
 
     def add_noise(self, x0, noise, timesteps):
         """x_t for clean x0 and noise of shape (b, ...) at timesteps (b,). DDPM, eq. 4."""
-        signal, noise_scale = self._coefficients(timesteps, x0)
+        signal, noise_scale = self.coefficients(timesteps, x0)
         return signal * x0 + noise_scale * noise
 
     def target(self, x0, noise, timesteps):
-        """What the model learns to predict at timesteps (b,): the noise, or v; shaped like x0."""
+        """The tensor that the model learns to predict at timesteps (b,): the noise, or v."""
         if self.prediction_type == "epsilon":
-            return noise
-        signal, noise_scale = self._coefficients(timesteps, x0)
-        return signal * noise - noise_scale * x0
+            return noise  # eps
+        signal, noise_scale = self.coefficients(timesteps, x0)
+        return signal * noise - noise_scale * x0  # v
 
     def predict(self, model_output, x_t, t):
-        """The model's (x0, eps) at timestep t, whichever of eps and v it predicts."""
-        alpha_bar = self.alphas_cumprod[t].item()
-        signal, noise_scale = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        """The model's (x0, eps) at timestep t, from eps or from v."""
+        signal, noise_scale = self.coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             return (x_t - noise_scale * model_output) / signal, model_output
-        # v and x_t are eps and x0 turned by an angle; turning back needs no division.
+        # v and x_t are eps and x0 rotated by an angle; rotating back needs no division.
         return signal * x_t - noise_scale * model_output, signal * model_output + noise_scale * x_t
 
+    def alpha_bar(self, t):
+        """alpha_bar at timestep t, a float; after the last step (t = -1) nothing is noise."""
+        return self.alphas_cumprod[t].item() if t >= 0 else 1.0
+
     def snr(self, t):
-        """Signal-to-noise ratio at timestep t, a float; 0 where nothing but noise is left."""
-        alpha_bar = self.alphas_cumprod[t].item()
-        return alpha_bar / (1 - alpha_bar)
+        """Signal-to-noise ratio at timestep t, a float; 0 for pure noise."""
+        return self.alpha_bar(t) / (1 - self.alpha_bar(t))
+
+    def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
+        """One step from t to t_prev (-1: the end); eta = 0 adds no noise. DDIM, eq. 12 and 16."""
+        alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
+        if t_prev < 0 and not self.set_alpha_to_one:
+            alpha_bar_prev = self.alpha_bar(0)  # Stable Diffusion's end keeps a trace of noise
+        x0, eps = self.predict(model_output, x_t, t)  # each b t c h w
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        sigma = eta * math.sqrt(variance)
+        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding makes 0 a -1e-17
+        # Mix x0 and eps again, as the forward process would mix them at t_prev.
+        mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
+        return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
+
+    def ddpm_step(self, model_output, x_t, t, t_prev, generator=None):
+        """A sample of q(x_{t_prev} | x_t, x0). DDPM, eq. 6 and 7, for steps of any size."""
+        alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
+        alpha = alpha_bar / alpha_bar_prev  # product of 1 - beta between t_prev and t
+        x0, _ = self.predict(model_output, x_t, t)
+        weight_x0 = math.sqrt(alpha_bar_prev) * (1 - alpha) / (1 - alpha_bar)
+        weight_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        mean = weight_x0 * x0 + weight_x_t * x_t
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
+        if variance == 0:  # the last step leaves nothing random
+            return mean
+        return mean + math.sqrt(variance) * randn(x_t.shape, generator).to(x_t)
 
     def timestep_pairs(self, num_steps, power=1.0):
         """Exactly num_steps pairs (t, t_prev) from noisy to clean; the last t_prev is -1.
 
         Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
-        The spacings are those of Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
-        the noisiest timestep, trailing begins at it, linspace takes both ends. A power other than 1
-        is trailing with more of the steps where noise prevails (below 1) or where it is weak.
+        The spacings are from Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
+        the noisiest timestep, trailing begins at it, linspace takes both ends. With a power other
+        than 1 the spacing is trailing, with more steps at high noise (below 1) or at low noise.
         """
         total = self.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise ValueError(f"num_steps needs to lie in [1, {total}], got {num_steps}")
         if power != 1:
-            parts = [(1 - i / num_steps) ** power for i in range(num_steps)]
-            steps = [max(0, round(total * part) - 1) for part in parts]
+            fractions = [(1 - i / num_steps) ** power for i in range(num_steps)]
+            steps = [max(0, round(total * fraction) - 1) for fraction in fractions]
         elif self.timestep_spacing == "leading":
             stride = total // num_steps
             offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside
@@ -158,51 +144,22 @@ class Diffusion:
                              f"them fall on the same of {total} timesteps")
         return list(pairwise([*steps, -1]))
 
-    def ddim_step(self, model_output, x_t, t, t_prev, eta=0.0, generator=None):
-        """One step from t to t_prev (-1: the end); eta = 0 adds no noise. DDIM, eq. 12 and 16."""
-        alpha_bar = self.alphas_cumprod[t].item()
-        # Stable Diffusion stops at alpha_bar[0], which keeps a trace of noise, and not at 1.
-        final = 1.0 if self.set_alpha_to_one else self.alphas_cumprod[0].item()
-        alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else final
-        x0, eps = self.predict(model_output, x_t, t)
-        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-        sigma = eta * math.sqrt(max(variance, 0.0))
-        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding makes 0 a -1e-17
-        # x0 and eps mixed anew, as the forward process would mix them at t_prev.
-        mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
-        return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
-
-    def ddpm_step(self, model_output, x_t, t, t_prev, generator=None):
-        """A sample of q(x_{t_prev} | x_t, x0). DDPM, eq. 6 and 7, for steps of any size."""
-        alpha_bar = self.alphas_cumprod[t].item()
-        alpha_bar_prev = self.alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
-        alpha = alpha_bar / alpha_bar_prev
-        x0, _ = self.predict(model_output, x_t, t)
-        part_x0 = math.sqrt(alpha_bar_prev) * (1 - alpha) / (1 - alpha_bar)
-        part_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        mean = part_x0 * x0 + part_x_t * x_t
-        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)
-        if variance == 0:  # the last step: nothing is left to be random
-            return mean
-        return mean + math.sqrt(variance) * randn(x_t.shape, generator).to(x_t)
-
 
 def randn(shape, generator=None):
     """Gaussian noise (b, t, ...) drawn on the CPU, so a seed means the same on every device.
 
-    `generator` is None, a CPU generator, or a list with one for each clip: then a clip's noise does
-    not depend on the clips beside it.
+    `generator` is None, a CPU generator, or a list with one for each clip, which makes a clip's
+    noise independent of the other clips in the batch.
     """
     if isinstance(generator, (list, tuple)):
-        if len(generator) != shape[0]:
-            raise ValueError(f"generator needs one of each clip, {shape[0]}, got {len(generator)}")
-        return torch.cat([randn((1, *shape[1:]), one) for one in generator])
+        return torch.cat([randn((1, *shape[1:]), one)
+                          for _, one in zip(range(shape[0]), generator, strict=True)])
     return torch.randn(shape, generator=generator)
 
 
 def classifier_free_guidance(unconditional, conditional, guidance_scale):
     """Away from the prediction without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
-    # At 1 the text alone; beyond 1 what the text adds is exaggerated.
+    # Scale 1 is the prediction with the text; beyond 1 the effect of the text is exaggerated.
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -213,12 +170,73 @@ def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, gener
     `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. A generator function,
     so that a script can draw a bar or a preview between the steps.
     """
-    if sampler not in ("ddim", "ddpm"):
-        raise ValueError(f"sampler needs to be 'ddim' or 'ddpm', got {sampler!r}")
     for t, t_prev in diffusion.timestep_pairs(num_steps, power):
-        output = model(x_t, t)
+        output = model(x_t, t)  # eps or v, b t c h w
         if sampler == "ddim":
             x_t = diffusion.ddim_step(output, x_t, t, t_prev, eta, generator)
         else:
             x_t = diffusion.ddpm_step(output, x_t, t, t_prev, generator)
         yield x_t
+
+
+# Where schedules come from
+
+
+def schedule_for(prediction_type, zero_terminal_snr=False, snr_divisor=1.0):
+    """Stable Diffusion's schedule, or one with pure noise at its end or lower SNRs everywhere.
+
+    Small latents need more noise: each number of theirs shows more of the picture.
+    """
+    if not zero_terminal_snr and snr_divisor == 1:
+        return Diffusion(prediction_type=prediction_type)
+    base = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=zero_terminal_snr)
+    # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). A scheduler_config.json holds
+    # betas, which diffusers can read, so they are computed back from alpha_bar.
+    a = base.alphas_cumprod
+    alpha_bar = a / (a + snr_divisor * (1 - a))  # num_train_timesteps
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
+    return Diffusion(prediction_type=prediction_type, trained_betas=tuple(betas.tolist()),
+                     timestep_spacing="trailing" if zero_terminal_snr else "leading",
+                     set_alpha_to_one=True)
+
+
+def compute_betas(diffusion):
+    """Betas of all timesteps, (num_train_timesteps,) float64."""
+    steps, start, end = diffusion.num_train_timesteps, diffusion.beta_start, diffusion.beta_end
+    if diffusion.trained_betas is not None:
+        return torch.tensor(diffusion.trained_betas, dtype=torch.float64)
+    if diffusion.beta_schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if diffusion.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Stable Diffusion's own
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)  # Nichol & Dhariwal 2021, eq. 17
+    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def compute_alpha_bar(diffusion):
+    """alpha_bar of all timesteps, float64. Raises ValueError for fields that make no schedule."""
+    for name, known in (("prediction_type", ("epsilon", "v_prediction")),
+                        ("timestep_spacing", ("leading", "trailing", "linspace")),
+                        ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))):
+        if getattr(diffusion, name) not in known:
+            raise ValueError(f"{name} needs one of {known}, got {getattr(diffusion, name)!r}")
+    betas = compute_betas(diffusion)
+    # Written as not ..., so that NaN fails. Only the last may be 1: no step leaves pure noise.
+    if len(betas) != diffusion.num_train_timesteps or len(betas) < 2 or not (
+        (betas > 0) & (betas <= 1)
+    ).all() or (betas[:-1] == 1).any():
+        raise ValueError("betas need num_train_timesteps >= 2 values in (0, 1], of which only the "
+                         "last may be 1; look at beta_start, beta_end and trained_betas")
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    if diffusion.rescale_betas_zero_snr:
+        # Stable Diffusion's last timestep still shows 7 % of the latents, from which a model
+        # learns their mean brightness; a sampler that starts from pure noise lacks this hint.
+        # Shifted and scaled, sqrt(alpha_bar) ends at 0. Lin et al., algorithm 1.
+        root = alpha_bar.sqrt()
+        alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    # Where alpha_bar = 0 the noise says nothing about x0: the first step would divide by 0.
+    if diffusion.prediction_type == "epsilon" and alpha_bar[-1] == 0:
+        raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR; use "
+                         "'v_prediction'")
+    return alpha_bar

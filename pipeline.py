@@ -1,22 +1,22 @@
 """From a text to pixels: the five parts of a latent diffusion model at work together.
 
     text -> tokenizer -> text_encoder -> context (b, n, d)
-    noise (b, t, c, h, w), context -> unet, once for each step -> latents -> vae -> frames
+    noise (b, t, c, h, w), context -> unet, once per step -> latents -> vae -> frames
 
-This is all of text-to-video sampling; weights.py reads the parts from files, sample.py is the
-command and writes clips.
+This is all of text-to-video sampling. checkpoints/weights.py reads the parts from files; sample.py
+is the command and writes clips.
+
 Latent diffusion, Rombach et al. 2022, section 3; Latent-Shift, An et al. 2023, section 3.1.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 
-from cli import option
-from devices import freeze
 from diffusion import Diffusion, classifier_free_guidance, randn, sample_loop
 from model import UNet
+from support.cli import option
+from support.devices import freeze
 from text import CLIPTextModel
 from tokenizer import CLIPTokenizer
 from vae import AutoencoderKL, decode_clips
@@ -26,27 +26,18 @@ from vae import AutoencoderKL, decode_clips
 class Sampling:
     """How clips are drawn. A run keeps its own in sampling.json; flags override it."""
 
-    num_frames: int = option(16, "frames of a clip; 1 draws an image")
-    image_size: int = option(256, "height and width of a frame, in pixels")
-    frames_per_second: float = option(8.0, "frames per second of the files written")
-    num_steps: int = option(50, "denoising steps")
+    num_frames: int = option(16, "frames of a clip; 1 draws an image", low=1)
+    image_size: int = option(256, "height and width of a frame, in pixels", low=1)
+    frames_per_second: float = option(8.0, "frames per second of the files written", low=0.1,
+                                      high=50)  # browsers slow faster GIFs down
+    num_steps: int = option(50, "denoising steps", low=1)
     guidance_scale: float = option(7.5, "weight of the text; 1 switches guidance off")
     guidance_max_snr: float | None = option(
         None, "guide only where the signal-to-noise ratio is at most this")
-    timestep_power: float = option(1.0, "below 1: more of the steps where noise prevails")
+    timestep_power: float = option(1.0, "below 1: more of the steps at high noise", low=0.1,
+                                   high=10)
     sampler: str = option("ddim", "ddim or ddpm", choices=("ddim", "ddpm"))
-    eta: float = option(0.0, "part of DDPM's noise that a DDIM step adds")
-
-    def __post_init__(self):
-        limits = {"num_frames": (1, math.inf), "image_size": (1, math.inf),
-                  "num_steps": (1, math.inf), "eta": (0, 1), "guidance_max_snr": (0, math.inf),
-                  "timestep_power": (0.1, 10),
-                  "frames_per_second": (0.1, 50)}  # 50: browsers slow faster GIFs down
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limit = f">= {low}" if high == math.inf else f"to lie in [{low}, {high}]"
-                raise ValueError(f"{name} needs {limit}, got {value}")
+    eta: float = option(0.0, "noise of a DDIM step, as a fraction of DDPM's", high=1)
 
 
 @dataclass
@@ -59,7 +50,7 @@ class Pipeline:
     tokenizer: CLIPTokenizer | None
     diffusion: Diffusion
     sampling: Sampling = field(default_factory=Sampling)
-    report: object = None  # of a loaded model: which tensors of its file were used (names.Report)
+    report: object = None  # which tensors of a file were used (checkpoints/weights.py)
 
     def to(self, device):
         """Move the networks to a device and set them up for sampling there."""
@@ -70,7 +61,7 @@ class Pipeline:
     @torch.no_grad()
     def encode_text(self, texts):
         """Texts to their context (b, n, d), on the text encoder's device."""
-        if self.tokenizer is None:  # the single files of Stable Diffusion hold none
+        if self.tokenizer is None:  # Stable Diffusion's single files have none
             raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), "
                              "which any diffusers folder has in tokenizer/")
         ids = self.tokenizer(texts)  # b n
@@ -83,7 +74,7 @@ class Pipeline:
         `decode` turns the last latents, or any before, into pixels.
         """
         sampling = sampling or self.sampling
-        f = self.vae.config.downscale
+        f = self.vae.config.downscale  # pixels per latent, in each direction
         factor = f * self.unet.config.downscale
         if sampling.image_size % factor:
             raise ValueError(f"image_size needs a multiple of {factor}, got {sampling.image_size}")
@@ -92,20 +83,20 @@ class Pipeline:
         if scale != 1:
             guided = torch.cat([self.encode_text([""]).expand_as(context), context])  # 2b n d
 
-        def model(x_t, t):  # the U-Net may compute in bfloat16, all around it is float32
+        def model(x_t, t):  # the U-Net may compute in bfloat16; everything around it is float32
             x = x_t.to(context.dtype)
             timesteps = torch.full((len(x),), t, device=x.device)  # b, all the same
-            # What is drawn is decided by the text while noise prevails. Later, guidance would only
-            # exaggerate edges, at twice the work of a step. Kynkaanniemi et al. 2024.
+            # The text decides at high noise. Later, guidance would only exaggerate edges, at twice
+            # the work per step. Kynkaanniemi et al. 2024.
             if guided is None or (max_snr is not None and self.diffusion.snr(t) > max_snr):
                 return self.unet(x, timesteps, context).float()
-            # The U-Net answers twice, without the text and with it: one batch of 2b clips.
+            # The U-Net predicts twice, without the text and with it, in one batch of 2b clips.
             output = self.unet(torch.cat([x, x]), timesteps.repeat(2), guided).float()
             return classifier_free_guidance(*output.chunk(2), scale)
 
         size = sampling.image_size // f  # of the latents
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
-        # A generator for each clip, so that it does not depend on the clips beside it.
+        # A generator per clip, so that a clip does not depend on the others in its batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x_t = randn(shape, generators).to(context.device)  # b t c h w
         yield from sample_loop(self.diffusion, model, x_t, sampling.num_steps, sampling.sampler,

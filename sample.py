@@ -1,17 +1,16 @@
-"""Draw clips and images from text with a trained model, or with Stable Diffusion.
+"""Draw clips and images from text with a trained model or with Stable Diffusion.
 
     python sample.py runs/demo "a red circle moving left"
     python sample.py v1-5-pruned.safetensors "a red fox in snow" --merges bpe_simple_vocab.txt.gz
-    python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format webp
+    python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format png
     python sample.py runs/demo "a red square moving up" "a red circle moving up" --output both.gif
     python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
 
-A clip depends on its prompt and its seed alone: prompt i is drawn with seed + i, whatever the size
-of a batch and on whatever device. A folder as --output gets a file per prompt, a file shows all of
-them in a grid: .gif, .webp, .mp4 (with ffmpeg), or .png, one row per clip.
+A clip depends only on its prompt and its seed: prompt i is drawn with seed + i, at any batch size
+and on any device. A folder as --output gets a file per prompt; a file shows all of them in a grid:
+.gif, .mp4 (with ffmpeg), or .png with one row per clip.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -19,24 +18,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, check_ranges, choose_device, given_flags, run_main
-from devices import compile_for_sampling
-from files import read_bytes, require_room
+from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
-from memory import check_sampling
 from pipeline import Sampling
-from weights import add_checkpoint_flags, load_pipeline, use_decoder
+from support.cli import Parser, add_flags, given_flags, number, run_main
+from support.devices import choose_device, compile_for_sampling
 
 
 def read_prompts(path):
-    """The prompts of a text file, one a line; empty lines are skipped."""
-    try:  # utf-8-sig drops the mark that some Windows editors write in front
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    """The prompts of a text file, one per line; empty lines are skipped."""
+    try:  # utf-8-sig drops the byte order mark that some Windows editors write
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]  # without empty lines
     if not prompts:
-        raise ValueError(f"{path}: no prompts in it; write one a line")
+        raise ValueError(f"{path}: no prompts in it; write one per line")
     return prompts
 
 
@@ -45,16 +42,16 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
     total = len(prompts) * sampling.num_steps
     with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            seeds = range(seed + start, seed + start + len(batch))
+            batch = prompts[start : start + batch_size]  # b texts
+            seeds = range(seed + start, seed + start + len(batch))  # one per clip
             for latents in pipeline.sample(batch, seeds, sampling):  # b t c h/f w/f
                 bar.update(len(batch))
             yield from pipeline.decode(latents)  # b t 3 h w, one by one
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Draw clips from text.", allow_abbrev=False,
+    parser = Parser(
+        description="Draw clips from text.",
         epilog="Defaults of the drawing are the run's own (sampling.json); other models draw an "
                "image (one frame) of the size that they were trained on.")
     parser.add_argument("path", type=Path, metavar="PATH",
@@ -64,11 +61,12 @@ def main():
     parser.add_argument("--output", type=Path, help="file or folder (default: samples, in the run)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="of files in a folder (default: gif; png for one frame)")
-    parser.add_argument("--zoom", type=int, default=1, help="enlarge every pixel (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=8, help="clips at a time (default: 8)")
-    parser.add_argument("--decoder", type=Path, metavar="FOLDER", help="decode with another "
-                        "autoencoder (default: the run's video_decoder/, if it has one)")
+    parser.add_argument("--zoom", type=number(int, 1, 64), default=1,
+                        help="enlarge every pixel (default: 1)")
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=0,
+                        help="seed of the first prompt (default: 0)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=8,
+                        help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net: minutes at full size, then faster steps")
@@ -78,27 +76,22 @@ def main():
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if not prompts:
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
-    check_ranges(args, batch_size=(1, 10**6), zoom=(1, 10**4), seed=(0, 2**62))
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
-    for note in (*pipeline.report.notes, *use_decoder(pipeline, args.path, args.decoder)):
+    for note in pipeline.report.notes:
         print(note, file=sys.stderr)
-    pipeline.to(device)
+    pipeline.to(device)  # and to bfloat16 on a GPU that has it
     if args.compile:
         compile_for_sampling(pipeline.unet, device)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     is_run = (args.path / "train.json").exists()
     output = args.output or (args.path / "samples" if is_run else Path("samples"))
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
-    one_file = output.suffix and not output.is_dir()  # or else a file per prompt in this folder
+    one_file = output.suffix and not output.is_dir()  # otherwise a file per prompt in this folder
     if one_file and args.format not in (None, output.suffix[1:].lower()):
         raise ValueError(f"--format {args.format} contradicts --output {output}")
-    # What would fail at the end fails before the work.
-    require_writer(output if one_file else f"x{suffix}")
-    require_room(output if one_file else output / "x")
-    at_once = min(args.batch_size, len(prompts))
-    check_sampling(pipeline, sampling, at_once, len(prompts) if one_file else 1, args.zoom)
-    torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+    require_writer(output if one_file else f"x{suffix}")  # fail before the work, not after it
+    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
     # Generators: in a folder, each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
     clips = (enlarge(clip, args.zoom) for clip in clips)

@@ -3,7 +3,7 @@
 One coloured shape moves in a straight line over a dark background: "a red circle moving left". A
 caption names a colour, a shape and a direction, and all three can be measured in the pixels of a
 clip (evaluate.py does that). 12 of the 72 combinations are held out of training: a model that draws
-those has learnt what the words mean, and not only which clips it has seen.
+those has learned what the words mean, not only which clips it has seen.
 """
 
 import math
@@ -42,14 +42,14 @@ SEEN = [combination for combination in COMBINATIONS if combination not in HELD_O
 
 
 def coverage(shape, x, y, radius):
-    """The part of each pixel that a shape covers, in [0, 1]. x and y: pixels from its centre."""
+    """The fraction of each pixel that a shape covers. x and y: pixels from its centre."""
     if shape == "circle":
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - radius
     else:  # equilateral, one corner up: the largest of the distances to its three sides
-        inner = 0.778 * radius  # of its incircle: sqrt(pi / (3 sqrt(3))), for the circle's area
-        y = y - inner / 2  # 0.389 radii: centres the height, 3 inner, and not the incircle
+        inner = 0.778 * radius  # incircle radius at the circle's area: sqrt(pi / (3 sqrt(3)))
+        y = y - inner / 2  # 0.389 radii: centres the height, 3 inner, instead of the incircle
         slope = np.abs(x) * math.cos(math.pi / 6) - y * math.sin(math.pi / 6)
         distance = np.maximum(slope, y) - inner
     return np.clip(0.5 - distance, 0.0, 1.0)  # anti-aliased; the distance is negative inside
@@ -70,13 +70,11 @@ def render(combination, centres, radius, image_size):
 class MovingShapes:
     """A sequence of (frames uint8 (num_frames, 3, image_size, image_size), caption).
 
-    Clip i depends only on (seed, i), its combination and its size. `combinations` take turns.
+    Clip i depends only on (seed, i), its combination and its size. `combinations` take turns. At
+    image_size 16, the smallest that makes sense, a shape's radius is 3 pixels.
     """
 
     def __init__(self, num_clips=1536, num_frames=8, image_size=32, seed=0, combinations=SEEN):
-        if num_clips < 1 or num_frames < 1 or image_size < 16:
-            raise ValueError("MovingShapes needs num_clips, num_frames >= 1 and image_size >= 16, "
-                             f"got {num_clips}, {num_frames}, {image_size}")
         self.num_frames = self.max_frames = num_frames  # of every clip
         self.image_size, self.seed = image_size, seed
         self.combinations = [combinations[i % len(combinations)] for i in range(num_clips)]
@@ -95,14 +93,14 @@ class MovingShapes:
         return torch.from_numpy(frames), self.captions[i]
 
     def version(self, i):
-        """What clip i follows from, as a tuple."""
+        """Everything that clip i depends on, as a tuple."""
         return f"clip {i}", self.captions[i], self.seed, self.num_frames, self.image_size
 
     def motion(self, i):
         """(radius, middle of the path (2,), travel from first to last frame (2,)), in pixels."""
         rng, size = np.random.default_rng([self.seed, i]), self.image_size
-        # At size 16 a radius is >= 3 pixels. The largest shape has room for the longest travel from
-        # the first frame to the last: 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
+        # The largest shape has room for the longest travel from the first frame to the last:
+        # 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
         radius = size * rng.uniform(0.19, 0.23)
         travel = size * rng.uniform(0.25, 0.35)
         towards = np.array(DIRECTIONS[self.combinations[i][2]], dtype=float)

@@ -1,4 +1,4 @@
-"""Numbers to meaning: CLIP's text transformer, whose hidden states the U-Net attends to.
+"""Ids to meaning: CLIP's text transformer, whose hidden states the U-Net attends to.
 
     ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text encoder; the field names are those of transformers' CLIPTextConfig."""
+    """Shape of the text encoder; field names as in transformers' CLIPTextConfig."""
 
     vocab_size: int
     hidden_size: int  # d, the width of a token
@@ -27,14 +27,10 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        d, heads = self.hidden_size, self.num_attention_heads
-        for name, value in vars(self).items():
-            if name != "hidden_act" and not value > 0:  # written as not >, so that NaN fails
-                raise ValueError(f"{name} needs to be positive, got {value}")
-        if d % heads:
-            raise ValueError(f"num_attention_heads needs to divide hidden_size {d}, got {heads}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act needs one of {[*ACTIVATIONS]}, got {self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads or self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_size {self.hidden_size} needs to be a multiple of "
+                             f"num_attention_heads {self.num_attention_heads}, and hidden_act one "
+                             f"of {[*ACTIVATIONS]}, got {self.hidden_act!r}")
 
 
 def quick_gelu(x):
@@ -58,7 +54,7 @@ PRESETS = {  # training sets vocabulary and positions of "tiny" and "small" by i
 
 
 class TextAttention(nn.Module):
-    """Causal self-attention: a token sees itself and those before it. (b, n, d) -> (b, n, d)."""
+    """Causal self-attention: a token sees itself and earlier ones. (b, n, d) -> (b, n, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -70,9 +66,9 @@ class TextAttention(nn.Module):
     def forward(self, x):
         q, k, v = (projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))  # b heads n d/heads
-        # The text is complete, yet no token sees later ones: CLIP was trained with this mask, which
-        # also allows a language model's loss. Padding is not masked. It comes last, so no word sees
-        # it, and Stable Diffusion was trained with its hidden states: they know the whole text.
+        # The mask is CLIP's, which was trained with it so that a language model's loss remains
+        # possible. Padding is not masked: it comes last, so no word sees it, and Stable Diffusion
+        # was trained with its hidden states, which have seen the whole text.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # b heads n d/heads -> b n d
 
@@ -116,14 +112,14 @@ class CLIPTextModel(nn.Module):
             "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
             "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size),
         })
-        # PyTorch's default, std 1, is much larger than what attention adds. Then the last token, an
-        # end or padding in every text, would hardly depend on the words before it.
+        # PyTorch's default std, 1, is much larger than what attention adds. With it the last token,
+        # an end or padding in every text, would hardly depend on the words before it.
         nn.init.normal_(embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.03)
         layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         # Every word should reach the last token with the same strength. PyTorch's default matrices
-        # may make nearly one of "left" and "right", by bad luck; orthogonal ones keep all apart.
-        # And a word that comes early would also arrive by way of those after it: so at first only
+        # can map "left" and "right" to nearly the same vector; orthogonal ones keep all words
+        # apart. An early word would also reach the last token through later words, so at first only
         # the last layer mixes tokens.
         for layer in layers:
             nn.init.orthogonal_(layer.self_attn.v_proj.weight)
@@ -155,7 +151,7 @@ def standardise(encoder, ids):
 
     Data-dependent initial weights of the final layer norm, Salimans & Kingma 2016, section 3.
     """
-    # For new encoders: without it the last tokens of any two captions are nearly equal, and a U-Net
+    # For new encoders. Without it the last tokens of any two captions are nearly equal, and a U-Net
     # that adds the last token to its time embedding learns only the colours.
     last, norm = encoder(ids)[:, -1], encoder.text_model.final_layer_norm  # b d
     scale = 1 / last.std(dim=0).clamp(min=1e-3)

@@ -2,8 +2,8 @@
 
     caption -> words -> symbols -> merged symbols -> ids (b, n)
 
-A word starts as one symbol per byte, so no word is unknown. Training joins the most frequent pair
-of neighbours, again and again. Three merges learned from the caption "low low lower":
+A word starts as one symbol per byte, so no word is unknown. Training repeatedly joins the most
+frequent pair of neighbours. Three merges learned from the caption "low low lower":
 
     l o w</w>  l o w</w>  l o w e r</w>    (l, o) occurs three times
     lo w</w>   lo w</w>   lo w e r</w>     (lo, w</w>) occurs twice
@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Marks the last symbol of a word. It keeps the word "art" (one token, art</w>) apart from the first
+# Suffix of a word's last symbol. It keeps the word "art" (one token, art</w>) apart from the first
 # letters of "artist".
 WORD_END = "</w>"
 
@@ -57,7 +57,7 @@ def split_words(text):
         kind, end = character_kind(text[start]), start + 1
         if fixed := FIXED_WORDS.match(text, start):
             end = fixed.end()
-        elif kind != "N":  # every digit is a word: numbers share ten tokens
+        elif kind != "N":  # every digit is a word, so numbers share ten tokens
             while end < len(text) and character_kind(text[end]) == kind:
                 end += 1
         if kind != " ":
@@ -101,8 +101,6 @@ class CLIPTokenizer:
     """
 
     def __init__(self, merges, max_length=77, pad_with_end=True):
-        if not (isinstance(max_length, int) and 2 <= max_length <= 65536):
-            raise ValueError(f"max_length needs to be 2 (start, end) to 65536, got {max_length!r}")
         # CLIP's ids: 256 bytes inside a word, 256 that end a word, one per merge, start, end.
         characters = list(BYTE_TO_CHARACTER.values())
         self.ids = {token: index for index, token in enumerate(characters)}
@@ -127,7 +125,6 @@ class CLIPTokenizer:
     @classmethod
     def train(cls, captions, num_merges, max_length=77, pad_with_end=True):
         """Learn num_merges merges from a list of captions; fewer if no pair is left."""
-        check_texts(captions, "captions")
         counts = Counter(word for caption in captions for word in split_words(caption))
         words = [(to_symbols(word), counts[word]) for word in counts if word not in (START, END)]
         merges = []
@@ -135,10 +132,10 @@ class CLIPTokenizer:
             pairs = Counter()
             for symbols, count in words:
                 for pair in pairwise(symbols):
-                    pairs[pair] += count  # how often, not in how many words
+                    pairs[pair] += count
             if not pairs:
                 break
-            # The most frequent pair. Of several the first in code point order, so that the order of
+            # The most frequent pair. Ties go to the first in code point order, so that the order of
             # the captions does not matter.
             best = min(pairs, key=lambda pair: (-pairs[pair], pair))
             merges.append(best)
@@ -162,19 +159,11 @@ class CLIPTokenizer:
 
     def __call__(self, texts):
         """A list of texts to ids (len(texts), max_length), int64: start, text, end, padding."""
-        check_texts(texts, "texts")
+        if isinstance(texts, str):
+            raise ValueError(f"texts needs a list of str, got the str {texts!r:.60}")
         ids = torch.full((len(texts), self.max_length), self.pad_id)  # b n, all padding
         for row, text in zip(ids, texts, strict=True):
             # A long text loses its last tokens, never the end token: the networks expect it.
             kept = self.encode(text)[: self.max_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids
-
-
-def check_texts(texts, name):
-    """Raise ValueError unless texts is a list (or tuple) of str."""
-    if not isinstance(texts, list | tuple):
-        raise ValueError(f"{name} needs a list of str, got {type(texts).__name__}")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{index}] needs to be a str, got {type(text).__name__}")

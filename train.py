@@ -6,14 +6,16 @@
             frozen, so each caption is encoded once. This is Latent-Shift (An et al. 2023, section
             3); --temporal chooses another variant (temporal.py).
 
-    python train.py runs/mine --data shapes                 all three, or what is still missing
+    python train.py runs/mine --data shapes                 all three, or those still missing
+    python train.py runs/mine --data my_clips --check       read every clip and list every problem
     python train.py runs/mine --data my_clips --resume      continue after a stop
     python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
                                                             stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
+
+trainer.py has the loop around each stage: optimizer.step(), the average, saving and resuming.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -21,24 +23,24 @@ import torch
 
 import text
 import vae
-from cache import cache_frames, cache_latents, cache_texts, read
-from cli import add_flags, given_flags, run_main
-from data import random_window
 from diffusion import randn
-from media.write import contact_sheet, write_clip
 from model import UNet
-from options import RECIPES, STAGES
 from pipeline import Pipeline
-from run import (Run, draw_previews, load_image_model, load_vae, merge_options, open_data,
-                 progress, stages_to_run)
-from temporal import start_as_shift, temporal_state
+from support.cli import Parser, add_flags, given_flags, run_main
+from temporal import temporal_state
 from tokenizer import CLIPTokenizer
-from trainer import Trainer, step_generator
+from trainer import Trainer
+from training.cache import cache_frames, cache_latents, cache_texts
+from training.options import RECIPES, STAGES, merge_options, stages_to_run
+from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
 
-NUM_MERGES = 2000  # of the tokenizer, at most: words of a small data set become one token each
-# What is standardised is measured on all frames or captions, or on evenly spaced ones: at least so
-# many, and fewer than twice that, if clips are of about one length.
+NUM_MERGES = 2000  # of the tokenizer, at most: each word of a small data set becomes one token
+# Frames and captions on which latents and text embeddings are standardised, about
 FRAMES, TEXTS = 8192, 256
+CAPTION_DROPOUT = 0.1  # fraction of captions left out, for guidance (Ho & Salimans 2022)
+# Learning-rate multiplier of the text encoder. Images show no direction, so a fast-learning encoder
+# forgets those words.
+TEXT_RATE = 0.01
 
 
 # Stage one: the autoencoder
@@ -47,69 +49,46 @@ FRAMES, TEXTS = 8192, 256
 def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
     """Squared error plus a small divergence from N(0, 1). LDM, Rombach et al. 2022, eq. 25.
 
-    Its perceptual and its adversarial term need other networks, and are left out.
+    The paper's perceptual and adversarial terms need other networks, and are left out.
 
     x are frames (n, 3, h, w) in [-1, 1], noise (n, c, h/f, w/f) is for the sample of their latents.
     """
-    reconstruction, gaussian = autoencoder(x, noise)
+    reconstruction, gaussian = autoencoder(x, noise)  # n 3 h w; mean and logvar n c h/f w/f
     error = reconstruction_error(reconstruction, x, motion_weight)
     return error + kl_weight * gaussian.kl().mean() / noise[0].numel()
 
 
 def reconstruction_error(reconstruction, x, motion_weight):
-    """Mean squared error of frames (n, 3, h, w), with more weight on what moves."""
-    # A moving shape covers a seventh of a frame; unweighted, the background would decide. What
-    # differs from a frame's median colour is taken for the shape.
+    """Mean squared error of frames (n, 3, h, w), with more weight on moving shapes."""
+    # A moving shape covers a seventh of a frame; unweighted, the background would dominate. Pixels
+    # that differ from a frame's median colour are taken for the shape.
     median = x.flatten(2).median(dim=2).values[:, :, None, None]  # n c h w -> n c 1 1
     differs = ((x - median).abs().amax(dim=1, keepdim=True) > 0.1).to(x.dtype)  # n 1 h w
     return ((reconstruction - x) ** 2 * (1 + motion_weight * differs)).mean()
 
 
-def train_vae(run, clips):
-    """Stage one: frames -> latents -> frames; then the scale that gives latents unit variance."""
-    options, frames = run.options, cache_frames(run, clips)
+def train_vae(run, frames):
+    """Stage one. frames (n, 3, h, w) uint8, of all clips."""
+    options, batch_size = run.options, run.options.vae_batch_size
     autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=torch.channels_last)
-    config, count = autoencoder.config, options.vae_batch_size
-    size = options.image_size // config.downscale
+    size = options.image_size // autoencoder.config.downscale
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
-
-    def pixels(x):
-        return run.to_device(x)[0].float() / 127.5 - 1  # 0..255 -> -1..1
-
-    def choose(generator):
-        return torch.randint(frames.num_rows, (count,), generator=generator).tolist()
-
-    @torch.no_grad()
-    def preview(step):
-        # Whole numbers: float32 would round the last row of a large cache up, to one behind it.
-        x = pixels(frames.rows([i * (frames.num_rows - 1) // 7 for i in range(8)]))
-        with run.precision():
-            y = autoencoder.decode(autoencoder.encode(x).mean).float()
-        write_clip(run.path / "previews" / f"vae-{step:06d}.png", contact_sheet([x.cpu(), y.cpu()]))
-
-    chosen = (choose(step_generator(options.seed, "vae", step, micro))
-              for step in range(trainer.step, trainer.num_steps)
-              for micro in range(options.accumulate))
-    batches = read(frames.rows, chosen, options.workers)  # ahead of the steps
-    for (_, generator), x in zip(trainer.steps(preview), batches, strict=True):
-        choose(generator)  # drawn for x already: the noise is what the generator gives next
-        noise = torch.randn(count, config.latent_channels, size, size, generator=generator)
-        x, (noise,) = pixels(x), run.to_device(noise)
+    for _, generator in trainer.steps(run.preview_vae(autoencoder, frames)):
+        chosen = torch.randint(len(frames), (batch_size,), generator=generator)
+        noise = torch.randn(batch_size, autoencoder.config.latent_channels, size, size,
+                            generator=generator)
+        x, noise = run.to_device(frames[chosen], noise)  # b 3 h w, b c h/f w/f
+        x = x.float() / 127.5 - 1  # 0..255 -> -1..1
         with run.precision():
             loss = reconstruction_loss(forward, x, noise, options.motion_weight, options.kl_weight)
         trainer.backward(loss)
+    some = frames[:: max(1, len(frames) // FRAMES)]  # evenly spaced
     with run.precision():
-        latents = some_latents(autoencoder, frames)
-    vae.standardise(autoencoder, latents.to(run.device))
+        latents = torch.cat([vae.encode_clip(autoencoder, part) for part in some.split(64)])
+    vae.standardise(autoencoder, latents)
     run.save(vae=autoencoder)
     run.finish("vae")
-
-
-def some_latents(autoencoder, frames):
-    """Latents ((clips t), c, h/f, w/f) of some of the clips in a cache of frames."""
-    some = progress(range(0, len(frames), max(1, frames.num_rows // FRAMES)), "encode")
-    return torch.cat([vae.encode_clip(autoencoder, frames[i]).cpu() for i in some])
 
 
 # Stages two and three: the U-Net
@@ -120,8 +99,8 @@ def denoising_loss(unet, diffusion, x0, noise, timesteps, context):
 
     x0 and noise are (b, t, c, h, w), timesteps (b,), context the text's hidden states (b, n, d).
     """
-    noisy = diffusion.add_noise(x0, noise, timesteps)
-    prediction = unet(noisy, timesteps, context)
+    noisy = diffusion.add_noise(x0, noise, timesteps)  # b t c h w
+    prediction = unet(noisy, timesteps, context)  # b t c h w
     target = diffusion.target(x0, noise, timesteps)  # the noise, or v
     return (prediction.float() - target).square().mean()
 
@@ -129,9 +108,16 @@ def denoising_loss(unet, diffusion, x0, noise, timesteps, context):
 def random_clips(latents, captions, batch_size, num_frames, generator):
     """Windows of random clips, x0 (b, t, c, h, w), and their captions."""
     chosen = torch.randint(len(latents), (batch_size,), generator=generator).tolist()
-    starts = [random_window(len(latents[i]), num_frames, generator) for i in chosen]
-    windows = [latents[i][s : s + num_frames] for i, s in zip(chosen, starts, strict=True)]
+    windows = []
+    for i in chosen:
+        start = random_window(len(latents[i]), num_frames, generator)
+        windows.append(latents[i][start : start + num_frames])  # t c h w
     return torch.stack(windows), [captions[i] for i in chosen]
+
+
+def random_window(num_available, num_frames, generator):
+    """A random index where num_frames successive frames start."""
+    return int(torch.randint(num_available - num_frames + 1, (), generator=generator))
 
 
 def random_timesteps(count, num_timesteps, generator, prefer_noise=0.0):
@@ -142,127 +128,174 @@ def random_timesteps(count, num_timesteps, generator, prefer_noise=0.0):
     return (t * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
-def drop_captions(texts, part, generator):
-    """Leave out a part of the captions: guidance needs the prediction without a text, too."""
-    dropped = torch.rand(len(texts), generator=generator) < part
+def drop_captions(texts, fraction, generator):
+    """Leave out a fraction of the captions: guidance also needs the prediction without a text."""
+    dropped = torch.rand(len(texts), generator=generator) < fraction
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+
+
+def new_image_model(options, autoencoder, captions):
+    """The untrained model of the image stage: a Pipeline whose tokenizer is learned from captions.
+
+    An image model is the U-Net without the shift.
+    """
+    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
+                                 max_position_embeddings=options.max_tokens)
+    encoder = text.CLIPTextModel(config)  # ids b n -> context b n d
+    unique = ["", *dict.fromkeys(captions)]
+    text.standardise(encoder, tokenizer(unique[:: max(1, len(unique) // TEXTS)]))
+    unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
+    return Pipeline(unet, autoencoder, encoder, tokenizer, options.diffusion(),
+                    options.sampling(num_frames=1))
 
 
 def train_image(run, autoencoder, latents, captions):
     """Stage two: the U-Net on single frames, and the text encoder with it.
 
-    latents are one (t, c, h/f, w/f) for each clip.
+    latents has one (t, c, h/f, w/f) per clip.
     """
-    options = run.options
-    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
-    config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
-                                 max_position_embeddings=options.max_tokens)
-    encoder = text.CLIPTextModel(config)
-    unique = ["", *dict.fromkeys(captions)]
-    text.standardise(encoder, tokenizer(unique[:: max(1, len(unique) // TEXTS)]))
-    encoder.to(run.device)
-    unet = UNet(dataclasses.replace(options.unet(), temporal="none"))
+    options, model = run.options, new_image_model(run.options, autoencoder, captions)
+    unet, encoder, diffusion = model.unet, model.text_encoder, model.diffusion
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = run.plan("image").checkpointing
-    diffusion, sampling = options.diffusion(), options.sampling(num_frames=1)
-    pipeline = Pipeline(unet, autoencoder, encoder, tokenizer, diffusion, sampling)
-    # No image shows a direction, so an encoder that learns fast forgets those words: text_rate.
-    trainer = Trainer(run, "image", [(unet.parameters(), 1.0),
-                                     (encoder.parameters(), options.text_rate)])
+    encoder.to(run.device)
+    unet.gradient_checkpointing = run.checkpointing
+    trainer = Trainer(run, "image", [(unet.parameters(), 1.0), (encoder.parameters(), TEXT_RATE)])
     predict, encode = trainer.wrap(unet), trainer.wrap(encoder)
-    for _, generator in trainer.steps(draw_previews(run, "image", pipeline, captions)):
+    for _, generator in trainer.steps(run.draw_previews("image", model, captions)):
         x0, texts = random_clips(latents, captions, options.image_batch_size, 1, generator)
         noise = randn(x0.shape, generator)  # b 1 c h w
         timesteps = random_timesteps(len(x0), diffusion.num_train_timesteps, generator)
-        ids = tokenizer(drop_captions(texts, options.caption_dropout, generator))  # b n
+        ids = model.tokenizer(drop_captions(texts, CAPTION_DROPOUT, generator))  # b n
         x0, noise, timesteps, ids = run.to_device(x0, noise, timesteps, ids)
         with run.precision():
             context = encode(ids)  # b n -> b n d
             loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
         trainer.backward(loss)
-    run.save(unet=unet, image_unet=unet, text=(encoder, tokenizer), schedule=(diffusion, sampling))
+    run.save(unet=unet, image_unet=unet, text=(encoder, model.tokenizer),
+             schedule=(diffusion, model.sampling))
     run.finish("image")
 
 
-def train_video(run, image_model, latents, captions, preview=None):
-    """Stage three: an image model, a Pipeline, learns clips. Returns the U-Net.
+def video_unet(image_unet, options):
+    """Latent-Shift: the image model's U-Net with the shift, and its weights, all and no others."""
+    unet = UNet(dataclasses.replace(image_unet.config, **options.temporal_fields()))
+    # Only variants other than the shift have layers that the image model lacks: temporal_state().
+    unet.load_state_dict(image_unet.state_dict() | temporal_state(unet))
+    return unet
 
-    latents are one (t, c, h/f, w/f) for each clip. preview(step, unet) replaces the usual samples.
+
+def train_video(run, model, latents, captions, context_of, preview=None, num_previews=4):
+    """Stage three: the U-Net of a model, a Pipeline, learns clips.
+
+    latents has one (t, c, h/f, w/f) per clip, context_of(texts) is (b, n, d). preview(step)
+    replaces the usual samples.
     """
-    options, diffusion = run.options, image_model.diffusion
-    # Latent-Shift: the same U-Net with the shift, and the image model's weights, all and no others.
-    # Only other variants have layers that the image model lacks: temporal_state().
-    unet = UNet(dataclasses.replace(image_model.unet.config, **options.temporal_fields()))
-    unet.load_state_dict(image_model.unet.state_dict() | temporal_state(unet))
-    if options.start_as_shift:
-        start_as_shift(unet)
+    options, unet, diffusion = run.options, model.unet, model.diffusion
     unet.to(run.device, memory_format=torch.channels_last)
-    unet.gradient_checkpointing = run.plan("video").checkpointing
-    sampling = options.sampling(options.num_frames)
-    pipeline = dataclasses.replace(image_model, unet=unet, sampling=sampling)
-    context_of = cache_texts(run, captions, image_model)
+    unet.gradient_checkpointing = run.checkpointing
+    model.sampling = options.sampling(options.num_frames)
     new = temporal_state(unet)
     groups = [([p for name, p in unet.named_parameters() if name not in new], 1.0),
               ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
     trainer = Trainer(run, "video", [group for group in groups if group[0]])
     predict = trainer.wrap(unet)
-    look = draw_previews(run, "video", pipeline, captions) if preview is None else (
-        lambda step: preview(step, unet))
-    for step, generator in trainer.steps(look):
+    preview = preview or run.draw_previews("video", model, captions)
+    for step, generator in trainer.steps(preview, num_previews):
         t, b = options.latent_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model (our addition)
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
-        noise = randn(x0.shape, generator)
-        # Where a shape goes is decided at the noisiest timesteps, so the first half of the training
-        # prefers them. It is a choice of the tiny recipe, not of the paper.
+        noise = randn(x0.shape, generator)  # a new one for every frame
+        # The noisiest timesteps decide where a shape goes, so the first half of the training
+        # prefers them. This is a choice of the tiny recipe, not of the paper.
         prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
         timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator, prefer)
-        texts = drop_captions(texts, options.caption_dropout, generator)
-        context = context_of(texts)  # b n d
+        context = context_of(drop_captions(texts, CAPTION_DROPOUT, generator))  # b n d
         x0, noise, timesteps, context = run.to_device(x0, noise, timesteps, context)
         with run.precision():
             loss = denoising_loss(predict, diffusion, x0, noise, timesteps, context)
         trainer.backward(loss)
-    run.save(unet=unet, schedule=(diffusion, sampling))
+    run.save(unet=unet, schedule=(diffusion, model.sampling))
     run.finish("video")
-    return unet
+
+
+# The command
+
+
+def rehearse(run, stages, captions):
+    """Try one step of each stage at full shape. If a GPU's memory does not suffice, try again with
+    activations computed twice (run.checkpointing). Raises ValueError if a stage does not fit."""
+    options, size, some = run.options, run.options.image_size, captions[:1]
+    model = (load_image_model(run.path, run.device, options.precision) if "image" in run.finished
+             else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
+    model.vae.to("cpu")
+    model.text_encoder.to("cpu")  # where they are while the U-Net learns
+    small, channels = size // model.vae.config.downscale, model.vae.config.latent_channels
+    latents = [torch.randn(options.latent_frames, channels, small, small)]
+    encoder = model.text_encoder.config
+    context = torch.randn(1, encoder.max_position_embeddings, encoder.hidden_size)
+    trials = {
+        "vae": lambda run: train_vae(run, torch.zeros(1, 3, size, size, dtype=torch.uint8)),
+        "image": lambda run: train_image(run, model.vae, latents, some),
+        "video": lambda run: train_video(
+            run, dataclasses.replace(model, unet=video_unet(model.unet, options)), latents, some,
+            lambda texts: context.expand(len(texts), -1, -1)),
+    }
+    for stage in stages:
+        for run.checkpointing in (run.checkpointing, True):
+            try:
+                trials[stage](Rehearsal(run))
+                break
+            except torch.OutOfMemoryError:
+                pass  # the error holds its tensors until here
+            torch.cuda.empty_cache()
+        else:
+            raise ValueError(f"the {stage} stage does not fit into the GPU's memory; add --offload,"
+                             f" or lower --{stage}-batch-size, --num-frames or --image-size")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Train a text-to-video model.", allow_abbrev=False,
-        epilog="Defaults are those of the tiny preset; another --preset has its own (options.py).")
+    parser = Parser(
+        description="Train a text-to-video model.",
+        epilog="Defaults belong to the tiny preset; another --preset has its own (options.py).")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--stage", choices=STAGES, help="train this stage only")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished stage")
+    parser.add_argument("--check", action="store_true",
+                        help="read every clip of --data, list every problem, train nothing")
     add_flags(parser, RECIPES["tiny"])
     args = parser.parse_args()
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
+    if args.check:
+        from training.data import check  # imported where needed: a training does not need it
+        return check(options)
     adopting = options.init is not None and "image" not in finished
     stages = stages_to_run(args.run, args.stage, ["vae", "image"] if adopting else finished)
     if not stages:
         print(f"{args.run}: all stages are finished")
-        return
-    torch.set_flush_denormal(True)  # numbers near 0 would take a CPU many times as long
+        return 0
+    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
-    for stage in stages:  # what does not fit is refused now and not hours later
-        run.plan(stage)
+    if run.device.type == "cuda":
+        rehearse(run, stages, clips.captions)
     for stage in stages:
         torch.manual_seed(options.seed)  # of new weights
         if stage == "vae":
-            train_vae(run, clips)
+            train_vae(run, cache_frames(run, clips).rows)
         elif stage == "image":
             autoencoder = load_vae(run.path, run.device, options.precision)
-            latents = cache_latents(run, clips, autoencoder)
-            train_image(run, autoencoder, latents, clips.captions)
+            train_image(run, autoencoder, cache_latents(run, clips, autoencoder), clips.captions)
         else:
-            image_model = load_image_model(run.path, run.device, options.precision)
-            latents = cache_latents(run, clips, image_model.vae)
-            train_video(run, image_model, latents, clips.captions)
+            model = load_image_model(run.path, run.device, options.precision)
+            model.unet = video_unet(model.unet, options)
+            latents = cache_latents(run, clips, model.vae)
+            context_of = cache_texts(run, clips.captions, model)
+            train_video(run, model, latents, clips.captions, context_of)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The KL autoencoder: frames to latents and back, so that diffusion works on few numbers.
+"""The KL autoencoder: frames to latents and back, so that diffusion works on fewer numbers.
 
 The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f,
-w/f), the decoder maps latents back. It is trained to reconstruct frames, with a small penalty for
-Gaussians far from N(0, 1). It knows nothing of time: a clip is encoded and decoded frame by frame,
-unless its decoder has temporal layers (papers/video_decoder.py).
+w/f); the decoder maps latents back. Training minimises the reconstruction error, with a small
+penalty for Gaussians far from N(0, 1). Nothing here knows of time: a clip is encoded and decoded
+frame by frame.
 
 Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
 PRESETS["sd"] this is Stable Diffusion's autoencoder, name by name.
@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import frames_at_once
 from layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample, per_frame
-from temporal import VARIANTS, add_decoder_layers
 
-# Of every GroupNorm here. With the U-Net's 1e-5 a checkpoint loads, too, and gives worse images.
+# GroupNorm's epsilon. With the U-Net's 1e-5 a checkpoint also loads, but gives worse images.
 EPS = 1e-6
-# Pixels that go through the network at once, 4 frames of 256x256: a clip needs no more memory. A
-# GPU takes what it has room for (devices.py).
+# Pixels of the frames that go through the network at once (4 frames of 256x256), so that a long
+# clip needs no more memory than a short one.
 CHUNK_PIXELS = 2**18
 
 
@@ -40,20 +38,14 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     scaling_factor: float = 0.18215  # latents times this have variance 1, as the U-Net sees them
     sample_size: int = 512  # pixels it was trained on; a note, not a limit
-    temporal: str = "none"  # ours: the decoder's temporal layers, a variant of temporal.py
-    max_frames: int = 16  # ours: frames that have parameters of their own, with "attention"
 
     def __post_init__(self):
-        if self.temporal not in VARIANTS or self.max_frames < 1:
-            raise ValueError(f"temporal needs one of {VARIANTS} and max_frames >= 1, got "
-                             f"{self.temporal!r} and {self.max_frames}")
         widths, groups = self.block_out_channels, self.norm_num_groups
-        if min(widths, default=0) < 1 or groups < 1 or any(width % groups for width in widths):
+        if min(groups, *widths, len(widths)) < 1 or any(width % groups for width in widths):
             raise ValueError("block_out_channels needs multiples of norm_num_groups >= 1, got "
                              f"{widths} and {groups}")
-        if self.layers_per_block < 1 or not self.scaling_factor > 0:
-            raise ValueError("layers_per_block needs >= 1 and scaling_factor > 0, got "
-                             f"{self.layers_per_block} and {self.scaling_factor}")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor needs > 0, got {self.scaling_factor}")
 
     @property
     def downscale(self):
@@ -100,30 +92,29 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
         self.resnets = nn.Sequential(*(ResnetBlock(a, b, groups, EPS) for a, b in pairwise(widths)))
-        # An empty Sequential is the identity, so forward needs no case for what a level lacks.
+        # An empty Sequential is the identity, so forward needs no case for a level without a step.
         down = [Downsample(out_channels, asymmetric=True)] if step == "down" else []
         self.downsamplers = nn.Sequential(*down)
         self.upsamplers = nn.Sequential(*[Upsample(out_channels)] if step == "up" else [])
-        self.temporal = nn.Sequential()  # in a decoder with attention over time
 
     def forward(self, x):
-        return self.upsamplers(self.downsamplers(self.temporal(self.resnets(x))))
+        return self.upsamplers(self.downsamplers(self.resnets(x)))
 
 
 class MidBlock(nn.Module):
-    """Two blocks at the lowest resolution, attention over all places between them."""
+    """Two blocks at the lowest resolution, attention between them."""
 
     def __init__(self, channels, groups, attention):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, EPS) for _ in range(2))
-        self.attentions = nn.Sequential(*[PlaceAttention(channels, groups)] if attention else [])
+        self.attentions = nn.Sequential(*[SpatialAttention(channels, groups)] if attention else [])
 
     def forward(self, x):
         return self.resnets[1](per_frame(self.attentions, self.resnets[0](x)))
 
 
-class PlaceAttention(Attention):
-    """Single-headed self-attention over the places of an image, with its norm and residual."""
+class SpatialAttention(Attention):
+    """Single-headed self-attention over an image's positions, with norm and skip connection."""
 
     def __init__(self, channels, groups):
         super().__init__(channels, num_heads=1, bias=True)
@@ -132,7 +123,7 @@ class PlaceAttention(Attention):
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # n c h w -> n (h w) c
         y = super().forward(tokens).transpose(1, 2)  # n (h w) c -> n c (h w)
-        return x + y.unflatten(2, x.shape[2:])
+        return x + y.unflatten(2, x.shape[2:])  # n c (h w) -> n c h w
 
 
 class Encoder(nn.Module):
@@ -164,7 +155,8 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        # One block more a level than in the encoder, as in DDPM's U-Net, where it reads a skip.
+        # One more block per level than the encoder. In DDPM's U-Net it consumed the extra skip
+        # connection.
         self.up_blocks = nn.Sequential(*(
             Level(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
                   "up" if i < len(widths) - 1 else None)
@@ -172,7 +164,6 @@ class Decoder(nn.Module):
         ))
         self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
-        add_decoder_layers(self, config)
 
     def forward(self, z):
         x = self.up_blocks(self.mid_block(per_frame(self.conv_in, z)))  # ... 4 h w -> ... c fh fw
@@ -186,15 +177,15 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         latent = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        # 1x1 convolutions around the latents, named for an autoencoder that quantised them.
+        self.encoder = Encoder(config)  # n 3 h w -> n 2c h/f w/f
+        self.decoder = Decoder(config)  # n c h/f w/f -> n 3 h w
+        # 1x1 convolutions around the latents, named after an autoencoder that quantised them.
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     def forward(self, x, noise):
         """(reconstruction, Gaussian) of frames x (n, 3, h, w), with noise for its sample."""
-        gaussian = self.encode(x)
+        gaussian = self.encode(x)  # n 3 h w -> mean and logvar n c h/f w/f
         return self.decode(gaussian.sample(noise)), gaussian
 
     def encode(self, x):
@@ -206,23 +197,22 @@ class AutoencoderKL(nn.Module):
         if x.ndim != 4 or x.shape[1] != c or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"encode needs frames (n, {c}, h, w) with h and w multiples of {f}, "
                              f"got {tuple(x.shape)}")
-        # In parts of a few frames: the largest activations have 128 channels at full size.
-        parts = x.split(frames_at_once(x, x.shape[2:].numel(), CHUNK_PIXELS))
-        moments = [self.quant_conv(self.encoder(frames)) for frames in parts]
-        return DiagonalGaussian(*torch.cat(moments).chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
+        moments = in_parts(lambda part: self.quant_conv(self.encoder(part)), x, x[0, 0].numel())
+        return DiagonalGaussian(*moments.chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
-        """Frames (n, 3, f h, f w), about in [-1, 1], of unscaled latents z (n, c, h, w).
+        """Frames (..., 3, f h, f w), about in [-1, 1], of unscaled latents z (..., c, h, w)."""
+        pixels = z.shape[-2:].numel() * self.config.downscale**2
+        frames = in_parts(lambda part: self.decoder(self.post_quant_conv(part)),
+                          z.flatten(0, -4), pixels)  # b t c h w -> (b t) 3 fh fw
+        return frames.unflatten(0, z.shape[:-3])
 
-        Or clips (b, t, 3, f h, f w) of z (b, t, c, h, w), which temporal layers need.
-        """
-        if self.config.temporal == "none" and z.ndim == 5:  # frames are decoded by themselves
-            return self.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        if self.config.temporal != "none" and z.ndim != 5:
-            raise ValueError(f"decode needs clips (b, t, c, h, w), got {tuple(z.shape)}")
-        pixels = z[0, ..., 0, :, :].numel() * self.config.downscale**2  # of a frame, or of a clip
-        parts = z.split(frames_at_once(z, pixels, CHUNK_PIXELS))
-        return torch.cat([self.decoder(per_frame(self.post_quant_conv, part)) for part in parts])
+
+def in_parts(network, x, pixels):
+    """network(x) of x (n, ...), as many at a time as have CHUNK_PIXELS if each has `pixels`."""
+    if torch.is_grad_enabled():  # training keeps the activations of all frames anyway
+        return network(x)
+    return torch.cat([network(part) for part in x.split(max(1, CHUNK_PIXELS // pixels))])
 
 
 @torch.no_grad()
@@ -252,5 +242,5 @@ def standardise(vae, latents):
 @torch.no_grad()
 def decode_clips(vae, latents):
     """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
-    z = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+    z = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)  # b t c h w
     return vae.decode(z).clamp(-1, 1)
