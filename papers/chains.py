@@ -1,11 +1,13 @@
-"""Windows one after the other: how clips become longer than a model's training clips.
+"""Windows one after the other, so that clips become longer than a model's training clips.
 
-    begin     the first window, of the text alone or with a known first frame
-    follow    prediction: the last frames of a window are the known ones of the next, without end
-    fill      interpolation: the frames between key frames
+    begin          the first window, from the text alone or with a known first frame
+    follow         prediction: the last frames of a window are the first of the next, without end
+    fill           interpolation: the frames between key frames
+    long_latents   a clip without end: follow(), or fill() on the key frames of follow()
 
-LVDM's hierarchical generation (He et al. 2022, section 3.3) is fill() on the key frames of
-follow(). All are generators, so a clip may be longer than memory.
+The second form of long_latents is LVDM's hierarchical generation (He et al. 2022, section 3.3).
+With many key frames in the first window it is MagicVideo's (Zhou et al. 2022), which draws all key
+frames at once, at a low frame rate. All are generators, so a clip may be longer than memory.
 """
 
 import dataclasses
@@ -17,102 +19,97 @@ import torch
 from papers.known_frames import Guidance, draw
 
 BETWEEN = 3  # frames between two key frames
+WINDOW = 8  # frames from the first to the last of a window of interpolation, as in training
 
 
 @dataclass(frozen=True)
 class Chain:
-    """How windows follow each other: their frames, the known ones, and how each is drawn."""
+    """How windows follow each other."""
 
     num_frames: int = 8
     num_known: int = 3
     frame_rate: float = 8.0
     how: Guidance = Guidance()
+    key_frames: int = 0  # in the first window; 0 draws a clip frame after frame
 
 
 def seeds_of(seeds, window):
-    """A seed for each clip's window, so that a chain can go on from any of them."""
+    """A seed for each clip's window, so that every window has its own noise."""
     return [seed * 2**20 + window for seed in seeds]
 
 
-def begin(model, context, chain, seeds, size, first=None):
-    """The first window (b, t, c, h, w) of clips, of the text alone or with a known first frame."""
-    shape = (len(seeds), chain.num_frames, model.unet.config.out_channels, size, size)
-    latents = torch.zeros(shape, device=context.device)
-    known = torch.zeros(chain.num_frames, dtype=torch.bool)
+def begin(model, context, chain, seeds, first=None):
+    """The first window (b, t, c, h, w) of clips, with the first frame (b, c, h, w) if given."""
+    sampling = model.sampling
+    size = sampling.image_size // model.vae.config.downscale
+    shape = len(seeds), chain.num_frames, model.unet.config.out_channels, size, size
+    latents, known = torch.zeros(shape, device=context.device), ()
     if first is not None:
-        latents[:, 0], known[0] = first, True
-    # The text decides here what is seen, as in sample.py; later windows follow the known frames.
-    like = model.sampling
-    how = Guidance(like.num_steps, text=like.guidance_scale, max_snr=like.guidance_max_snr,
-                   power=like.timestep_power)
+        latents[:, 0], known = first, (0,)
+    # The text decides what this window shows, as in sample.py. Later ones follow the known frames.
+    how = Guidance(sampling.num_steps, text=sampling.guidance_scale,
+                   max_snr=sampling.guidance_max_snr, power=sampling.timestep_power)
     return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 
 
-def follow(model, context, chain, seeds, last, window=1):
-    """Yield the frames (b, n, c, h, w) that follow `last` (b, num_known, ...), without end."""
-    new = chain.num_frames - chain.num_known
-    known = torch.arange(chain.num_frames) < chain.num_known
-    while True:
-        latents = torch.cat([last, last.new_zeros(last.shape[0], new, *last.shape[2:])], dim=1)
-        latents = draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, window),
-                       chain.how)
-        yield latents[:, chain.num_known :]
-        last, window = latents[:, -chain.num_known :], window + 1
+def follow(model, context, chain, seeds, latents):
+    """Yield the frames (b, n, c, h, w) that follow the last ones of `latents`, without end."""
+    for window in itertools.count(1):
+        last = latents[:, -chain.num_known :]
+        b, known, *shape = last.shape
+        new = last.new_zeros(b, chain.num_frames - known, *shape)
+        latents = draw(model, context, torch.cat([last, new], dim=1), range(known),
+                       chain.frame_rate, seeds_of(seeds, window), chain.how)
+        yield latents[:, known:]
 
 
-def fill(model, context, chain, seeds, keys, done=0):
-    """Yield the frames between key frames, and these: 3 new ones, a key, 3 new ones, a key.
+def fill(model, context, chain, seeds, windows, between=BETWEEN):
+    """Yield the frames of windows of key frames (b, n, c, h, w), with `between` new ones per gap.
 
-    keys yields key frames (b, n, c, h, w), whose first one is not yielded again; chain.frame_rate
-    is that of all frames. The first `done` windows are left out.
+    Each window begins with the last key frame of the window before, which is not yielded again.
+    chain.frame_rate is the rate of all frames.
     """
-    span = 2 * (BETWEEN + 1)
-    buffer = next(keys)
-    known = torch.arange(span + 1) % (BETWEEN + 1) == 0
-    for window in itertools.count():
-        while buffer.shape[1] < 3:
-            buffer = torch.cat([buffer, next(keys)], dim=1)
-        if window >= done:
-            latents = buffer.new_zeros(len(buffer), span + 1, *buffer.shape[2:])
-            latents[:, known] = buffer[:, :3]
-            # Seeds of their own: the windows of the key frames count from 0, too.
-            seeds_here = seeds_of(seeds, 2**19 + window)
-            yield draw(model, context, latents, known, chain.frame_rate, seeds_here,
-                       chain.how)[:, 1:]
-        buffer = buffer[:, 2:]
+    step = between + 1
+    for window, keys in enumerate(windows, 2**19):  # other seeds than the windows of key frames
+        b, n, *shape = keys.shape
+        latents = keys.new_zeros(b, (n - 1) * step + 1, *shape)
+        latents[:, ::step] = keys
+        known = range(0, latents.shape[1], step)
+        yield draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, window),
+                   chain.how)[:, 1:]
 
 
-def long_latents(model, contexts, chain, seeds, size, hierarchical=False, first=None, clip=None,
-                 done=None, count=0):
+def interpolate(model, context, chain, seeds, keys, between):
+    """Yield the frames of keys (b, t, c, h, w), and `between` new ones between any two of them."""
+    gaps = max(1, WINDOW // (between + 1))  # so that a window has about 9 frames, as in training
+    windows = (keys[:, i : i + gaps + 1] for i in range(0, keys.shape[1] - 1, gaps))
+    yield keys[:, :1]
+    yield from fill(model, context, chain, seeds, windows, between)
+
+
+def in_threes(keys, more):
+    """Yield windows of 3 key frames, of `keys` (b, n, c, h, w) and then of the stream `more`."""
+    while True:
+        while keys.shape[1] < 3:
+            keys = torch.cat([keys, next(more)], dim=1)
+        yield keys[:, :3]
+        keys = keys[:, 2:]
+
+
+def long_latents(model, contexts, chain, seeds, first=None, clip=None):
     """Yield the latents (b, n, c, h, w) of clips without end.
 
-    contexts: of the text for the first window, and of that for all others. first: latents (b, c, h,
-    w) of the first frame. clip: latents (b, t, c, h, w) that are continued, and not yielded. An
-    earlier call with the same arguments has yielded `count` frames, which end with `done`.
+    contexts are the texts of the first window and of all others. The clips begin with the frame
+    `first` (b, c, h, w) or with `clip` (b, t, c, h, w), if given.
     """
     context, later = contexts
-    new = chain.num_frames - chain.num_known
-    if not hierarchical:
-        before = clip
-        if clip is None:
-            if not count:
-                done = begin(model, context, chain, seeds, size, first)
-                yield done
-            before, count = done, max(0, count - chain.num_frames)
-        elif count:
-            before = torch.cat([clip, done], dim=1)
-        yield from follow(model, later, chain, seeds, before[:, -chain.num_known :],
-                          1 + count // new)
+    if not chain.key_frames:
+        clip = begin(model, context, chain, seeds, first) if clip is None else clip
+        yield clip
+        yield from follow(model, later, chain, seeds, clip)  # never ends
     sparse = dataclasses.replace(chain, frame_rate=chain.frame_rate / (BETWEEN + 1))
-    if clip is None:
-        keys = begin(model, context, sparse, seeds, size, first)
-        if not count:
-            yield keys[:, :1]
-            count = 1
-        start, count = keys, count - 1
-    else:  # every 4th frame, counted from the last
-        keys = clip[:, -1 - (BETWEEN + 1) * (chain.num_known - 1) :: BETWEEN + 1]
-        start = keys[:, -1:]
-    stream = follow(model, later, sparse, seeds, keys[:, -chain.num_known :])
-    yield from fill(model, later, chain, seeds, itertools.chain([start], stream),
-                    count // (2 * (BETWEEN + 1)))
+    window = dataclasses.replace(sparse, num_frames=chain.key_frames)
+    keys = begin(model, context, window, seeds, first)
+    yield keys[:, :1]
+    more = follow(model, later, sparse, seeds, keys)
+    yield from fill(model, later, chain, seeds, in_threes(keys, more))

@@ -1,194 +1,189 @@
 """Known frames: one model that continues, animates and interpolates clips.
 
-Some frames of a clip are known, the others are drawn. Which ones are known is the task:
+Some frames of a clip are known, and the model draws the others. The task decides which are known:
 
     none            text-to-video
     the first       image-to-video
-    the first k     prediction of what follows
+    the first k     prediction of the frames that follow
     every n-th      interpolation
 
-The U-Net's first convolution gets more input channels, with weights of zero at first, so it starts
-as the plain video model. Beside the noisy latents each frame is shown
+Known frames overwrite their own noisy latents, and further input channels of the U-Net show a mask,
+which says if a frame is known (LVDM, He et al. 2022, section 3.3). LVDM stops there (`hold=False`),
+because its frames meet in attention. With the shift, whose reach grows by one frame per use, a
+frame far from the known ones would hardly see them. So `hold` also shows each frame
 
-    two known frames: the nearest on each side, else the nearest and the farthest on one side,
-    how far away these are, with a sign, and a mask: whether the frame itself is known.
+    two known frames: the nearest on each side, or the nearest and the farthest on the only side,
+    and the distances to these two, with a sign.
 
-The known frames also stand in the place of their own noisy latents, as in LVDM (He et al. 2022,
-section 3.3), which adds no more than the mask (`hold=False`) and joins frames by attention. Here a
-frame far from the known ones would then see them only through the shift, whose reach grows by one
-frame with each use. With `hold` the nearest known frames are held before every frame.
+The weights of the new channels start at zero, so training starts from the plain video model.
 
-Two numbers go to the model like the timestep (UNetConfig.num_conditions): the noise level s of the
-known frames (LVDM's conditional latent perturbation) and the frame rate (MagicVideo, Zhou et al.
-2022). papers/long_video.py and papers/key_frames.py are what can be done with such a model.
+The model is told two numbers, in the same way as the timestep: the noise level s of the known
+frames and the frame rate (MagicVideo, Zhou et al. 2022). The noise is LVDM's conditional latent
+perturbation: a model trusts noisy frames less, so errors of a long clip add up more slowly.
 
-Which frames are known stays on the CPU: what follows from it is computed there and copied, so that
-no step waits for a GPU to answer which they are.
+`known` are the indices of the known frames, the same for all clips of a batch.
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-import weights
-from diffusion import randn, sample_loop
-from model import UNet
+from checkpoints import configs, weights
+from diffusion import classifier_free_guidance, randn, sample_loop
+from layers import sinusoids
+from model import TimeEmbedding, UNet, UNetConfig
+from support.files import read_json
 
-DISTANCE = 8.0  # frames: the unit in which a model is told distances
-
-
-def known_channels(channels, hold=True):
-    """Input channels beside the noisy latents, which have so many."""
-    return 2 * channels + 3 if hold else 1
+DISTANCE = 8.0  # unit of the distances that a model is shown, in frames: a window of the demo
 
 
-def nearest_known(known):
-    """The two known frames that each frame is shown, [(i, j), ...], of a list of booleans."""
-    places, pairs = [i for i, is_known in enumerate(known) if is_known], []
-    for frame in range(len(known)):
-        before, after = [i for i in places if i <= frame], [i for i in places if i >= frame]
-        if before and after:
-            pairs.append((before[-1], after[0]))  # a known frame is shown itself, twice
-        else:  # on one side the nearest and the farthest, from which speed shows best
-            nearest = sorted(places, key=lambda i: abs(i - frame))
-            pairs.append((nearest[0], nearest[-1]))
-    return pairs
+class KnownFramesUNet(UNet):
+    """A U-Net whose timesteps are (b, 3): the timestep, the noise level s and the frame rate."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.block_out_channels[0]
+        self.condition_embeddings = nn.ModuleList(TimeEmbedding(width, 4 * width) for _ in range(2))
+        for embedding in self.condition_embeddings:
+            nn.init.zeros_(embedding.linear_2.weight)
+            nn.init.zeros_(embedding.linear_2.bias)
 
-def beside(x, latents):
-    """A small CPU tensor on the device of latents. The copy waits for nothing."""
-    return x.to(latents.device, non_blocking=True)
-
-
-def show_known(latents, known, hold=True):
-    """The channels that show a model what is known of latents (b, t, c, h, w): (b, t, k, h, w).
-
-    known is (t,) bool on the CPU, the same for all clips. The latents of other frames are not read.
-    """
-    b, t, _, h, w = latents.shape
-    mask = beside(known, latents).to(latents.dtype)[:, None, None, None].expand(b, t, 1, h, w)
-    if not hold:
-        return mask
-    if not known.any():
-        return torch.cat([latents.new_zeros(b, t, 2 * latents.shape[2] + 2, h, w), mask], dim=2)
-    pairs = torch.tensor(nearest_known(known.tolist()))  # t 2
-    distances = ((pairs - torch.arange(t)[:, None]) / DISTANCE).to(latents.dtype)
-    distances = beside(distances, latents)[..., None, None].expand(b, t, 2, h, w)
-    shown = latents[:, beside(pairs, latents)].flatten(2, 3)  # b t 2 c h w -> b t 2c h w
-    return torch.cat([shown, distances, mask], dim=2)
+    def embed(self, timesteps, context):
+        timesteps, *conditions = timesteps.unbind(1)
+        time = super().embed(timesteps, context)
+        for numbers, embedding in zip(conditions, self.condition_embeddings, strict=True):
+            waves = sinusoids(numbers, self.config.block_out_channels[0])  # b -> b c
+            time = time + embedding(waves.to(context.dtype))
+        return time
 
 
 def widen(unet, hold=True, max_frames=1):
-    """A U-Net for known frames that predicts what `unet` does until it is trained.
-
-    Temporal layers with parameters for each frame get some for at least max_frames.
-    """
-    config, state = unet.config, unet.state_dict()
-    extra = known_channels(config.out_channels, hold)
-    wide = UNet(dataclasses.replace(
-        config, in_channels=config.in_channels + extra, num_conditions=2,
-        max_frames=max(config.max_frames, max_frames),
-    ))
-    weight, new = state["conv_in.weight"], wide.state_dict()  # c 4 3 3
-    state["conv_in.weight"] = torch.cat([weight, weight.new_zeros(len(weight), extra, 3, 3)], 1)
-    for name, value in state.items():  # more frames than before keep their initial values
-        new[name][: len(value)] = value
-    wide.load_state_dict(new)
+    """A KnownFramesUNet for max_frames frames or more; untrained, it predicts as `unet` does."""
+    config = unet.config
+    channels = config.in_channels + (2 * config.out_channels + 3 if hold else 1)  # show_known()
+    max_frames = max(config.max_frames, max_frames)
+    wide = KnownFramesUNet(dataclasses.replace(config, in_channels=channels, max_frames=max_frames))
+    new = wide.state_dict()  # shares its memory with the parameters
+    new["conv_in.weight"].zero_()
+    for name, value in unet.state_dict().items():  # smaller along input channels or frames
+        new[name][tuple(map(slice, value.shape))] = value
     return wide
 
 
-def predict(unet, x_t, timesteps, context, seen, known, conditions, hold=True):
-    """The U-Net's prediction for noisy x_t (b, t, c, h, w), given the known frames (t,) of `seen`.
+def load_model(path):
+    """The Pipeline of a run for known frames."""
+    where, name = path / "unet/config.json", {"_class_name": KnownFramesUNet.__name__}
+    config = configs.from_config(UNetConfig, read_json(where), name, where)
+    unet, _ = weights.fill_from(where.parent, weights.build(KnownFramesUNet, config, where))
+    return weights.load_folder(path, unet=unet)
 
-    conditions are (b, 2): noise level and frame rate.
+
+def nearest_known(known, num_frames):
+    """The two known frames that each of num_frames frames is shown, [(i, j), ...]."""
+    pairs = []
+    for frame in range(num_frames):
+        before, after = [i for i in known if i <= frame], [i for i in known if i >= frame]
+        # One on each side (a known frame is shown itself, twice). If all are on one side, the
+        # nearest and the farthest show the speed best.
+        pairs.append(((before or after)[-1], (after or before)[0]))
+    return pairs
+
+
+def mask_of(known, like):
+    """(t, 1, 1, 1) bool: which frames of `like` (b, t, c, h, w) are known, on its device."""
+    mask = torch.tensor([frame in known for frame in range(like.shape[1])])
+    return mask.to(like.device, non_blocking=True)[:, None, None, None]  # no step waits for a copy
+
+
+def show_known(latents, known, hold=True):
+    """The channels (b, t, k, h, w) that show a model the known frames of latents (b, t, c, h, w).
+
+    Latents of other frames are not read.
     """
-    places = beside(known, seen)[:, None, None, None]
-    x_t = torch.where(places, seen, x_t)  # known frames overwrite the noise
-    return unet(torch.cat([x_t, show_known(seen, known, hold)], dim=2), timesteps, context,
-                conditions)
+    b, t, c, h, w = latents.shape
+    mask = mask_of(known, latents).to(latents.dtype).expand(b, t, 1, h, w)
+    if not hold:
+        return mask
+    if not known:
+        return torch.cat([latents.new_zeros(b, t, 2 * c + 2, h, w), mask], dim=2)
+    pairs = torch.tensor(nearest_known(known, t))  # t 2
+    distances = (pairs - torch.arange(t)[:, None]) / DISTANCE
+    distances = distances.to(latents, non_blocking=True)[..., None, None].expand(b, t, 2, h, w)
+    pairs = pairs.to(latents.device, non_blocking=True)
+    shown = latents[:, pairs].flatten(2, 3)  # b t 2 c h w -> b t 2c h w
+    return torch.cat([shown, distances, mask], dim=2)
+
+
+def predict(unet, x_t, timesteps, context, seen, known, hold):
+    """The U-Net's prediction for noisy x_t (b, t, c, h, w), given the known frames of `seen`.
+
+    timesteps are (b, 3): timestep, noise level of the known frames, frame rate. The U-Net may
+    compute in bfloat16; everything around it is float32.
+    """
+    x_t = torch.where(mask_of(known, seen), seen, x_t)
+    x = torch.cat([x_t, show_known(seen, known, hold)], dim=2).to(context.dtype)
+    return unet(x, timesteps, context).float()
 
 
 def perturb(diffusion, latents, levels, noise):
-    """Latents noised to timesteps `levels` (b,), 0 for none: LVDM's latent perturbation.
-
-    Levels are timesteps of this model's own schedule.
-    """
+    """Latents noised to timesteps `levels` (b,), where 0 adds no noise. LVDM, section 3.3."""
     noisy = diffusion.add_noise(latents, noise, levels)
     return torch.where(levels.view(-1, 1, 1, 1, 1) > 0, noisy, latents)
 
 
-def known_frames_loss(unet, diffusion, x0, noise, timesteps, context, seen, known, conditions,
-                      hold=True, on_known=False):
-    """Mean squared error of the prediction on the frames that are not known.
+def known_frames_loss(unet, diffusion, x0, noise, timesteps, context, seen, known, hold):
+    """Mean squared error of the prediction on the unknown frames; timesteps as for predict().
 
-    `on_known` adds the known ones, as LVDM's public code does, whose target is then a noise that
-    the model never sees.
+    LVDM's public code also counts known frames, whose target is a noise that the model never sees.
     """
-    x_t = diffusion.add_noise(x0, noise, timesteps)
-    prediction = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
-    error = (prediction.float() - diffusion.target(x0, noise, timesteps)).square()
-    unknown = beside((~known).nonzero()[:, 0], error)  # their places: a mask's are counted first
-    return error.mean() if on_known else error[:, unknown].mean()
+    steps, t = timesteps[:, 0].long(), x0.shape[1]
+    prediction = predict(unet, diffusion.add_noise(x0, noise, steps), timesteps, context, seen,
+                         known, hold)
+    error = (prediction - diffusion.target(x0, noise, steps)).square()
+    return error.masked_fill(mask_of(known, error), 0).mean() * t / (t - len(known))
 
 
-def load_model(path):
-    """The Pipeline of a run for known frames. Raises ValueError if it is another kind of run."""
-    model = weights.load_pipeline(path)
-    config = model.unet.config
-    if config.num_conditions != 2 or config.in_channels == config.out_channels:
-        raise ValueError(f"{path}: is a model without known frames; train one from it with "
-                         f"`python -m papers.long_video train RUN --init {path}`")
-    return model
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Guidance:
-    """How one window is drawn.
-
-    level: timestep to which known frames are noised, 0 for none. text: guidance by the text, 1 for
-    none, max_snr its limit and power that of the timesteps (Sampling). known: LVDM's w in
-    e + w (e - e without known frames).
-    """
+    """How a window is drawn."""
 
     num_steps: int = 1
-    level: int = 0
-    text: float = 1.0
-    max_snr: float | None = None
-    power: float = 1.0
-    known: float = 0.0
+    level: int = 0  # timestep to which known frames are noised; 0: no noise
+    text: float = 1.0  # weight of the text; 1: no guidance
+    max_snr: float | None = None  # guide by the text where the signal-to-noise ratio is at most this
+    power: float = 1.0  # spacing of the timesteps (Diffusion.timestep_pairs)
+    known: float = 0.0  # LVDM's w in e + w (e - e without known frames)
 
 
 @torch.no_grad()
 def draw(model, context, latents, known, frame_rate, seeds, how):
-    """Clips (b, t, c, h, w): known frames (t,) bool are those of `latents`, the others are drawn.
+    """Clips (b, t, c, h, w) with the known frames of float32 `latents`; the others are drawn.
 
-    latents are float32, whatever the U-Net computes in. context is (b, n, d), of
-    model.encode_text; seeds has a number for each clip; frame_rate is in frames per second.
+    context is (b, n, d) of model.encode_text, seeds has a number per clip, frame_rate is in frames
+    per second.
     """
     b, config = len(latents), model.unet.config
     hold = config.in_channels > config.out_channels + 1
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    levels = torch.full((b,), how.level, device=latents.device)
-    conditions = torch.tensor([[how.level, frame_rate]] * b).to(latents)
     x_t, noise = (randn(latents.shape, generators).to(latents) for _ in range(2))
+    levels = torch.full((b,), how.level, device=latents.device)
     seen = perturb(model.diffusion, latents, levels, noise)
     empty = model.encode_text([""]).expand_as(context) if how.text != 1 else None
 
-    nothing, no_noise = torch.zeros_like(known), conditions * conditions.new_tensor([0.0, 1.0])
+    def guided(x_t, t):
+        def predicted(context, known, level):
+            numbers = torch.tensor([[t, level, frame_rate]] * b).to(latents)
+            return predict(model.unet, x_t, numbers, context, seen, known, hold)
 
-    def unet(x, timesteps, context, conditions):
-        return model.unet(x.to(context.dtype), timesteps, context, conditions).float()
-
-    def predicted(x_t, t):
-        timesteps = torch.full((b,), t, device=x_t.device)
-        output = predict(unet, x_t, timesteps, context, seen, known, conditions, hold)
+        output = predicted(context, known, how.level)
         if how.text != 1 and (how.max_snr is None or model.diffusion.snr(t) <= how.max_snr):
-            without = predict(unet, x_t, timesteps, empty, seen, known, conditions, hold)
-            output = without + how.text * (output - without)
+            without = predicted(empty, known, how.level)
+            output = classifier_free_guidance(without, output, how.text)
         if how.known:
-            without = predict(unet, x_t, timesteps, context, seen, nothing, no_noise, hold)
-            output = output + how.known * (output - without)
+            output = output + how.known * (output - predicted(context, (), 0))
         return output
 
-    *_, x_t = sample_loop(model.diffusion, predicted, x_t, how.num_steps, power=how.power)
-    return torch.where(beside(known, latents)[:, None, None, None], latents, x_t)
+    *_, x_t = sample_loop(model.diffusion, guided, x_t, how.num_steps, power=how.power)
+    return torch.where(mask_of(known, latents), latents, x_t)

@@ -1,270 +1,188 @@
-"""Long video from a model that knows some frames: LVDM, He et al. 2022, section 3.3.
+"""Long video from a model that knows some frames.
 
-A video U-Net draws a few frames. Here it learns to continue them: the last frames of one window are
-the known frames of the next, without end. Or it draws every 4th frame first, in such a chain
-(prediction), and then what lies between (interpolation): LVDM's hierarchical generation, with one
-model for both.
+A video U-Net draws a few frames. Here it learns to continue them: the last frames of a window are
+the known frames of the next one, without end. It also learns to draw frames between key frames.
 
     python -m papers.long_video train runs/long --init runs/demo
     python -m papers.long_video sample runs/long "a red circle moving left" --num-frames 1000
+    python -m papers.long_video sample runs/long "a red circle moving left" --first-frame image.png
+    python -m papers.long_video sample runs/long "a red circle" --continue clip.gif
+    python -m papers.long_video sample runs/long "a red circle moving left" --key-frames 8
+    python -m papers.long_video interpolate runs/long clip.gif --frames-between 3
     python -m papers.long_video evaluate runs/long
 
-What goes wrong in a chain is drift: each window is drawn from what the model itself drew, and small
-errors add up. LVDM's remedy is conditional latent perturbation: known frames get noise of a level s
-that the model is told, so it does not trust them to the last digit.
+With --key-frames 8 every 4th frame comes first, in such a chain, then the frames between: LVDM's
+hierarchical generation (He et al. 2022, section 3.3), with one model for both. With --key-frames 16
+--num-frames 57 all key frames are drawn at once, as in MagicVideo (Zhou et al. 2022).
+
+Windows are written as they are drawn, so memory does not grow with the clip.
 """
 
-import argparse
 import dataclasses
-import itertools
-import json
-import math
-import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import add_flags, check_ranges, choose_device, given_flags, run_main
-from files import atomic, full_disk, open_regular, require_room, write_json
 from media.read import read_clip
 from media.write import require_writer, write_parts
-from memory import check_sampling
 from papers.bouncing import SHORTEST, plain_caption
-from papers.chains import BETWEEN, Chain, long_latents
+from papers.chains import BETWEEN, Chain, interpolate, long_latents
 from papers.known_frames import Guidance, load_model
 from papers.scores import evaluate
-from papers.train_known_frames import LongOptions, LongRun, train
-from run import read_record
-from trainer import Stopped, stop_signals
+from papers.train_known_frames import LongOptions, train
+from support.cli import Parser, add_flags, given_flags, number, run_main
+from support.devices import choose_device
+from support.files import write_json
+from trainer import stop_signals
+from training.options import merge_options, read_record
+from training.run import Run
 from vae import encode_clip
 
 
-def given_frames(args, model, chain):
-    """Latents (1, c, h, w) of --first-frame, (1, t, c, h, w) of --continue; None without a flag."""
-    first, clip, size = None, None, model.sampling.image_size
-    if args.first_frame:
-        frames, _ = read_clip(args.first_frame, max_frames=1, image_size=size)
-        first = encode_frames(model, frames)
-    if args.continue_clip:
-        frames, _ = read_clip(args.continue_clip, image_size=size)
-        needed = 1 + (chain.num_known - 1) * (BETWEEN + 1 if args.hierarchical else 1)
-        if len(frames) < needed:
-            raise ValueError(f"--continue {args.continue_clip}: needs {needed} frames, got "
-                             f"{len(frames)}")
-        if len(frames) >= args.num_frames:
-            raise ValueError(f"--num-frames needs more than the clip's {len(frames)}, got "
-                             f"{args.num_frames}")
-        clip = encode_frames(model, frames)[None]
-    return first, clip
-
-
-def encode_frames(model, frames):
-    """Latents (t, c, h, w) of frames uint8 (t, h, w, 3), an array."""
-    return encode_clip(model.vae, torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous())
-
-
-class LatentsFile:
-    """The latents that a long sampling has drawn, kept until its clip is finished.
-
-    The first line says what is drawn, then come frames as float32: `first` of them, and then `each`
-    again and again. A stopped sampling goes on after the last whole window.
-    """
-
-    def __init__(self, path, what, shape, first, each, resume):
-        self.path, self.shape, line = path, shape, (json.dumps(what) + "\n").encode()
-        self.first, self.each, self.count = first, each, 0
-        self.start, self.frame_bytes = len(line), 4 * math.prod(shape)
-        if not path.exists():
-            with atomic(path) as file:
-                file.write(line)
-            return
-        if not resume:
-            raise ValueError(f"{path}: is of an unfinished sampling; add --resume to continue it, "
-                             "or remove it to start anew")
-        with open_regular(path) as file:
-            if file.readline(len(line)) != line:
-                raise ValueError(f"{path}: is of another sampling; ask for the same, or remove it")
-        count = (path.stat().st_size - self.start) // self.frame_bytes
-        self.count = first + (count - first) // each * each if count >= first else 0
-        os.truncate(path, self.start + self.count * self.frame_bytes)  # a window cut short
-
-    def read(self, begin, end):
-        """Latents (end - begin, c, h, w)."""
-        offset, count = self.start + begin * self.frame_bytes, (end - begin) * math.prod(self.shape)
-        data = np.fromfile(self.path, np.float32, count, offset=offset)
-        return torch.from_numpy(data).view(end - begin, *self.shape)
-
-    def windows(self):
-        """Yield the windows as they were drawn: what is decoded together looks the same again."""
-        ends = range(self.first, self.count + 1, self.each) if self.count else ()
-        for begin, end in itertools.pairwise([0, *ends] if self.first else ends):
-            yield self.read(begin, end)
-
-    def append(self, latents):
-        """Add the frames of a window (n, c, h, w)."""
-        with full_disk(self.path, self.path), open(self.path, "ab") as file:
-            file.write(latents.float().cpu().contiguous().numpy().tobytes())
-        self.count += len(latents)
+def encode_frames(model, path, max_frames=None):
+    """Latents (1, t, c, h, w) of an image or a clip, from the largest square in its middle."""
+    frames, _ = read_clip(path, max_frames=max_frames, image_size=model.sampling.image_size)
+    return encode_clip(model.vae, torch.from_numpy(frames).movedim(-1, 1))[None]  # t h w 3
 
 
 def open_model(args):
-    """(Pipeline, Chain) of a run and the flags."""
-    check_ranges(args, num_frames=(1, 2_000_000), num_steps=(1, 1000), seed=(0, 2**40),
-                 perturbation=(0, 999), guidance=(0, 100), num_clips=(2, 10**5))
-    model, options = load_model(args.run), read_record(args.run, LongRun)[0]
+    """(Pipeline, LongOptions, Chain) of a run and the flags."""
+    options, _ = read_record(args.run, LongOptions)
+    model = load_model(args.run).to(choose_device(args.device))
     how = Guidance(args.num_steps, args.perturbation, known=args.guidance)
-    chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second, how)
-    return model.to(choose_device(args.device)), chain
+    return model, options, Chain(options.num_frames, options.num_known,
+                                 model.sampling.frames_per_second, how)
 
 
-def open_latents(args, model, chain, later, from_clip):
-    """The LatentsFile of a sampling, new or with what an earlier call has drawn."""
-    size = model.sampling.image_size // model.vae.config.downscale
-    shape = model.unet.config.out_channels, size, size
-    first, each = chain.num_frames, chain.num_frames - chain.num_known
-    if args.hierarchical:
-        first, each = 1, 2 * (BETWEEN + 1)
-    files = [args.run / "unet" / "config.json", args.first_frame, args.continue_clip]
-    what = {"prompt": args.prompt, "later": later, "seed": args.seed, "how": str(chain),
-            "hierarchical": args.hierarchical,
-            "files": [(str(path), path.stat().st_mtime_ns) for path in files if path]}
-    require_writer(args.output)
-    path = args.output.with_name(args.output.name + ".latents")
-    there = path.stat().st_size if path.exists() else 0
-    frame_bytes = 4 * math.prod(shape) + model.sampling.image_size**2  # latents; a GIF at most
-    require_room(args.output, args.num_frames * frame_bytes - there,
-                 "make room or ask for fewer --num-frames")
-    return LatentsFile(path, what, shape, 0 if from_clip else first, each, args.resume)
+def write_stream(model, output, stream, total, frame_rate):
+    """Decode and write `total` frames of windows of latents (1, n, c, h, w), as they are drawn.
 
+    Ctrl-C ends the clip after the window that is being drawn.
+    """
+    def decoded(remaining):
+        for latents in stream:
+            latents = latents[:, :remaining]
+            remaining -= latents.shape[1]
+            bar.update(latents.shape[1])
+            yield model.decode(latents)[0]
+            if received or not remaining:
+                return
 
-def drawn_windows(file, stream, total, received):
-    """Yield latents (1, n, c, h, w) of all frames: those of the file, then the stream's."""
-    shown = 0
-    for latents in file.windows():
-        if received or shown >= total:
-            return
-        yield latents[None, : total - shown]
-        shown += len(latents)
-    while file.count < total and not received:
-        latents, room = next(stream), total - file.count
-        file.append(latents[0])
-        yield latents[:, :room]
+    with stop_signals() as received, tqdm(total=total, unit="frame", leave=False) as bar:
+        write_parts(output, decoded(total), frame_rate)
+    print(output)
 
 
 def sample(args):
-    """Draw one long clip and write it, window by window."""
-    model, chain = open_model(args)
-    first, clip = given_frames(args, model, chain)
-    later, options = args.later_prompt, read_record(args.run, LongRun)[0]
-    if later is None:  # a caption of MovingShapes is wrong after the first bounce
-        plain = options.data == "shapes" and options.plain_captions
-        later = plain_caption(args.prompt) if plain else args.prompt
+    """Draw one long clip."""
+    require_writer(args.output)  # fail before the work, not after it
+    model, options, chain = open_model(args)
+    chain = dataclasses.replace(chain, key_frames=args.key_frames,
+                                frame_rate=args.frame_rate or chain.frame_rate)
+    # The direction in a caption of MovingShapes is wrong after the first bounce.
+    later = plain_caption(args.prompt) if options.data == "shapes" else args.prompt
     contexts = model.encode_text([args.prompt]), model.encode_text([later])
-    total = args.num_frames - (0 if clip is None else clip.shape[1])
-    file = open_latents(args, model, chain, later, clip is not None)
-    tail = max(0, file.count - chain.num_frames)  # only the last frames matter
-    done = file.read(tail, file.count)[None].to(contexts[0].device)
-    stream = long_latents(model, contexts, chain, [args.seed], file.shape[-1], args.hierarchical,
-                          first, clip, done, file.count)
-
-    shown = 0
-
-    def decoded(received, bar):
-        nonlocal shown
-        if clip is not None:
-            yield model.decode(clip)[0]
-        for latents in drawn_windows(file, stream, total, received):
-            shown += latents.shape[1]
-            bar.update(latents.shape[1])
-            yield model.decode(latents.to(contexts[0].device))[0]
-
-    with stop_signals() as received, tqdm(total=total, desc="sample", unit="frame",
-                                          leave=False) as bar:
-        write_parts(args.output, decoded(received, bar), chain.frame_rate)
-    print(args.output)
-    if shown < total:
-        raise Stopped(f"stopped after {shown} of {total} frames, which are written; continue with "
-                      "--resume")
-    file.path.unlink()
+    first = clip = None
+    if args.first_frame:
+        first = encode_frames(model, args.first_frame, max_frames=1)[:, 0]
+    if args.continue_clip:
+        clip = encode_frames(model, args.continue_clip)
+        if not chain.num_known <= clip.shape[1] < args.num_frames:
+            raise ValueError(f"--continue {args.continue_clip}: needs {chain.num_known} frames and "
+                             f"less than --num-frames {args.num_frames}, got {clip.shape[1]}")
+    stream = long_latents(model, contexts, chain, [args.seed], first, clip)
+    write_stream(model, args.output, stream, args.num_frames, chain.frame_rate)
 
 
-def add_chain_flags(command):
-    """The flags that say how long clips are drawn."""
-    command.add_argument("--num-frames", type=int, default=1000, help="(default: 1000)")
-    command.add_argument("--hierarchical", action="store_true",
-                         help="every 4th frame first, then those between")
-    command.add_argument("--perturbation", type=int, default=0,
-                         help="noise level s of known frames (default: 0)")
-    command.add_argument("--guidance", type=float, default=0.0,
-                         help="LVDM's w, away from what is drawn without known frames (default: 0)")
-    command.add_argument("--num-steps", type=int, default=1,
-                         help="denoising steps of a window with known frames (default: 1)")
-    command.add_argument("--device", default="auto")
+def interpolate_clip(args):
+    """Draw frames between the frames of a clip."""
+    require_writer(args.output)
+    model = load_model(args.run).to(choose_device(args.device))
+    keys = encode_frames(model, args.clip)
+    chain = Chain(frame_rate=args.frame_rate or model.sampling.frames_per_second)
+    stream = interpolate(model, model.encode_text([args.prompt]), chain, [args.seed], keys,
+                         args.frames_between)
+    total = (keys.shape[1] - 1) * (args.frames_between + 1) + 1
+    write_stream(model, args.output, stream, total, chain.frame_rate)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Long video: train, sample, evaluate.",
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train a model for known frames")
-    command.add_argument("run", type=Path, metavar="RUN", help="folder of the new run")
-    command.add_argument("--resume", action="store_true", help="continue an unfinished training")
-    add_flags(command, LongOptions())
-    command = commands.add_parser("sample", help="draw a long clip")
-    command.add_argument("run", type=Path, metavar="RUN")
-    command.add_argument("prompt", metavar="PROMPT")
-    known = command.add_mutually_exclusive_group()
-    known.add_argument("--first-frame", type=Path, help="an image, of which a square is cropped")
-    known.add_argument("--continue", type=Path, dest="continue_clip", metavar="CLIP",
-                       help="a clip to continue, of which squares are cropped")
-    command.add_argument("--later-prompt", help="of the windows after the first (default: the "
-                         "prompt; for MovingShapes without its direction)")
-    add_chain_flags(command)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--output", type=Path, default=Path("long.gif"),
-                         help="(default: long.gif)")
-    command.add_argument("--resume", action="store_true", help="continue a stopped sampling")
-    command = commands.add_parser("evaluate", help="measure it on BouncingShapes")
-    command.add_argument("run", type=Path, metavar="RUN")
-    command.add_argument("--num-clips", type=int, default=32, help="long clips (default: 32)")
-    command.add_argument("--seed", type=int, default=1000)
-    add_chain_flags(command)
-    return parser.parse_args()
+def evaluate_run(args):
+    """Measure a run on BouncingShapes."""
+    model, options, chain = open_model(args)
+    if options.data != "shapes":
+        raise ValueError(f"{args.run}: needs a run on BouncingShapes (--data shapes), because only "
+                         "its clips' truth is known")
+    result = evaluate(model, chain, args.num_clips, args.num_frames, args.seed)
+    for name, value in result.items():
+        print(f"{name:40}{value:10.3f}")
+    settings = {"num_clips": args.num_clips, "num_frames": args.num_frames, "seed": args.seed}
+    settings["chain"] = dataclasses.asdict(chain)
+    write_json(args.run / "long_evaluation.json", settings | result)
+
+
+def train_run(args):
+    """Train a run, or continue its training."""
+    options, finished = merge_options(args.run, given_flags(args, LongOptions()), LongOptions)
+    if "long" in finished:
+        print(f"{args.run}: all stages are finished")
+        return
+    train(Run(args.run, options, finished, args.resume))
+
+
+def add_drawing_flags(commands):
+    """Add the commands that draw and measure, and their flags."""
+    draw = commands.add_parser("sample", help="draw a long clip")
+    between = commands.add_parser("interpolate", help="draw frames between the frames of a clip")
+    measure = commands.add_parser("evaluate", help="measure a run on BouncingShapes")
+    for command, seed in ((draw, 0), (between, 0), (measure, 1000)):
+        command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+        command.add_argument("--seed", type=number(int, 0, 2**40), default=seed,
+                             help=f"seed of the noise (default: {seed})")
+        command.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    for command, low in ((draw, 1), (measure, SHORTEST)):
+        command.add_argument("--num-frames", type=number(int, low), default=1000,
+                             help="frames of a clip (default: 1000)")
+        command.add_argument("--perturbation", type=number(int, 0, 999), default=0,
+                             help="noise level of known frames, a timestep (default: 0)")
+        command.add_argument("--guidance", type=number(float, 0, 100), default=0.0,
+                             help="LVDM's w: exaggerate the effect of known frames (default: 0)")
+        command.add_argument("--num-steps", type=number(int, 1, 1000), default=1,
+                             help="denoising steps of a window with known frames (default: 1)")
+    for command, output in ((draw, "long.gif"), (between, "interpolated.gif")):
+        command.add_argument("--frame-rate", type=number(float, 0.1, 50),
+                             help="frames per second of the clip drawn (default: the run's)")
+        command.add_argument("--output", type=Path, default=Path(output),
+                             help=f"file to write (default: {output})")
+    draw.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    start = draw.add_mutually_exclusive_group()
+    start.add_argument("--first-frame", type=Path, metavar="IMAGE", help="the first frame")
+    start.add_argument("--continue", type=Path, dest="continue_clip", metavar="CLIP",
+                       help="the first frames; --num-frames counts them")
+    start.add_argument("--key-frames", type=number(int, 0), default=0, metavar="N",
+                       help="draw N key frames at once, more of them in a chain if needed, then "
+                            f"{BETWEEN} frames between any two (default: 0, frame after frame)")
+    between.add_argument("clip", type=Path, metavar="CLIP", help="the clip")
+    between.add_argument("--prompt", default="", help="what the clip shows (default: nothing)")
+    between.add_argument("--frames-between", type=number(int, 1, 100), default=BETWEEN,
+                         help=f"new frames between any two (default: {BETWEEN})")
+    measure.add_argument("--num-clips", type=number(int, 2), default=32,
+                         help="long clips (default: 32)")
 
 
 def main():
-    args = parse_arguments()
-    torch.set_flush_denormal(True)
-    if args.command == "train":
-        run = LongRun.open(args.run, given_flags(args, LongOptions()), args.resume)
-        if "long" in run.finished:
-            print(f"{args.run}: is trained")
-            return
-        torch.manual_seed(run.options.seed)
-        train(run)
-    elif args.command == "sample":
-        sample(args)
-    else:
-        options = read_record(args.run, LongRun)[0]
-        if options.data != "shapes":
-            raise ValueError(f"{args.run}: trained on {options.data}; only of BouncingShapes "
-                             "(--data shapes) is the truth known")
-        if args.num_frames < SHORTEST:
-            raise ValueError(f"evaluate needs --num-frames >= {SHORTEST}, got {args.num_frames}")
-        require_room(args.run / "long_evaluation.json")
-        model, chain = open_model(args)
-        check_sampling(model, dataclasses.replace(model.sampling, num_frames=args.num_frames),
-                       0, args.num_clips)
-        result = evaluate(model, chain, args.num_clips, args.num_frames, args.seed,
-                          args.hierarchical, options.plain_captions)
-        for name, value in result.items():
-            print(f"{name:40}{value:10.3f}")
-        settings = {name: getattr(args, name) for name in (
-            "num_clips", "num_frames", "seed", "hierarchical")}
-        settings["chain"] = dataclasses.asdict(chain)
-        write_json(args.run / "long_evaluation.json", settings | result)
+    parser = Parser(description="Long video: train, sample, interpolate, evaluate.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train a model for known frames")
+    command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    command.add_argument("--resume", action="store_true", help="continue an unfinished training")
+    add_flags(command, LongOptions())
+    add_drawing_flags(commands)
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
+    functions = {"train": train_run, "sample": sample, "interpolate": interpolate_clip,
+                 "evaluate": evaluate_run}
+    functions[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     plot("steps.png", {"shift": [(100, 20, 10, 30), (200, 60, 45, 75)]}, "Motion", "steps", "%")
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; markers differ as well.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; markers differ as well.
 """
 
 import sys
 
-from files import atomic
+from support.files import atomic
 
 try:
     from matplotlib.figure import Figure
@@ -15,14 +15,14 @@ except ImportError:
     sys.exit("studies need matplotlib; install it with `pip install -r studies/requirements.txt`")
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-MARKERS = "o", "s", "^"  # with the colours 21 different looks
+MARKERS = "o", "s", "^"  # with the 7 colours, 21 different looks
 
 
 def plot(path, series, title, x_label, y_label):
-    """Write a PNG of 900 x 560 pixels: a line for each of series {name: [point, ...]}.
+    """Write a PNG of 900 x 560 pixels with a line for each of series {name: [point, ...]}.
 
     A point is (x, y, low, high), y with its interval, drawn as a band along the line; a series of
-    one point gets a bar. Lines become thinner, so that one shows on top of another.
+    one point gets a bar. Each line is thinner than the one below it, so that both show.
     """
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     axes = figure.subplots()

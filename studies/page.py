@@ -2,198 +2,196 @@
 
     python -m studies.page runs/demo
 
-Samples beside what evaluate.py's reader sees in them, scores, losses, previews and options.
-Prompts and file names may hold any text: elements.py escapes it. page.html has frame and style.
+It shows samples with what evaluate.py sees in them, scores, losses, previews and options. page.html
+has the frame. `element` escapes every text, because prompts and file names may hold anything.
 """
 
-import argparse
-import contextlib
+import base64
 import dataclasses
 import html
 import json
 import math
-import platform
-from importlib.metadata import version
+import shlex
 from pathlib import Path
 from string import Template
 
-from cli import run_main
 from evaluate import recognise
-from files import read_bytes, read_json, write_text
 from media.read import read_clip
-from options import RECIPES, STAGES
-from run import read_record
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SHAPES
-from studies.elements import chart, element, gallery, missing, percentage, table, write
+from support.cli import Parser, run_main
+from support.files import read_json, write_text
+from training.options import RECIPES, STAGES, read_record
 
 PARTS = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
-MAX_CLIPS, MAX_PREVIEWS = 36, 8
+TILES = "clips, seen", "clips, held out", "images, all"  # rows of evaluation.json for the summary
+FORMATS = dict.fromkeys(["all", *PARTS], "{:.1f} %") | {"count": "{:,}", "PSNR": "{:.2f} dB"}
+WIDTH, HEIGHT, LEFT, TOP = 360, 200, 50, 26  # size and margins of a chart, in pixels
+
+
+class Html(str):
+    """Text that is HTML already. Every other string is escaped when it enters an element."""
+
+
+def element(name, *children, **attributes):
+    """An element of HTML or SVG."""
+    pairs = ((key.strip("_").replace("_", "-"), value) for key, value in attributes.items())
+    start = "".join(f' {key}="{html.escape(str(value))}"' for key, value in pairs)
+    inside = "".join(child if isinstance(child, Html) else html.escape(str(child))
+                     for child in children)
+    return Html(f"<{name}{start}>" + ("" if name == "img" else f"{inside}</{name}>"))
+
+
+def missing(text, *command):
+    """A paragraph about what the run lacks, with the command that makes it."""
+    return element("p", text, " ", element("code", shlex.join(map(str, command))), class_="missing")
+
+
+def table(columns, rows, class_="numbers"):
+    """A table of rows of cells; the first cell of a row is its heading."""
+    head = element("tr", *(element("th", column, scope="col") for column in columns))
+    body = [element("tr", element("th", first, scope="row"), *(element("td", x) for x in cells))
+            for first, *cells in rows]
+    parts = element("thead", head), element("tbody", *body)
+    return element("div", element("table", *parts, class_=class_), class_="scroll")
+
+
+def gallery(folder, caption):
+    """HTML of the GIFs and PNGs of a folder, each above caption(path)."""
+    figures = []
+    for path in sorted([*folder.glob("*.gif"), *folder.glob("*.png")]):
+        data = base64.b64encode(path.read_bytes()).decode()
+        image = element("img", src=f"data:image/{path.suffix[1:]};base64,{data}", alt=path.stem)
+        figures.append(element("figure", image, element("figcaption", *caption(path))))
+    return element("div", *figures, class_=folder.name) if figures else ""
+
+
+def chart(stage, points):
+    """A figure of a stage's losses on a logarithmic axis. points: its entries in metrics.jsonl."""
+    steps, losses = [p["step"] for p in points], [p["loss"] for p in points]
+    low, high, right, bottom = min(losses), max(losses), WIDTH - LEFT, HEIGHT - TOP
+    span = math.log(high / low) or 1.0  # a single loss has none
+    curve = " ".join(f"{LEFT + (right - LEFT) * step / steps[-1]:.1f},"
+                     f"{TOP + (bottom - TOP) * math.log(high / loss) / span:.1f}"
+                     for step, loss in zip(steps, losses, strict=True))
+    labels = [(LEFT - 6, TOP + 4, f"{high:.3g}"), (LEFT - 6, bottom + 4, f"{low:.3g}"),
+              (right, bottom + 18, f"{steps[-1]:,} steps")]
+    drawing = element(
+        "svg", *(element("text", text, x=x, y=y, text_anchor="end") for x, y, text in labels),
+        element("polyline", points=curve), viewBox=f"0 0 {WIDTH} {HEIGHT}")
+    note = f"{minutes(points):.1f} minutes; loss {losses[0]:.3g} to {losses[-1]:.3g}"
+    return element("figure", drawing, element("figcaption", element("b", stage),
+                                              element("small", note)))
 
 
 def judge(path, asked):
-    """[(what the reader sees, whether it is right)] of the parts that a clip's prompt names."""
+    """[(what evaluate.py sees, whether it is right)] for the parts that a clip's prompt names."""
     frames = read_clip(path)[0].transpose(0, 3, 1, 2) / 255  # t h w 3 -> t 3 h w
-    if frames.shape[2] != frames.shape[3]:
-        raise ValueError("the reader needs square frames, one after the other")
-    parts = zip(PARTS, asked, recognise(frames), strict=True)
-    return [(saw or f"no {part}", saw == want) for part, want, saw in parts
-            if want and (part != "direction" or len(frames) > 1)]  # an image has no direction
+    return [(saw or f"no {part}", saw == want)
+            for part, want, saw in zip(PARTS, asked, recognise(frames), strict=True) if want]
 
 
 def samples(path, options):
-    """The clips of RUN/samples with their prompts, and what the reader sees in them."""
+    """The clips of RUN/samples with their prompts, and what evaluate.py sees in them."""
     results = []
 
     def caption(file):
-        prompt = file.stem.replace("-", " ")  # sample.py names a file after its prompt
-        words = prompt.split()
-        asked = tuple(next((w for w in words if w in known), None) for known in PARTS.values())
-        if options.data != "shapes" or not any(asked):
+        prompt = file.stem.replace("-", " ")
+        asked = tuple(next((w for w in prompt.split() if w in known), None)
+                      for known in PARTS.values())
+        if options.data != "shapes" or file.suffix != ".gif" or not any(asked):
             return [prompt]
-        held_out = [element("span", "held out", class_="badge")] if asked in HELD_OUT else []
-        try:
-            seen = judge(file, asked)
-        except (ValueError, OSError) as error:
-            reason = element("small", f"not judged: {error}".replace(f"{file}: ", ""))
-            return [prompt, reason, *held_out]
+        seen = judge(file, asked)
         results.append(all(right for _, right in seen))
-        marks = [element("span", f"✓ {text}" if right else f"✗ {text}",
+        marks = [element("span", f"{'✓' if right else '✗'} {text}",
                          class_="right" if right else "wrong") for text, right in seen]
-        return [prompt, element("div", *marks, class_="marks"), *held_out]
+        if asked in HELD_OUT:
+            marks.append(element("span", "held out", class_="badge"))
+        return [prompt, element("div", *marks, class_="marks")]
 
-    clips = gallery(path / "samples", caption, "clips", MAX_CLIPS)
+    clips = gallery(path / "samples", caption)
     if not clips:
-        command = "python", "sample.py", str(path), "--prompts-file", "prompts.txt"
-        return [missing("There are no samples yet; draw some with", *command)]
-    line = f"{sum(results)} of {len(results)} clips are right in all that their prompt names."
-    return [element("p", line), *clips] if results else clips
+        return missing("There are no samples yet; draw some with", "python", "sample.py", path,
+                       "--prompts-file", "prompts.txt")
+    count = f"{sum(results)} of {len(results)} clips are right in all that their prompt names."
+    return (element("p", count) if results else "") + clips
 
 
-def previews(path):
-    """What training drew, in the order of stages and steps."""
-    def caption(file):
-        stage, _, step = file.stem.rpartition("-")
-        return [f"{stage} stage, step {int(step):,}" if step.isdecimal() else file.stem]
-
-    return gallery(path / "previews", caption, "previews", MAX_PREVIEWS) or [
-        missing("There are none: training draws one each --preview-every steps.")]
-
-
-def read_metrics(folder):
-    """{stage: [(step, loss, steps a second), ...]} of a folder's metrics.jsonl; {} without one."""
-    stages, path = {}, folder / "metrics.jsonl"
-    for line in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+def read_metrics(path):
+    """{stage: entries} of a run's metrics.jsonl; {} without one."""
+    stages, file = {}, path / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        if line.endswith("}"):  # a kill may cut the last one short
             entry = json.loads(line)
-            point = [float(entry[name]) for name in ("step", "loss", "steps_per_second")]
-            if all(0 < number < math.inf for number in point):
-                stages.setdefault(str(entry["stage"]), []).append(point)
+            stages.setdefault(entry["stage"], []).append(entry)
     return stages
 
 
 def minutes(points):
-    """The time of a stage's steps; not that between a stop and a resume."""
-    before = [(0,), *points[:-1]]
-    return sum((b[0] - a[0]) / b[2] for a, b in zip(before, points, strict=True)) / 60
+    """The time that a stage's steps took, without the time between a stop and a resume."""
+    steps = [0, *(p["step"] for p in points)]
+    return sum((p["step"] - before) / p["steps_per_second"]
+               for p, before in zip(points, steps, strict=False)) / 60
 
 
-def losses(stages):
-    """A curve for each stage."""
-    charts = [
-        chart(stage, f"{points[-1][0]:,.0f} steps in {minutes(points):.1f} minutes; "
-              f"loss {points[0][1]:.3g} to {points[-1][1]:.3g}", [p[:2] for p in points])
-        for stage, points in stages.items()
-    ]
-    return [element("div", *charts, class_="charts") if charts else missing(
-        "There are none yet: training notes them each --log-every steps.")]
-
-
-def scores(path, options, found):
-    """The tables of evaluation.json."""
-    if options.data != "shapes":
-        return [missing(f"The run was trained on {options.data}; only of MovingShapes is the truth "
-                        "known.")]
+def scores(path, found):
+    """The two tables of evaluation.json."""
     if not found:
-        return [missing("There are none yet; measure with", "python", "evaluate.py", str(path))]
-    agreement = [[name, percentage(row["all"]),
-                  *(f"{row[k]:.1f}" if k in row else "–" for k in PARTS),
-                  f"{row['crispness']:.3f}" if "crispness" in row else "–", f"{row['count']:,}"]
-                 for name, row in found["agreement"].items()]
-    measures = dict.fromkeys(name for row in found["quality"].values() for name in row)
-    quality = [[name, *(f"{row[m]:g}" if m in row else "–" for m in measures)]
-               for name, row in found["quality"].items()]
-    sampling = found["sampling"]
-    how = (f"{found['num_prompts']} prompts, noise of seed {found['seed']} and up, "
-           f"{sampling['num_steps']} denoising steps, guidance {sampling['guidance_scale']:g}.")
-    return [
-        element("p", " ".join([how, *found["decoder"]])),
-        table(["agreement", "all right, %", *(f"{k}, %" for k in PARTS), "crispness", "number"],
-              agreement),
-        table(["quality", *(f"{m}, dB" if m == "PSNR" else m for m in measures)], quality),
-    ]
+        return missing("None yet; on MovingShapes, measure with", "python", "evaluate.py", path)
+    how = found["sampling"]
+    text = (f"{found['num_prompts']} prompts, noise of seed {found['seed']} and up, "
+            f"{how['num_steps']} denoising steps, guidance {how['guidance_scale']:g}.")
+    parts = [element("p", text)]
+    for title in ("agreement", "quality"):
+        columns = dict.fromkeys(name for row in found[title].values() for name in row)
+        rows = [[name, *(FORMATS.get(c, "{:.3f}").format(row[c]) if c in row else "–"
+                         for c in columns)] for name, row in found[title].items()]
+        parts.append(table([title, *columns], rows))
+    return "".join(parts)
 
 
 def settings(options):
-    """All options with their help, those first that differ from the recipe; versions."""
-    fields, recipe = dataclasses.fields(options), RECIPES[options.preset]
+    """The options of train.py with their help; those that differ from the recipe come first."""
+    recipe, fields = RECIPES[options.preset], dataclasses.fields(options)
     changed = [f for f in fields if getattr(options, f.name) != getattr(recipe, f.name)]
-    mark = element("span", "changed", class_="badge")
-    rows = [["--" + f.name.replace("_", "-"), element("span", f"{getattr(options, f.name)} ",
-             *([mark] if f in changed else [])), f.metadata["help"]]
-            for f in sorted(fields, key=lambda f: f not in changed)]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "pillow"))
-    return [
-        element("details", element("summary", f"{len(fields)} options, changed: {len(changed)}"),
-                table(["option", "value", "meaning"], rows, "words")),
-        element("p", f"This page was made with Python {platform.python_version()}, {versions}."),
-    ]
+    rows = [["--" + f.name.replace("_", "-"),
+             f"{getattr(options, f.name)}{' (changed)' if f in changed else ''}",
+             f.metadata["help"]] for f in sorted(fields, key=lambda f: f not in changed)]
+    return table(["option", "value", "meaning"], rows, "words")
 
 
 def summary(path, options, finished, found, stages):
-    """What the run is, in a sentence and a few numbers."""
-    data = "MovingShapes" if options.data == "shapes" else options.data
+    """The run in a sentence and a few numbers."""
     text = (f"A text-to-video model of the preset {options.preset}: {options.num_frames} frames of "
             f"{options.image_size} × {options.image_size} pixels, temporal variant "
-            f"{options.temporal}, trained on {data}.")
-    kinds = {"clips, seen": "clips right, seen in training",
-             "clips, held out": "clips right, held out", "images, all": "images right"}
-    numbers = [(f"{found['agreement'][kind]['all']:g} %", what) for kind, what in kinds.items()
-               if kind in found.get("agreement", {})]
-    if stages:
-        numbers.append((f"{sum(map(minutes, stages.values())):.1f}", "minutes of training"))
+            f"{options.temporal}, trained on --data {options.data}.")
+    numbers = {f"{kind}: right": f"{row['all']:g} %"
+               for kind, row in found.get("agreement", {}).items() if kind in TILES}
+    numbers["minutes of training"] = f"{sum(map(minutes, stages.values())):.1f}"
     tiles = [element("div", element("b", number), element("span", what), class_="tile")
-             for number, what in numbers]
+             for what, number in numbers.items()]
     left = ", ".join(stage for stage in STAGES if stage not in finished)
-    command = "python", "train.py", str(path), "--resume"
-    rest = [missing(f"Not finished: {left}; continue with", *command)] if left else []
-    return [element("p", text), *rest, element("div", *tiles, class_="tiles")]
+    rest = missing(f"Not finished: {left}; continue with", "python", "train.py", path, "--resume")
+    return element("p", text) + (rest if left else "") + element("div", *tiles, class_="tiles")
 
 
 def write_page(path):
-    """Write RUN/index.html; returns its path. Raises ValueError for a folder that is no run."""
-    if not (path / "train.json").exists():
-        raise ValueError(f"{path}: is no run, it has no train.json; name a folder of train.py")
+    """Write RUN/index.html; returns its path."""
     options, finished = read_record(path)
-    record = path / "evaluation.json"
-    found = read_json(record) if record.exists() else {}
-    stages = read_metrics(path) | read_metrics(path / "video_decoder")
-    try:
-        parts = {"summary": summary(path, options, finished, found, stages),
-                 "scores": scores(path, options, found)}
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{record}: damaged, or of another version ({error})") from None
-    parts |= {"samples": samples(path, options), "losses": losses(stages),
-              "previews": previews(path), "options": settings(options)}
-    texts = {name: write(elements) for name, elements in parts.items()}
+    evaluation, stages = path / "evaluation.json", read_metrics(path)
+    found = read_json(evaluation) if evaluation.exists() else {}
+    parts = {
+        "title": html.escape(path.resolve().name), "options": settings(options),
+        "summary": summary(path, options, finished, found, stages),
+        "samples": samples(path, options), "scores": scores(path, found),
+        "losses": "".join(chart(*stage) for stage in stages.items()),
+        "previews": gallery(path / "previews", lambda file: [file.stem])}
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    page = template.substitute(texts, title=html.escape(path.resolve().name))
-    # A file's name may have bytes that are no text: they become question marks.
-    write_text(path / "index.html", page.encode(errors="replace").decode())
+    write_text(path / "index.html", template.substitute(parts))
     return path / "index.html"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show a run as one page.", allow_abbrev=False)
+    parser = Parser(description="Show a run as one page.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     print(write_page(parser.parse_args().run))
 

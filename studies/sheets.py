@@ -5,13 +5,13 @@ import io
 import numpy as np
 from PIL import Image
 
-from files import atomic
 from media.write import SEPARATOR, contact_sheet, to_uint8
 from studies.curves import Figure
+from support.files import atomic
 
 
 def new_figure(height, dpi=150):
-    """A figure 8 inches wide: 1,200 pixels, to be read at 800."""
+    """A figure 8 inches wide: 1,200 pixels, which readers see at 800."""
     return Figure(figsize=(8, height), dpi=dpi, layout="constrained")
 
 
@@ -29,7 +29,7 @@ def save(figure, path):
 
 
 def show(axes, clips, rows, title, x_label="frame", columns=None):
-    """Clips (t, 3, h, w) in [-1, 1], one a row, with names of rows and columns."""
+    """Draw clips (t, 3, h, w) in [-1, 1], one per row, with names of rows and columns."""
     axes.imshow(to_uint8(contact_sheet(clips))[0], interpolation="nearest")
     height, width = (n + SEPARATOR for n in clips[0].shape[-2:])
     columns = range(1, 1 + max(map(len, clips))) if columns is None else columns

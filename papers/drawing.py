@@ -1,0 +1,47 @@
+"""What the scripts of papers/ share: the commands train, sample and evaluate, and their flags."""
+
+import dataclasses
+from pathlib import Path
+
+from media.write import require_writer, write_samples
+from pipeline import Sampling
+from sample import generate
+from support.cli import add_flags, given_flags, number
+from support.devices import choose_device
+
+
+def add_commands(parser, options):
+    """Add the commands to a script's parser. Returns their parsers; `train` has all `options`."""
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train, or continue a training")
+    draw = commands.add_parser("sample", help="draw clips")
+    measure = commands.add_parser("evaluate", help="measure a run of MovingShapes")
+    for command in (train, draw, measure):
+        command.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    train.add_argument("--resume", action="store_true", help="continue an unfinished training")
+    add_flags(train, options)
+    draw.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    draw.add_argument("--output", type=Path, default=Path("samples.gif"),
+                      help="the file that shows all clips (default: samples.gif)")
+    add_flags(draw, Sampling(), show_defaults=False)
+    measure.add_argument("--num-prompts", type=number(int, 2), default=128,
+                         help="clips to draw (default: 128)")
+    for command, seed in ((draw, 0), (measure, 1000)):
+        command.add_argument("--seed", type=number(int, 0, 2**62), default=seed,
+                             help=f"seed of the first clip (default: {seed})")
+        command.add_argument("--batch-size", type=number(int, 1), default=16,
+                             help="clips at a time (default: 16)")
+        command.add_argument("--device", default="auto",
+                             help="cpu, cuda, cuda:1, ... (default: auto)")
+    return train, draw, measure
+
+
+def sample(model, args):
+    """Draw a clip for each prompt with a Pipeline, and write all of them as one file."""
+    sampling = dataclasses.replace(model.sampling, **given_flags(args, Sampling()))
+    require_writer(args.output)  # fail before the work, not after it
+    model.to(choose_device(args.device))
+    clips = generate(model, args.prompts, sampling, args.seed, args.batch_size)
+    for path in write_samples(clips, args.prompts, args.output, args.output.suffix,
+                              sampling.frames_per_second):
+        print(path)
