@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers import train_small
 
-import trainer
+from training.run import Run
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, also where there is a GPU
 
@@ -15,16 +15,16 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, also where th
 def trained(tmp_path_factory):
     """A finished run, not to be written into. Beside it, in states/, each state that it saved."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    save_state = trainer.Trainer.save_state
+    save_state = Run.save_state
 
-    def save_and_keep(self):
-        save_state(self)
-        kept = path.parent / "states" / f"{self.stage}-{self.step}.pt"
+    def save_and_keep(self, state):
+        save_state(self, state)
+        kept = path.parent / "states" / f"{state['stage']}-{state['step']}.pt"
         kept.parent.mkdir(exist_ok=True)
-        shutil.copy(self.state_path, kept)
+        shutil.copy(self.path / "training_state.pt", kept)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "save_state", save_and_keep)
+        patch.setattr(Run, "save_state", save_and_keep)
         train_small(path)
     return path
 

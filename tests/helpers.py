@@ -1,4 +1,4 @@
-"""What several test files share: commands called in this process, small models, run folders."""
+"""Shared by several test files: commands called in this process, small models, run folders."""
 
 import dataclasses
 import json
@@ -12,23 +12,26 @@ from recorded.rule import fill, normal
 
 import model
 import train
+import trainer
 import vae
-from tokenizer import CLIPTokenizer
 from diffusion import Diffusion
-from files import read_json, write_json
 from pipeline import Pipeline, Sampling
+from support.files import read_json, write_json
 from text import CLIPTextModel, TextConfig
+from tokenizer import CLIPTokenizer
+from training.options import SAMPLING
+from training.run import Run
 
+ROOT = Path(train.__file__).parent
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "diffusers.json").read_text())
 TOLERANCE = 5e-7  # of outputs of about 0.03; float32 rounds them by less than 1e-7
 
-# Four steps a stage at 16 x 16 pixels. States and metrics every other step, so that there is a
-# step after the last saved one to be lost in a kill.
+# Four steps per stage at 16 x 16 pixels. The state is saved every other step, so that a kill can
+# lose a step after the last saved one.
 SMALL = {
     "num_clips": 8, "num_frames": 3, "image_size": 16, "vae_steps": 4, "image_steps": 4,
     "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
-    "image_every": 3, "warmup_steps": 2, "num_steps": 2, "log_every": 2, "save_every": 2,
-    "preview_every": 1000, "workers": 0, "device": "cpu",
+    "image_every": 3, "warmup_steps": 2, "save_every": 2, "workers": 0, "device": "cpu",
 }
 SMALL_UNET = model.UNetConfig(
     block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
@@ -62,7 +65,7 @@ def fresh_pipeline():
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=9, hidden_act="gelu", layer_norm_eps=1e-4,
     )
-    unet = dataclasses.replace(model.PRESETS["tiny"], temporal="none", shift_before="conv2")
+    unet = dataclasses.replace(model.PRESETS["tiny"], temporal="none", shifts=2)
     autoencoder = dataclasses.replace(vae.PRESETS["tiny"], scaling_factor=0.7)
     diffusion = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                           timestep_spacing="trailing")
@@ -95,9 +98,20 @@ def call(main, *arguments):
             torch.set_flush_denormal(False)  # the scripts set it for their whole process
 
 
-def train_small(path, *arguments, **options):
-    """Train a run of SMALL's options."""
-    call(train.main, path, *flags(**SMALL | options), *arguments)
+def train_quickly(path, *arguments, previews=False):
+    """Call train.py. Samples take two steps, and every other step has a line of metrics."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SAMPLING, "tiny", dataclasses.replace(SAMPLING["tiny"], num_steps=2))
+        patch.setattr(trainer, "LOG_EVERY", 2)
+        if not previews:  # they would take most of the time
+            patch.setattr(Run, "draw_previews", lambda *_: None)
+            patch.setattr(Run, "preview_vae", lambda *_: None)
+        return call(train.main, path, *arguments)
+
+
+def train_small(path, *arguments, previews=False, **options):
+    """Train a run of SMALL's options, or continue one."""
+    return train_quickly(path, *flags(**SMALL | options), *arguments, previews=previews)
 
 
 def metrics_of(path):
@@ -106,7 +120,7 @@ def metrics_of(path):
 
 
 def weights_of(path):
-    """The bytes of everything that training has made, but for its clock and its options."""
+    """The bytes of everything that training has made, except its clock and its options."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     names = [file.relative_to(path).as_posix() for file in files]
     return {

@@ -1,20 +1,15 @@
 """Folders of clips, right and wrong, each made by its test."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, make_clip
+from helpers import make_clip
 from PIL import Image
 
-import data
-from data import ClipFolder, random_window
-
-ROOT = Path(data.__file__).parent
+from training.data import ClipFolder, check
+from training.options import TrainOptions
 
 
 def test_an_item_is_the_whole_clip_at_its_stride(tmp_path):
@@ -22,12 +17,6 @@ def test_an_item_is_the_whole_clip_at_its_stride(tmp_path):
     frames, caption = ClipFolder(tmp_path, num_frames=2, image_size=6, stride=2)[0]
     assert frames.shape == (3, 3, 6, 6) and frames.dtype == torch.uint8 and caption == "dog"
     assert [frame.unique().tolist() for frame in frames] == [[10], [50], [90]]
-
-
-def test_an_item_can_be_resampled_and_bounded(tmp_path):
-    make_clip(tmp_path / "dog/a.gif", num_frames=5, duration=100)
-    clips = ClipFolder(tmp_path, num_frames=2, image_size=6, frame_rate=5, max_frames=2)
-    assert clips[0][0][:, 0, 0, 0].tolist() == [10, 50]
 
 
 def test_channels_are_moved_and_not_reshaped(tmp_path):
@@ -43,7 +32,7 @@ def test_a_folder_is_a_sequence_with_captions(tmp_path):
     for name in ("dog/1.gif", "cat/1.gif", "cat/2.gif"):
         make_clip(tmp_path / name)
     clips = ClipFolder(tmp_path, num_frames=5, image_size=4)
-    assert [caption for _, caption in clips] == clips.captions == ["cat", "cat", "dog"]
+    assert [caption for _, caption in clips.clips] == clips.captions == ["cat", "cat", "dog"]
     assert len(clips) == 3
 
 
@@ -56,7 +45,7 @@ def test_a_version_changes_with_size_time_and_how_a_clip_is_read(tmp_path):
         return ClipFolder(tmp_path, **{"num_frames": 1, "image_size": 6} | options).version(0)
 
     first = version()
-    assert first == version() and first[0] == str(path)
+    assert first == version()
     others = [version(image_size=8), version(stride=2), version(frame_rate=5),
               version(max_frames=3)]
     os.utime(path, (5, 6))
@@ -76,10 +65,11 @@ def test_the_version_of_a_folder_of_images_is_that_of_every_image(tmp_path):
     assert ClipFolder(tmp_path, num_frames=2, image_size=6).version(0) != first
 
 
-def test_a_clip_too_short_says_how_many_frames_it_has(tmp_path):
-    make_clip(tmp_path / "dog/a.gif", num_frames=5)
-    clips = ClipFolder(tmp_path, num_frames=4, image_size=6, stride=2)
-    with pytest.raises(ValueError, match="dog/a.gif: needs 4 frames at stride 2, got 3; lower --"):
+@pytest.mark.parametrize("rate, pace", [(None, "stride 2"), (10, "stride 2 of 10 frames per sec")])
+def test_a_clip_too_short_says_how_many_frames_it_has(tmp_path, rate, pace):
+    make_clip(tmp_path / "dog/a.gif", num_frames=5, duration=100)
+    clips = ClipFolder(tmp_path, num_frames=4, image_size=6, stride=2, frame_rate=rate)
+    with pytest.raises(ValueError, match=f"dog/a.gif: needs 4 frames at {pace}.*, got 3; lower --"):
         clips[0]
 
 
@@ -90,7 +80,7 @@ def test_a_folder_with_problems_is_refused_in_one_line(tmp_path):
         ClipFolder(tmp_path, num_frames=1, image_size=6)
     assert str(error.value) == (
         f"{tmp_path}/a.gif: clip without a caption; write it into a.txt"
-        f" (+1 more; run: python data.py check {tmp_path})"
+        f" (problem 1 of 2; run: python train.py RUN --data {tmp_path} --check)"
     )
 
 
@@ -103,42 +93,29 @@ def test_no_folder_of_clips_is_an_error_that_names_it(tmp_path, name, message):
         ClipFolder(tmp_path / name, num_frames=1, image_size=6)
 
 
-def test_windows_start_everywhere_equally_often():
-    generator = torch.Generator().manual_seed(0)
-    starts = [random_window(10, 8, generator) for _ in range(3000)]
-    counts = [starts.count(start) for start in range(3)]
-    assert sum(counts) == 3000 and min(counts) > 900
+# train.py --check
 
 
-def test_a_window_depends_on_nothing_but_the_generator():
-    first, second = (torch.Generator().manual_seed(5) for _ in range(2))
-    starts = [random_window(100, 8, first) for _ in range(20)]
-    torch.manual_seed(1)
-    assert starts == [random_window(100, 8, second) for _ in range(20)]
-
-
-@pytest.mark.parametrize("num_frames", [0, 4])
-def test_a_window_needs_one_frame_to_all_of_the_clip(num_frames):
-    with pytest.raises(ValueError, match=f"0 < num_frames <= 3, got {num_frames}"):
-        random_window(3, num_frames, torch.Generator())
-    assert random_window(3, 3, torch.Generator()) == 0
-
-
-def test_the_check_command_lists_clips_problems_and_a_summary(tmp_path, capsys):
+def test_a_check_lists_clips_problems_and_a_summary(tmp_path, capsys):
     make_clip(tmp_path / "dog/fine.gif")
     make_clip(tmp_path / "dog/short.gif", num_frames=2)
     (tmp_path / "dog/text.gif").write_text("hello")
     make_clip(tmp_path / "stray.gif")
-    assert call(data.main, "check", tmp_path, "--num-frames", 3) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["5", "12x8", "10", "dog/fine.gif:", "dog"]
-    names = [line.split(":")[0].removeprefix(f"{tmp_path}/") for line in lines[4:7]]
+    assert check(TrainOptions(data=str(tmp_path), num_frames=3)) == 1
+    lines = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
+    assert lines[1].split() == ["5", "10", "dog/fine.gif:", "dog"]
+    names = [line.split(":")[0] for line in lines[4:7]]
     assert names == ["stray.gif", "dog/short.gif", "dog/text.gif"]  # of captions, then of files
-    assert lines[-1] == "3 clips, 7 frames, 3 problems" and len(lines) == 1 + 3 + 3 + 1
+    assert lines[7:] == ["3 clips, 5 frames, 3 problems"]
 
 
-def test_the_check_command_succeeds_on_a_good_folder(tmp_path):
-    make_clip(tmp_path / "dog/fine.gif")
-    command = [sys.executable, "data.py", "check", tmp_path]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.endswith("1 clips, 5 frames, 0 problems\n") and result.stderr == ""
+def test_a_check_reads_as_the_training_would(tmp_path):
+    make_clip(tmp_path / "dog/fine.gif", num_frames=5, duration=100)
+    pace = {"stride": 2, "frame_rate": 20.0, "max_frames": 3}  # 10 frames; of every other: 3
+    assert check(TrainOptions(data=str(tmp_path), num_frames=3, **pace)) == 0
+    assert check(TrainOptions(data=str(tmp_path), num_frames=4, **pace)) == 1
+
+
+def test_shapes_need_no_check(capsys):
+    assert check(TrainOptions(data="shapes")) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -1,17 +1,31 @@
-"""The options of a run: which may change, and which never could be."""
+"""The options of a run: which may change, which must not, and where a new run's come from."""
 
 import dataclasses
-import math
 
 import pytest
-import torch
-from helpers import make_clip
+from helpers import flags, make_clip
 
-from files import write_json
-from options import RECIPES, STAGES, TrainOptions
-from run import merge_options, open_data, read_record, stages_to_run
+from support.cli import Parser, add_flags, given_flags
+from support.files import write_json
+from training.options import (RECIPES, SAMPLING, STAGES, TrainOptions, merge_options,
+                              read_record, stages_to_run)
+from training.run import open_data
 
 OPTIONS = dataclasses.replace(RECIPES["tiny"], image_size=16, num_clips=8)
+# A value of every option that is not the tiny recipe's
+OTHERS = {
+    "seed": 1, "warmup_steps": 9, "ema_decay": 0.5, "accumulate": 2, "device": "cpu",
+    "offload": True, "precision": "bf16", "compile": True, "workers": 2, "save_every": 7,
+    "preset": "small", "init": "sd.safetensors", "merges": "bpe.txt.gz", "data": "clips",
+    "num_frames": 4, "image_size": 48, "num_clips": 9, "stride": 2, "frame_rate": 7.5,
+    "max_frames": 99, "vae_steps": 5, "vae_batch_size": 3, "vae_learning_rate": 0.25,
+    "kl_weight": 0.5, "motion_weight": 1.5, "image_steps": 6, "image_batch_size": 2,
+    "image_learning_rate": 0.125, "video_steps": 8, "video_batch_size": 4,
+    "video_learning_rate": 0.75, "image_every": 0, "temporal": "conv",
+    "shifts": 3 - RECIPES["tiny"].shifts, "new_layers_rate": 3.0, "prediction_type": "epsilon",
+    "zero_terminal_snr": False,
+    "snr_divisor": 2.0, "early_noise": 0.0, "max_tokens": 20,
+}
 
 
 @pytest.fixture
@@ -23,77 +37,35 @@ def stopped(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("given", [
-    {"seed": 1}, {"image_size": 32}, {"num_clips": 9}, {"temporal": "none"}, {"preset": "small"},
-    {"vae_steps": 5}, {"image_steps": 5}, {"data": "clips"},
-])
-def test_an_option_that_differs_from_the_runs_is_refused_by_name(stopped, given):
-    ((name, value),) = given.items()
-    flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(ValueError, match=f"was trained with {flag} .*, not {value}; choose a new"):
-        merge_options(stopped, given)
+# Flags and the record
 
 
-@pytest.mark.parametrize("given", [
-    {"log_every": 7}, {"save_every": 7}, {"preview_every": 7}, {"device": "cuda"},
-    {"precision": "fp32"}, {"compile": True}, {"video_steps": 5}, {"video_batch_size": 1},
-    {"video_learning_rate": 0.5}, {"seed": 0}, {"offload": True}, {"gradient_checkpointing": True},
-])
-def test_what_does_not_touch_the_past_may_differ(stopped, given):
-    ((name, value),) = given.items()
-    options, finished = merge_options(stopped, given)
-    assert getattr(options, name) == value and finished == ["vae"]
+def test_every_flag_comes_back_from_the_record(tmp_path):
+    words = flags(**{name: value for name, value in OTHERS.items() if type(value) is not bool})
+    words += ["--offload", "--compile", "--no-zero-terminal-snr"]
+    parser = Parser()
+    add_flags(parser, RECIPES["tiny"])
+    given = given_flags(parser.parse_args(words), RECIPES["tiny"])
+    assert given == OTHERS
+    assert all(getattr(RECIPES["tiny"], name) != value for name, value in OTHERS.items())
+    options = TrainOptions(**given)
+    write_json(tmp_path / "train.json", {"options": dataclasses.asdict(options), "finished": []})
+    assert read_record(tmp_path) == (options, [])
 
 
-def test_options_that_are_not_given_are_the_runs_own(stopped):
-    options, _ = merge_options(stopped, {})
-    assert options == OPTIONS
-
-
-def test_options_that_only_older_runs_have_are_passed_over(tmp_path):
-    older = {"weight_decay": 0.01, "gradient_clip": 1.0, "shared_noise": 0.0}
-    write_json(tmp_path / "train.json", {"options": {"seed": 5} | older, "finished": ["vae"]})
-    assert read_record(tmp_path) == (TrainOptions(seed=5), ["vae"])
-
-
-def test_a_preset_brings_its_own_defaults(tmp_path):
-    options, finished = merge_options(tmp_path / "run", {"preset": "small", "seed": 5})
-    assert options == dataclasses.replace(RECIPES["small"], seed=5) and finished == []
-
-
-def test_all_that_is_missing_is_trained_in_order():
-    assert stages_to_run("run", None, []) == list(STAGES)
-    assert stages_to_run("run", None, ["vae"]) == ["image", "video"]
-
-
-def test_a_stage_can_be_trained_alone():
-    assert stages_to_run("run", "image", ["vae"]) == ["image"]
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="is not empty and no run; choose a new folder"):
-        merge_options(tmp_path, {})
-
-
-@pytest.mark.parametrize("stage, message", [
-    ("vae", "the vae stage of .* is finished; choose a new folder"),
-    ("video", "--stage video needs the image stage of .*, which is not finished"),
-])
-def test_a_stage_out_of_turn_is_refused(stage, message):
-    with pytest.raises(ValueError, match=message):
-        stages_to_run("run", stage, ["vae"])
+@pytest.mark.parametrize("preset", RECIPES)
+def test_the_numbers_of_a_recipe_are_in_their_ranges(preset):
+    recipe, parser = RECIPES[preset], Parser()
+    add_flags(parser, recipe)
+    numbers = {name: value for name, value in dataclasses.asdict(recipe).items()
+               if type(value) in (int, float)}
+    assert given_flags(parser.parse_args(flags(**numbers)), recipe) == numbers
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "not a JSON file"), ('{"options": {"seed"', "not a JSON file"),
-    ("[]", "needs a JSON object"), ("{}", "damaged, or of another version"),
-    ('{"options": {"speed": 3}, "finished": []}', "speed is unknown; is the file damaged"),
-    ('{"options": {"seed": "x"}, "finished": []}', "seed needs int, .* got 'x'"),
-    ('{"options": [], "finished": []}', "damaged, or of another version"),
-    ('{"options": {}, "finished": 3}', "damaged, or of another version"),
-    ('{"options": {}, "finished": ["gan"]}', "damaged, or of another version"),
-    ('{"options": {"preset": "big"}, "finished": []}', "preset needs one of .* got 'big'"),
+    ('{"options": {"seed"', "not a JSON file"), ("{}", "is no record of a run"),
+    ('{"options": {"speed": 3}, "finished": []}', "speed is unknown"),
+    ('{"options": {"image_size": 20}, "finished": []}', "--image-size needs a multiple of 8"),
 ])
 def test_a_damaged_record_is_refused_by_name(stopped, text, message):
     (stopped / "train.json").write_text(text)
@@ -101,57 +73,115 @@ def test_a_damaged_record_is_refused_by_name(stopped, text, message):
         read_record(stopped)
 
 
+# A run that exists
+
+
+@pytest.mark.parametrize("given", [
+    {"seed": 1}, {"image_size": 32}, {"preset": "small"}, {"vae_steps": 5}, {"image_steps": 5},
+])
+def test_an_option_that_the_run_was_not_trained_with_is_refused(stopped, given):
+    ((name, value),) = given.items()
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"was trained with {flag} .*, not {value}; choose a new"):
+        merge_options(stopped, given)
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"save_every": 7, "device": "cuda", "precision": "fp32", "compile": True, "offload": True,
+         "workers": 1}, {"video_steps": 5, "video_batch_size": 1, "video_learning_rate": 0.5},
+], ids=["nothing", "the machine", "a later stage"])
+def test_options_of_the_machine_and_of_later_stages_may_change(stopped, given):
+    assert merge_options(stopped, given) == (dataclasses.replace(OPTIONS, **given), ["vae"])
+
+
+# A new run
+
+
+def test_a_preset_brings_its_own_defaults(tmp_path):
+    options, finished = merge_options(tmp_path / "run", {"preset": "small", "seed": 5})
+    assert options == dataclasses.replace(RECIPES["small"], seed=5) and finished == []
+
+
+def test_a_run_that_starts_from_another_has_its_preset_and_its_prediction_type(stopped, tmp_path):
+    given = {"init": str(stopped)}
+    expected = dataclasses.replace(RECIPES["tiny"], init=str(stopped), prediction_type=None)
+    assert merge_options(tmp_path / "new", given) == (expected, [])
+
+
+def test_a_run_that_starts_from_another_model_has_the_recipe_of_stable_diffusion(tmp_path):
+    init = {"init": "v1-5.safetensors"}
+    expected = dataclasses.replace(RECIPES["sd1"], prediction_type=None, **init)
+    assert merge_options(tmp_path / "new", init) == (expected, [])
+    assert merge_options(tmp_path / "new", init | {"preset": "sd2"})[0].preset == "sd2"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / ".lock").touch()  # of a command that was stopped before it wrote anything else
+    merge_options(tmp_path, {})
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not empty and no run of this command; choose a new"):
+        merge_options(tmp_path, {})
+
+
 @pytest.mark.parametrize("options, message", [
     ({"image_size": 20}, "--image-size needs a multiple of 8, got 20"),
     ({"preset": "small", "image_size": 40}, "--image-size needs a multiple of 16, got 40"),
-    ({"video_steps": 0}, r"--video-steps needs to lie in \[1, 1000000000\], got 0"),
-    ({"seed": -1}, "--seed needs to lie in .*, got -1"),
-    ({"max_tokens": 2}, r"--max-tokens needs to lie in \[3, 65536\], got 2"),
-    ({"vae_learning_rate": -0.1}, "--vae-learning-rate needs to lie in .0, "),
-    ({"kl_weight": math.nan}, "--kl-weight needs to lie in .*, got nan"),
-    ({"caption_dropout": 1.5}, r"--caption-dropout needs to lie in \[0, 1\], got 1.5"),
-    ({"frames_per_second": 0}, "frames_per_second needs"),
-    ({"num_steps": 2000}, "num_steps needs"),
     ({"prediction_type": "epsilon"}, "cannot start from zero terminal SNR"),
 ])
-def test_what_a_later_stage_could_not_do_is_refused_at_once(options, message):
+def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RECIPES[options.get("preset", "tiny")], **options)
 
 
-@pytest.mark.parametrize("divisor", [1.0, 4.0])
-def test_the_schedule_divides_the_signal_to_noise_ratio(divisor):
-    def ratio(diffusion):
-        return diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
-
-    plain = TrainOptions(snr_divisor=1.0, zero_terminal_snr=False).diffusion()
-    divided = TrainOptions(snr_divisor=divisor, zero_terminal_snr=False).diffusion()
-    assert torch.allclose(ratio(divided), ratio(plain) / divisor, rtol=1e-9)
+# Configurations
 
 
-def test_a_divisor_of_zero_is_refused_by_its_flag():
-    with pytest.raises(ValueError, match="--snr-divisor needs to lie in"):
-        TrainOptions(snr_divisor=0.0)
+@pytest.mark.parametrize("preset", RECIPES)
+def test_networks_and_sampling_are_those_of_the_preset_at_the_size_of_the_run(preset):
+    recipe = RECIPES[preset]
+    recipe = dataclasses.replace(recipe, image_size=2 * recipe.image_size, temporal="conv",
+                                 shifts=2, num_frames=5)
+    unet, autoencoder, size = recipe.unet(), recipe.vae(), recipe.image_size
+    assert recipe.preset == preset and autoencoder.sample_size == size
+    assert (unet.temporal, unet.shifts, unet.max_frames) == ("conv", 2, recipe.latent_frames)
+    assert unet.sample_size * autoencoder.downscale == size and autoencoder.scaling_factor == 1
+    assert recipe.sampling(3) == dataclasses.replace(SAMPLING[preset], num_frames=3,
+                                                     image_size=size)
 
 
-def test_the_last_timestep_is_pure_noise_if_asked_for():
-    assert TrainOptions().diffusion().alphas_cumprod[-1] == 0
-    assert TrainOptions(zero_terminal_snr=False).diffusion().alphas_cumprod[-1] > 0
+def test_the_schedule_is_that_of_the_options():
+    diffusion = TrainOptions(snr_divisor=2.0).diffusion()
+    plain = TrainOptions(snr_divisor=1.0).diffusion()
+    assert diffusion.prediction_type == "v_prediction" and diffusion.alpha_bar(999) == 0
+    assert diffusion.snr(500) == pytest.approx(plain.snr(500) / 2)
+    assert TrainOptions(zero_terminal_snr=False).diffusion().alpha_bar(999) > 0
 
 
-# Its data
+# Stages
 
 
-def test_shapes_are_opened_as_the_options_say():
-    shapes = open_data(TrainOptions(num_clips=7, num_frames=3, image_size=24, seed=5))
-    seen = len(shapes), shapes.num_frames, shapes.max_frames, shapes.image_size, shapes.seed
-    assert seen == (7, 3, 3, 24, 5)
+def test_stages_that_are_missing_are_trained_in_order():
+    assert stages_to_run("run", None, []) == list(STAGES)
+    assert stages_to_run("run", None, ["vae"]) == ["image", "video"]
+    assert stages_to_run("run", "image", ["vae"]) == ["image"]
 
 
-@pytest.mark.parametrize("pace", [{"stride": 3}, {"frame_rate": 5.5}])
-def test_a_folder_is_opened_as_the_options_say(tmp_path, pace):
+@pytest.mark.parametrize("stage, message", [
+    ("vae", "the vae stage of run is finished; choose a new folder"),
+    ("video", "--stage video needs the image stage of run, which is not finished"),
+])
+def test_a_stage_out_of_turn_is_refused(stage, message):
+    with pytest.raises(ValueError, match=message):
+        stages_to_run("run", stage, ["vae"])
+
+
+# Data
+
+
+def test_data_is_opened_as_the_options_say(tmp_path):
     make_clip(tmp_path / "dog/a.gif")
-    given = {"num_frames": 2, "image_size": 24, "max_frames": 4, "stride": 1, "frame_rate": None}
-    clips = open_data(TrainOptions(data=str(tmp_path), **given | pace))
-    assert {name: getattr(clips, name) for name in given} == given | pace
-    assert clips.captions == ["dog"]
+    shapes = open_data(TrainOptions(num_clips=7, num_frames=3, image_size=24, seed=5))
+    assert (len(shapes), shapes.num_frames, shapes.image_size, shapes.seed) == (7, 3, 24, 5)
+    clips = open_data(TrainOptions(data=str(tmp_path), num_frames=2, image_size=24, max_frames=4,
+                                   stride=3, frame_rate=5.5))
+    assert clips.num_frames == 2 and clips.how == (24, 3, 5.5, 4) and clips.captions == ["dog"]

@@ -4,44 +4,48 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-MODULES = {path.stem: path for path in ROOT.glob("*.py")}
-FOLDERS = {"checkpoints", "media", "studies", "papers"}
+MODULES = {path.stem for path in ROOT.glob("*.py")}
+SCRIPTS = {"train", "sample", "evaluate"}
+LAYERS = ["support", "media", "checkpoints", "training"]  # each may import those before it
+FOLDERS = {*LAYERS, "papers", "studies"}
 
 
 def imports(path):
-    """The names of this project's modules and folders that a file imports."""
+    """The project's modules and folders that a file imports, also inside its functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
              for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return {name.split(".")[0] for name in names} & (MODULES.keys() | FOLDERS)
+    return {name.split(".")[0] for name in names} & (MODULES | FOLDERS)
 
 
-def reached(name, lesson):
-    """The lesson's files that a file needs, also by way of files outside the lesson."""
-    found, todo, seen = set(), [MODULES[name]], set()
-    while todo:
-        for needed in imports(todo.pop()) - seen:
-            seen.add(needed)
-            if needed in lesson:
-                found.add(needed)
-            else:
-                todo += [MODULES[needed]] if needed in MODULES else (ROOT / needed).glob("*.py")
-    return found
-
-
-def test_a_file_imports_only_files_above_it_in_the_reading_order():
+@pytest.fixture(scope="module")
+def order():
+    """The root's modules in the order in which the README has them read."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = readme.split("## Read it")[1].split("\n## ")[0].split("Look up")[0]
-    lesson = list(dict.fromkeys(re.findall(r"\[(\w+)\.py\]\(\1\.py\)", part)))
-    assert len(lesson) == 14 and set(lesson) <= MODULES.keys()
-    for i, name in enumerate(lesson):
-        # temporal.py holds the other variants: the U-Net imports it, and it is best read last.
-        assert reached(name, lesson) - {"temporal"} <= set(lesson[:i]), name
+    section = readme.split("\n## Read it")[1].split("\n## ")[0]
+    return list(dict.fromkeys(re.findall(r"\[(\w+)\.py\]\(\1\.py\)", section)))
 
 
-def test_the_root_imports_nothing_from_papers_or_studies():
-    for folder in (ROOT, ROOT / "checkpoints", ROOT / "media"):
-        for path in folder.glob("*.py"):
-            assert not imports(path) & {"papers", "studies"}, path
+def test_the_root_is_fourteen_files_and_the_readme_has_each(order):
+    assert sorted(order) == sorted(MODULES) and len(MODULES) == 14
+
+
+def test_a_file_imports_only_files_above_it_in_the_reading_order(order):
+    for i, name in enumerate(order):
+        assert imports(ROOT / f"{name}.py") & MODULES <= set(order[:i]), name
+
+
+@pytest.mark.parametrize("folder", ["", *LAYERS])
+def test_nothing_imports_papers_or_studies(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        assert not imports(path) & {"papers", "studies"}, path
+
+
+@pytest.mark.parametrize("i", range(len(LAYERS)), ids=LAYERS)
+def test_a_folder_imports_no_higher_folder_and_no_script(i):
+    for path in (ROOT / LAYERS[i]).glob("*.py"):
+        assert not imports(path) & {*LAYERS[i + 1 :], *SCRIPTS}, path

@@ -1,23 +1,20 @@
 """Training: what a batch holds, what a whole run leaves behind and what does not change it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, make_clip, metrics_of, train_small, weights_of
+from helpers import call, make_clip, metrics_of, train_quickly, train_small, weights_of
 from PIL import Image
 from torch import nn
 
 import train
 import vae
-from files import read_json, write_json
-from media.write import write_clip
-from options import STAGES, TrainOptions
+from checkpoints.weights import load_pipeline, load_unet
 from shapes import MovingShapes
-from shift import temporal_shift
-from weights import load_pipeline, load_unet
-
+from support.files import read_json, write_json
+from temporal import temporal_state
+from training.options import STAGES, read_record
+from training.run import Run
 
 # Frame f of clip i holds 100 i + f, so a batch shows where it comes from.
 LATENTS = [torch.arange(9.0)[:, None, None, None].expand(9, 4, 2, 2) + 100 * i for i in range(3)]
@@ -25,6 +22,9 @@ LATENTS = [torch.arange(9.0)[:, None, None, None].expand(9, 4, 2, 2) + 100 * i f
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+# Batches
 
 
 def test_a_batch_has_successive_frames_and_their_caption():
@@ -35,10 +35,13 @@ def test_a_batch_has_successive_frames_and_their_caption():
     assert set((first % 100).tolist()) == {0, 1, 2, 3, 4}  # all windows that fit into 9 frames
 
 
-def test_captions_are_left_out_as_often_as_asked_for():
-    texts = train.drop_captions(["a"] * 5000, 0.2, generator())
-    assert set(texts) == {"", "a"} and texts.count("") / 5000 == pytest.approx(0.2, abs=0.02)
-    assert train.drop_captions(["a", "b"], 0.0, generator()) == ["a", "b"]
+@pytest.mark.parametrize("fraction", [0.0, 0.3, train.CAPTION_DROPOUT])
+def test_captions_are_left_out_as_often_as_asked_for(fraction):
+    texts = train.drop_captions(["a", "b"] * 4000, fraction, generator())
+    assert {pair for pair in zip(texts, ["a", "b"] * 4000, strict=True)
+            if pair[0] != ""} == {("a", "a"), ("b", "b")}
+    expected = 0.1 if fraction == train.CAPTION_DROPOUT else fraction
+    assert texts.count("") / 8000 == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("prefer", [0.0, 1.5, 3.0])
@@ -60,36 +63,45 @@ def test_the_largest_random_number_gives_the_last_timestep(monkeypatch):
     assert train.random_timesteps(2, 1000, None, 3.0).tolist() == [999, 999]  # and not 1000
 
 
+# Stages
+
+
 @pytest.fixture
 def batches(run, monkeypatch):
-    """Train a stage anew with the options given; returns the batches that its loss gets."""
+    """Train a stage again with the options given; returns the batches that its loss gets."""
 
     def train_on(stage="video", **options):
         seen = []
-        monkeypatch.setattr(  # the U-Net, which would take its time, is not asked
-            train, "denoising_loss",
-            lambda *batch: seen.append(batch[2:]) or torch.zeros((), requires_grad=True),
-        )
+        for loss in ("denoising_loss", "reconstruction_loss"):  # no network is asked
+            monkeypatch.setattr(train, loss, lambda *batch: (
+                seen.append(batch[1:]) or torch.zeros((), requires_grad=True)))
         record = read_json(run / "train.json")
         write_json(run / "train.json", {"options": record["options"] | options,
                                         "finished": STAGES[: STAGES.index(stage)]})
-        call(train.main, run, "--stage", stage)
+        train_quickly(run, "--stage", stage)
         return seen
 
     return train_on
 
 
-def test_the_image_stage_sees_single_frames(batches):
-    assert {tuple(x0.shape[:2]) for x0, *_ in batches("image")} == {(4, 1)}
+def test_the_vae_stage_sees_frames_in_minus_one_to_one_and_its_weights(batches):
+    seen = batches("vae", motion_weight=4.0, kl_weight=0.5)
+    frames = torch.cat([clip for clip, _ in MovingShapes(8, 3, 16)])
+    known = {frame.numpy().tobytes() for frame in frames}
+    for x, noise, *weights in seen:
+        assert x.shape == (4, 3, 16, 16) and noise.shape == (4, 4, 4, 4) and weights == [4.0, 0.5]
+        levels = ((x + 1) * 127.5).round().to(torch.uint8)
+        assert {frame.numpy().tobytes() for frame in levels} <= known
+        assert torch.equal(levels.float() / 127.5 - 1, x)
 
 
-def test_some_steps_of_the_video_stage_see_as_many_images(batches):
-    seen = batches(image_every=3, video_steps=6)
-    assert [tuple(x0.shape[:2]) for x0, *_ in seen] == [(2, 3), (2, 3), (6, 1)] * 2
-
-
-def test_without_image_every_all_steps_see_clips(batches):
-    assert {tuple(x0.shape[:2]) for x0, *_ in batches(image_every=0)} == {(2, 3)}
+@pytest.mark.parametrize("stage, every, expected", [
+    ("image", 3, [(4, 1)] * 4), ("video", 0, [(2, 3)] * 4), ("video", 2, [(2, 3), (6, 1)] * 2),
+])
+def test_the_image_stage_and_some_steps_of_the_video_stage_see_images(
+        batches, stage, every, expected):
+    seen = batches(stage, image_every=every)
+    assert [tuple(x0.shape[:2]) for _, x0, *_ in seen] == expected
 
 
 def test_the_first_half_of_the_video_steps_prefers_noise_less_and_less(batches, monkeypatch):
@@ -101,7 +113,7 @@ def test_the_first_half_of_the_video_steps_prefers_noise_less_and_less(batches, 
     assert preferred == [4.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # the third batch has images
 
 
-def test_new_layers_have_a_learning_rate_of_their_own(batches, monkeypatch):
+def test_new_layers_have_their_own_learning_rate(batches, run, monkeypatch):
     groups, trainer = [], train.Trainer
     monkeypatch.setattr(train, "Trainer", lambda run, stage, given: (
         groups.extend(given) or trainer(run, stage, given)
@@ -109,33 +121,27 @@ def test_new_layers_have_a_learning_rate_of_their_own(batches, monkeypatch):
     batches(temporal="conv", new_layers_rate=2.5, video_steps=1)
     (old, old_rate), (new, new_rate) = groups
     assert (old_rate, new_rate) == (1.0, 2.5)
-    assert len(new) > 0 and {p.shape[2:] for p in new} == {(3, 1), ()}  # kernels over time, biases
-    assert (3, 1) not in {p.shape[2:] for p in old}
+    unet = load_unet(run / "unet")
+    state = temporal_state(unet)
+    assert {p.shape for p in new} == {p.shape for p in state.values()} and len(new) == len(state)
+    assert len(old) == len(list(unet.parameters())) - len(state)
 
 
-def test_a_text_dropped_is_the_empty_text(batches, run):
-    (empty,) = load_pipeline(run).encode_text([""])
-    contexts = torch.cat([context for *_, context in batches(caption_dropout=1.0)])
-    assert contexts.ndim == 3 and (contexts - empty).abs().max() < 1e-5
-
-
-def test_the_image_stage_drops_captions_too(batches):
-    contexts = torch.cat([context for *_, context in batches("image", caption_dropout=1.0)])
-    assert (contexts - contexts[:1]).abs().max() < 1e-5
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_a_text_left_out_is_the_empty_text(batches, run, monkeypatch, stage):
+    monkeypatch.setattr(train, "CAPTION_DROPOUT", 1.0)
+    contexts = torch.cat([context for *_, context in batches(stage)])
+    assert contexts.ndim == 3 and (contexts - contexts[:1]).abs().max() < 1e-5
+    if stage == "video":
+        (empty,) = load_pipeline(run).encode_text([""])
+        assert (contexts - empty).abs().max() < 1e-5
 
 
 def test_the_video_unet_starts_as_the_image_model(batches, run):
-    batches(video_steps=1)  # without gradients: what is saved is the beginning
+    batches(video_steps=1)  # without gradients: the beginning is saved
     image, video = (load_unet(run / part).state_dict() for part in ("image_unet", "unet"))
     assert image.keys() == video.keys()
     assert all(torch.equal(value, video[name]) for name, value in image.items())
-
-
-def test_new_convolutions_can_start_as_the_shift(batches, run):
-    batches(temporal="conv", start_as_shift=True, video_steps=1)
-    layer = load_unet(run / "unet").down_blocks[0].resnets[0].temporal_after1
-    x = torch.randn(1, 3, 32, 2, 2, generator=generator())
-    torch.testing.assert_close(layer(x), temporal_shift(x))
 
 
 # A whole run
@@ -160,54 +166,42 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
     assert weights_of(run) == before
 
 
-def test_metrics_have_a_line_for_each_interval_of_each_stage(trained):
-    steps = [(entry["stage"], entry["step"]) for entry in metrics_of(trained)]
-    assert steps == [(stage, step) for stage in STAGES for step in (2, 4)]
-
-
-def test_training_changes_every_weight_of_every_network(trained):
+def test_training_changes_every_weight_and_the_text_encoder_at_its_own_rate(trained):
+    rates = {"vae": [1.0], "image": [1.0, 0.01], "video": [1.0]}  # and only on images
     for stage in STAGES:
-        early, late = (torch.load(trained.parent / f"states/{stage}-{s}.pt") for s in (2, 4))
-        for a, b in zip(early["parameters"], late["parameters"], strict=True):
-            assert not torch.equal(a, b)
-
-
-def test_the_video_stage_leaves_the_text_encoder_alone(trained):
-    state = torch.load(trained.parent / "states/video-4.pt")
-    assert len(state["parameters"]) == len(list(load_pipeline(trained).unet.parameters()))
+        early, late = (torch.load(trained.parent / f"states/{stage}-{step}.pt") for step in (2, 4))
+        pairs = zip(early["parameters"], late["parameters"], strict=True)
+        assert not any(torch.equal(a, b) for a, b in pairs)
+        groups = late["optimizer"]["param_groups"]
+        assert [group["multiplier"] for group in groups] == rates[stage]
 
 
 def test_latents_of_the_training_clips_have_mean_zero_and_unit_variance(trained):
     autoencoder = load_pipeline(trained).vae
-    clips = train.open_data(TrainOptions(num_clips=8, num_frames=3, image_size=16))
-    latents = torch.cat([vae.encode_clip(autoencoder, clip) for clip, _ in clips])
+    latents = torch.cat([vae.encode_clip(autoencoder, clip) for clip, _ in MovingShapes(8, 3, 16)])
     assert latents.mean((0, 2, 3)).abs().max() < 1e-3
     assert latents.square().mean().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_stage_after_stage_equals_one_call(trained, tmp_path):
-    for stage in STAGES:
+    for stage, frames in zip(STAGES, (1, 1, 3), strict=True):
         train_small(tmp_path / "run", "--stage", stage)
+        if stage != "vae":  # after the image stage a run draws images
+            assert read_json(tmp_path / "run/sampling.json")["num_frames"] == frames
     assert weights_of(tmp_path / "run") == weights_of(trained)
 
 
-@pytest.fixture(scope="module")
-def previewed(tmp_path_factory):
-    """A run of the same options but for those that may differ, with a preview in each stage."""
-    path = tmp_path_factory.mktemp("previewed") / "run"
-    train_small(path, log_every=3, save_every=1, preview_every=3)
-    return path
-
-
-def test_free_options_and_previews_do_not_touch_the_result(trained, previewed):
-    assert weights_of(previewed) == weights_of(trained)
-    names = {f"{stage}-000003" for stage in STAGES}
-    assert {file.stem for file in (previewed / "previews").iterdir()} == names
-
-
-def test_a_preview_of_the_autoencoder_has_eight_frames_above_their_reconstructions(previewed):
-    with Image.open(previewed / "previews/vae-000003.png") as image:
-        rows = np.array(image)  # H W 3
+def test_previews_at_each_quarter_of_a_stage_do_not_touch_the_result(trained, tmp_path):
+    train_small(tmp_path / "run", save_every=1, previews=True)
+    assert weights_of(tmp_path / "run") == weights_of(trained)
+    folder = tmp_path / "run/previews"
+    assert {file.name for file in folder.iterdir()} == {
+        f"{stage}-00000{step}.{'gif' if stage == 'video' else 'png'}"
+        for stage in STAGES for step in (1, 2, 3, 4)}
+    with Image.open(folder / "video-000004.gif") as image:  # of eight captions
+        assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2) and image.n_frames == 3
+    with Image.open(folder / "vae-000003.png") as image:
+        rows = np.array(image)  # H W 3: eight frames above their reconstructions
     assert rows.shape == (2 * 16 + 2, 8 * 16 + 7 * 2, 3)
     frames = torch.cat([clip for clip, _ in MovingShapes(8, 3, 16)])  # 24
     for column, i in enumerate((0, 3, 6, 9, 13, 16, 19, 23)):  # i: 23 / 7 of the column, cut off
@@ -215,60 +209,27 @@ def test_a_preview_of_the_autoencoder_has_eight_frames_above_their_reconstructio
         assert np.array_equal(shown, frames[i].permute(1, 2, 0))
 
 
-def test_a_preview_of_the_image_stage_is_one_frame_for_each_of_eight_captions(previewed):
-    with Image.open(previewed / "previews/image-000003.png") as image:
-        assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2)
-
-
-def test_only_the_text_encoder_learns_at_a_rate_of_its_own(trained):
-    parts = {stage: [group["part"] for group in torch.load(
-        trained.parent / f"states/{stage}-4.pt")["optimizer"]["param_groups"]] for stage in STAGES}
-    assert parts == {"vae": [1.0], "image": [1.0, TrainOptions().text_rate], "video": [1.0]}
-
-
-def test_gradient_checkpointing_does_not_touch_the_result(trained, tmp_path):
-    train_small(tmp_path / "run", "--gradient-checkpointing")
-    assert weights_of(tmp_path / "run") == weights_of(trained)
-
-
-def test_another_seed_gives_another_model(trained, tmp_path):
-    train_small(tmp_path / "run", seed=1)
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(trained)
-    for part in ("unet", "vae"):
-        name = f"{part}/diffusion_pytorch_model.safetensors"
-        assert ours[name] != theirs[name]
-
-
-def test_every_clip_is_encoded_once_for_its_scale_and_once_for_both_later_stages(
-        tmp_path, monkeypatch):
-    calls, encode_clip = [], vae.encode_clip
-    monkeypatch.setattr(vae, "encode_clip", lambda *a: calls.append(1) or encode_clip(*a))
-    train_small(tmp_path / "run")
-    assert len(calls) == 2 * SMALL["num_clips"]
-
-
-@pytest.mark.parametrize("frames, texts", [(12, 3), (2, 1)])
-def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch, frames, texts):
+def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch):
     measured, tokenized = [], []
-    monkeypatch.setattr(train, "FRAMES", frames)
-    monkeypatch.setattr(train, "TEXTS", texts)
+    monkeypatch.setattr(train, "FRAMES", 12)
+    monkeypatch.setattr(train, "TEXTS", 3)
     monkeypatch.setattr(vae, "standardise", lambda _, latents: measured.append(latents))
     monkeypatch.setattr(train.text, "standardise", lambda _, ids: tokenized.append(ids))
-    train_small(tmp_path / "run")
-    # 8 clips of 3 frames, 9 texts: every second or twelfth clip, every third or ninth text.
-    assert len(measured[0]) == (12 if frames == 12 else 3)
-    assert len(tokenized[0]) == texts
+    for stage in ("vae", "image"):
+        train_small(tmp_path / "run", "--stage", stage)
+    # 8 clips of 3 frames, 9 texts: every second frame, every third text
+    assert (len(measured[0]), len(tokenized[0])) == (12, 3)
 
 
-def test_a_folder_of_clips_is_trained_on(tmp_path):
-    for i, name in enumerate(("a dog", "a cat", "a dog again")):
-        clip = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 20, 24) * (i + 1) / 3
-        write_clip(tmp_path / f"clips/{i}.gif", clip, 10)
-        (tmp_path / f"clips/{i}.txt").write_text(name)
+def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
+    for name in ("a_dog", "a_cat"):
+        make_clip(tmp_path / f"clips/{name}/1.gif")
+    assert train_small(tmp_path / "run", "--check", data=tmp_path / "clips") == 0
+    assert capsys.readouterr().out.endswith("2 clips, 10 frames, 0 problems\n")
     train_small(tmp_path / "run", data=tmp_path / "clips")
     pipeline = load_pipeline(tmp_path / "run")
-    ids = pipeline.tokenizer(["a dog again"])[0]
-    assert len(ids[ids != pipeline.tokenizer.pad_id]) <= 5  # its words have become tokens
+    ids = pipeline.tokenizer(["a dog"])[0]
+    assert (ids != pipeline.tokenizer.pad_id).sum() <= 4  # its words have become tokens
     *_, latents = pipeline.sample(["a dog"], [0])
     assert pipeline.decode(latents).shape == (1, 3, 3, 16, 16)
 
@@ -276,45 +237,23 @@ def test_a_folder_of_clips_is_trained_on(tmp_path):
 # The command
 
 
-def test_a_mistake_leaves_no_folder_behind(tmp_path):
+def test_a_check_lists_every_problem_and_trains_nothing(tmp_path, capsys):
+    make_clip(tmp_path / "clips/dog/a.gif")
+    make_clip(tmp_path / "clips/dog/short.gif", num_frames=2)
+    (tmp_path / "clips/dog/b.gif").write_bytes(b"GIF89a")
+    assert train_small(tmp_path / "run", "--check", data=tmp_path / "clips") == 1
+    out = capsys.readouterr().out
+    assert "short.gif: needs 3 frames" in out and "3 clips, 5 frames, 2 problems" in out
     with pytest.raises(ValueError, match="no such folder"):
         train_small(tmp_path / "run", data=tmp_path / "nowhere")
-    make_clip(tmp_path / "clips/dog/a.gif")
-    with pytest.raises(ValueError, match="frame_rate needs > 0, .* got 0.0 and 1"):
-        train_small(tmp_path / "run", data=tmp_path / "clips", frame_rate=0)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_what_its_options_say(run):
+def test_a_flag_that_contradicts_the_run_is_refused_and_not_stored(run):
+    before = read_record(run)
     with pytest.raises(ValueError, match="--image-size 16, not 32"):
         call(train.main, run, "--image-size", 32)
-
-
-def test_every_option_has_a_help_text_and_a_flag(capsys):
-    with pytest.raises(SystemExit):
-        call(train.main, "--help")
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(TrainOptions):
-        assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
-
-
-def test_every_setting_of_samples_gets_into_the_run(run):
-    chosen = {"frames_per_second": 12.0, "num_steps": 7, "guidance_scale": 3.0,
-              "guidance_max_snr": 2.0, "timestep_power": 0.9}
-    record = read_json(run / "train.json")
-    assert all(record["options"][name] != value for name, value in chosen.items())
-    write_json(run / "train.json", record | {"options": record["options"] | chosen,
-                                             "finished": ["vae", "image"]})
-    call(train.main, run)
-    assert read_json(run / "sampling.json") == chosen | {
-        "num_frames": 3, "image_size": 16, "sampler": "ddim", "eta": 0.0}
-
-
-def test_after_the_image_stage_a_run_draws_images(run):
-    record = read_json(run / "train.json")
-    write_json(run / "train.json", record | {"finished": ["vae"]})
-    call(train.main, run, "--stage", "image")
-    assert read_json(run / "sampling.json")["num_frames"] == 1
+    assert read_record(run) == before
 
 
 def test_with_compile_every_network_that_learns_is_compiled(tmp_path, monkeypatch):
@@ -324,3 +263,55 @@ def test_with_compile_every_network_that_learns_is_compiled(tmp_path, monkeypatc
     train_small(tmp_path / "run", "--compile", vae_steps=1, image_steps=1, video_steps=1)
     names = ["AutoencoderKL", "UNet", "CLIPTextModel", "UNet"]
     assert compiled == [(name, {"dynamic": False}) for name in names]
+
+
+# The rehearsal
+
+
+@pytest.fixture
+def rehearsed(run, monkeypatch):
+    """Rehearse stages of a run of `finished` ones; `fails(unet)` says whether memory runs out."""
+
+    def rehearse(fails, finished=(), stages=STAGES):
+        before, shapes, loss = weights_of(run), [], train.denoising_loss
+
+        def limited(unet, diffusion, x0, *rest):
+            shapes.append(tuple(x0.shape))
+            if fails(unet):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss(unet, diffusion, x0, *rest)
+
+        monkeypatch.setattr(train, "denoising_loss", limited)
+        options, _ = read_record(run)
+        opened = Run(run, options, list(finished), resume=False)
+        record, metrics = read_json(run / "train.json"), metrics_of(run)
+        try:
+            train.rehearse(opened, stages, MovingShapes(8, 3, 16).captions)
+        finally:  # it leaves no trace
+            assert weights_of(run) == before
+            assert (read_json(run / "train.json"), metrics_of(run)) == (record, metrics)
+        return opened.checkpointing, shapes
+
+    return rehearse
+
+
+def test_a_rehearsal_makes_one_step_of_each_stage_at_full_shape(rehearsed):
+    shapes = [(4, 1, 4, 4, 4), (2, 3, 4, 4, 4)]
+    assert rehearsed(lambda unet: False) == (False, shapes)
+
+
+def test_a_stage_that_does_not_fit_is_tried_again_with_checkpointing(rehearsed):
+    checkpointing, shapes = rehearsed(
+        lambda unet: unet.config.temporal == "shift" and not unet.gradient_checkpointing)
+    assert checkpointing and [shape[1] for shape in shapes] == [1, 3, 3]
+
+
+def test_a_stage_that_does_not_fit_even_so_is_one_line_with_the_remedies(rehearsed):
+    with pytest.raises(ValueError, match="the image stage does not fit into the GPU's memory; .*"
+                                         "--offload.*--image-batch-size, --num-frames or --image-"):
+        rehearsed(lambda unet: True)
+
+
+def test_a_finished_image_stage_is_rehearsed_with_its_model(rehearsed):
+    finished = ("vae", "image")
+    assert rehearsed(lambda unet: False, finished, ["video"]) == (False, [(2, 3, 4, 4, 4)])

@@ -1,21 +1,20 @@
 """The training loop by itself, on a line y = a x + b that takes no time to fit."""
 
-import json
 import math
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import metrics_of
 from torch import nn
 
-import processes
 import trainer
-from memory import Plan
-from options import TrainOptions
-from trainer import (Average, Stopped, Trainer, drop_repeated, learning_rate_at, move_moments,
-                     step_generator, step_in_parts)
+from trainer import Stopped, Trainer, learning_rate_at, move_moments, step_generator, step_in_parts
+from training.options import TrainOptions
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
 
 
 def points(generator):
@@ -23,37 +22,41 @@ def points(generator):
     return x, 3 * x + 2
 
 
-class Line(Trainer):
-    """Fits y = a x + b; b learns at a tenth of the rate."""
+class Line:
+    """A run, its trainer, and the line that they fit: b learns at a tenth of the rate."""
 
-    def __init__(self, path, draw=points, num_steps=6, **options):
-        path.mkdir(exist_ok=True)
-        options = TrainOptions(log_every=2, save_every=2, warmup_steps=0, vae_steps=num_steps,
-                               vae_learning_rate=0.1, **options)
-        run = SimpleNamespace(path=path, options=options, device=torch.device("cpu"), state=None,
-                              plan=lambda stage: Plan(moments_on_cpu=options.offload))
+    def __init__(self, draw=points, num_steps=6, state=None, **options):
+        self.options = TrainOptions(**{"save_every": 2, "warmup_steps": 0, "vae_steps": num_steps,
+                                       "vae_learning_rate": 0.1} | options)
+        self.device, self.state = torch.device("cpu"), state
+        self.states, self.metrics, self.losses, self.draw = {}, [], [], draw
         self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.0))
-        self.draw, self.losses = draw, []
-        super().__init__(run, "vae", [([self.a], 1.0), ([self.b], 0.1)])
+        self.trainer = Trainer(self, "vae", [([self.a], 1.0), ([self.b], 0.1)])
 
-    def run(self, preview=None):
-        for _, generator in self.steps(preview):
+    def save_state(self, state):
+        state = state | {"parameters": [p.item() for p in state["parameters"]],
+                         "average": [p.item() for p in state["average"]]}
+        self.states[state["step"]] = state
+
+    def log(self, entry):
+        self.metrics.append(entry)
+
+    def forget_later(self, stage, step):
+        pass
+
+    def fit(self, preview=None, num_previews=4):
+        for _, generator in self.trainer.steps(preview, num_previews):
             x, y = self.draw(generator)
-            self.losses.append((self.a * x + self.b - y).square().mean())
-            self.backward(self.losses[-1])
+            loss = (self.a * x + self.b - y).square().mean()
+            self.losses.append(loss.item())
+            self.trainer.backward(loss)
+        return self
+
+    def weights(self):
+        return self.a.item(), self.b.item()
 
 
-def test_a_disk_without_room_for_two_states_is_refused_at_once(tmp_path, monkeypatch):
-    for free in (64, 63):  # two numbers of 4 bytes: weights, average and two moments, twice
-        def usage(path, free=free):
-            assert path == tmp_path  # a folder may be a disk of its own
-            return SimpleNamespace(free=free)
-
-        monkeypatch.setattr("shutil.disk_usage", usage)
-        if free == 64:
-            Line(tmp_path)
-    with pytest.raises(ValueError, match="needs 64 bytes of disk, got 63; make room"):
-        Line(tmp_path)
+# One step
 
 
 def test_the_learning_rate_rises_and_falls_as_worked_out_by_hand():
@@ -62,56 +65,108 @@ def test_the_learning_rate_rises_and_falls_as_worked_out_by_hand():
         0.2, 1.0 * (0.5 + 0.5 * math.cos(0.04 * math.pi)), 1 + math.cos(0.09 * math.pi), 1.0,
         1 + math.cos(0.99 * math.pi),
     ])
+    assert learning_rate_at(0, 100, 2.0, 0) == 2.0  # without warm-up
 
 
-def test_without_warm_up_the_first_rate_is_the_peak():
-    assert learning_rate_at(0, 100, 2.0, 0) == 2.0
+def adamw(value, gradients, rates, decay, betas):
+    """Loshchilov & Hutter 2019, algorithm 2, for one number."""
+    m = v = 0.0
+    for i, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m = betas[0] * m + (1 - betas[0]) * gradient
+        v = betas[1] * v + (1 - betas[1]) * gradient**2
+        update = (m / (1 - betas[0] ** i)) / (math.sqrt(v / (1 - betas[1] ** i)) + 1e-8)
+        value -= rate * decay * value + rate * update
+    return value
 
 
-def test_each_group_learns_at_its_part_of_the_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "WEIGHT_DECAY", 0.0)
-    line = Line(tmp_path, num_steps=1)
-    line.run()
-    # AdamW's first step is the learning rate, whatever the gradient; the average takes 0.9 of it.
-    a, b = (parameter.item() for parameter in line.parameters)
-    assert (abs(a - 0.5), abs(b)) == pytest.approx((0.9 * 0.1, 0.9 * 0.01), rel=1e-4)
+def test_the_weights_are_those_of_adamw_by_hand_with_clipped_gradients():
+    line, gradients = Line(num_steps=5, warmup_steps=2), []
+    step = line.trainer.optimizer.step
+    line.trainer.optimizer.step = lambda: (
+        gradients.append([line.a.grad.item(), line.b.grad.item()]), step())
+    line.fit()
+    assert [math.hypot(*both) for both in gradients] == pytest.approx(5 * [1.0], rel=1e-4)
+    rates = [learning_rate_at(i, 5, 0.1, 2) for i in range(5)]
+    for i, (start, factor) in enumerate([(0.5, 1.0), (0.0, 0.1)]):
+        expected = adamw(start, [both[i] for both in gradients],
+                         [factor * rate for rate in rates], decay=0.01, betas=(0.9, 0.99))
+        assert line.states[5]["parameters"][i] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    steps = iter(range(100))
+
+    def both(_):
+        step = next(steps)
+        pair = [points(step_generator(0, "vae", step, micro)) for micro in (0, 1)]
+        return [torch.cat(parts) for parts in zip(*pair, strict=True)]
+
+    halves, whole = Line(accumulate=2).fit(), Line(both).fit()
+    assert halves.weights() == pytest.approx(whole.weights(), rel=1e-4)
+    assert halves.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-5)
+
+
+# The average
 
 
 def test_the_average_equals_a_loop_by_hand():
-    parameter, expected = nn.Parameter(torch.tensor([1.0])), 1.0
-    average = Average([parameter], decay=0.4)
-    for step, value in enumerate([2.0, -1.0, 5.0, 3.0, 0.0, 4.0, 1.0]):
-        parameter.data.fill_(value)
-        average.update(step)
-        decay = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4][step]  # warms up until 0.4
-        expected = decay * expected + (1 - decay) * value
-    assert average.values[0].item() == pytest.approx(expected, rel=1e-6)
+    line = Line(num_steps=7, save_every=1, ema_decay=0.3).fit()
+    expected = 0.5
+    for step in range(1, 8):
+        # The decay warms up: (1 + step) / (10 + step), counted from 0, until it is 0.3.
+        decay = [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3, 0.3][step - 1]
+        expected = decay * expected + (1 - decay) * line.states[step]["parameters"][0]
+        assert line.states[step]["average"][0] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_an_average_of_every_fourth_step_is_the_closed_form(on_cpu):
-    parameter = nn.Parameter(torch.tensor([1.0]))
-    average = Average([parameter], decay=0.4, every=4, on_cpu=on_cpu)
-    values = [2.0, -1.0, 5.0, 3.0, 0.0, 4.0, 1.0, -2.0, 7.0]
-    for step, value in enumerate(values):
-        parameter.data.fill_(value)
-        average.update(step)
-    # Steps 3 and 7 count, with the decays 4 / 13 and 0.4 to the fourth power.
-    early, late = (4 / 13) ** 4, 0.4**4
-    expected = late * (early * 1.0 + (1 - early) * 3.0) + (1 - late) * -2.0
-    assert average.values[0].item() == pytest.approx(expected, rel=1e-6)
+def test_a_stage_ends_with_its_average_or_with_decay_0_as_it_is():
+    line, plain = Line().fit(), Line(ema_decay=0.0).fit()
+    assert list(line.weights()) == line.states[6]["average"] != line.states[6]["parameters"]
+    assert list(plain.weights()) == plain.states[6]["parameters"] and not plain.states[6]["average"]
 
 
-def test_an_average_in_cpu_memory_is_the_same():
-    parameters = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
-    averages = [Average(parameters, 0.9, 1, on_cpu) for on_cpu in (False, True)]
-    for step in range(3):
-        for parameter in parameters:
-            parameter.data.normal_()
-        for average in averages:
-            average.update(step)
-    for a, b in zip(*(average.values for average in averages), strict=True):
-        assert torch.equal(a, b)
+# Previews, metrics, states
+
+
+def test_previews_come_at_each_quarter_with_the_average_after_saving():
+    line, seen = Line(num_steps=9, save_every=1), []
+    line.fit(lambda step: seen.append((step, [*line.weights()], line.states[step]["average"])))
+    assert [step for step, *_ in seen] == [2, 4, 6, 9]
+    assert all(drawn == average for _, drawn, average in seen)
+    assert line.weights() == Line(num_steps=9).fit().weights()  # they leave no trace
+    seen.clear()
+    Line(num_steps=9).fit(seen.append, num_previews=2)
+    assert seen == [4, 9]
+
+
+def test_metrics_have_the_mean_loss_of_each_interval():
+    line = Line(num_steps=5).fit()
+    seen = line.losses
+    assert [entry["step"] for entry in line.metrics] == [2, 4, 5]
+    assert [entry["loss"] for entry in line.metrics] == pytest.approx(
+        [(seen[0] + seen[1]) / 2, (seen[2] + seen[3]) / 2, seen[4]])
+
+
+def test_metrics_have_the_speed_since_the_last_line(monkeypatch):
+    clock = iter([10.0, 14.0, 15.0])  # the start, step 2, step 3
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+    line = Line(num_steps=3).fit()
+    assert [entry["steps_per_second"] for entry in line.metrics] == [2 / 4, 1 / 1]
+
+
+def test_states_are_saved_every_n_steps_and_at_the_end():
+    assert list(Line(num_steps=7, save_every=3).fit().states) == [3, 6, 7]
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage_before_it_is_saved():
+    draws = iter([1.0, 1.0, math.nan, 1.0])
+    line = Line(lambda generator: (torch.ones(4), torch.full((4,), next(draws))))
+    with pytest.raises(ValueError, match="the vae stage diverged by step 4"):
+        line.fit()
+    assert list(line.states) == [2]
+
+
+# Offloading
 
 
 def test_a_step_in_parts_is_the_step(monkeypatch):
@@ -120,18 +175,17 @@ def test_a_step_in_parts_is_the_step(monkeypatch):
     copies = [[nn.Parameter(weight.clone()) for weight in weights] for _ in range(2)]
     optimizers = [torch.optim.AdamW([{"params": each[:3]}, {"params": each[3:], "lr": 0.1}],
                                     lr=0.01, fused=True) for each in copies]
-    seen = []
+    moved = []
     monkeypatch.setattr(trainer, "move_moments",
-                        lambda optimizer, part, device: seen.append((len(part), str(device))))
-    for step in range(3):
+                        lambda optimizer, part, device: moved.append((len(part), str(device))))
+    for _ in range(3):
         for a, b in zip(*copies, strict=True):
             a.grad = torch.randn(a.shape)
             b.grad = a.grad.clone()
         optimizers[0].step()
         step_in_parts(optimizers[1])
-    for a, b in zip(*copies, strict=True):
-        assert torch.equal(a, b)
-    assert seen == 3 * [(2, "cpu"), (2, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu")]
+    assert all(torch.equal(a, b) for a, b in zip(*copies, strict=True))
+    assert moved == 3 * [(2, "cpu"), (2, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu"), (1, "cpu")]
     assert [len(group["params"]) for group in optimizers[1].param_groups] == [3, 1]
 
 
@@ -146,135 +200,92 @@ def test_moments_move_and_the_count_of_steps_stays():
     assert state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta and not state["step"].is_meta
 
 
-def test_offloaded_moments_lead_to_the_same_weights(tmp_path):
-    lines = [Line(tmp_path / str(offload), offload=offload) for offload in (False, True)]
-    for line in lines:
-        line.run()
-    a, b = ([p.item() for p in line.parameters] for line in lines)
-    assert a == b
+def test_offload_leads_to_the_same_weights_in_parts(monkeypatch):
+    parts, step = [], trainer.step_in_parts
+    monkeypatch.setattr(trainer, "step_in_parts", lambda optimizer: (parts.append(1),
+                                                                     step(optimizer)))
+    assert Line().fit().weights() == Line(offload=True).fit().weights()
+    assert len(parts) == 6
 
 
-def test_the_average_can_stand_in_for_the_weights_and_leaves_again():
-    parameter = nn.Parameter(torch.tensor([1.0]))
-    average = Average([parameter], decay=0.5)
-    parameter.data.fill_(7.0)
-    with pytest.raises(KeyError), average.swapped():
-        assert parameter.item() == 1.0
-        raise KeyError
-    assert parameter.item() == 7.0
-
-
-def test_a_stage_ends_with_the_weights_of_the_average(tmp_path):
-    line = Line(tmp_path)
-    line.run()
-    state = torch.load(line.state_path)
-    assert [p.item() for p in line.parameters] == [p.item() for p in state["average"]]
-    assert state["average"] != state["parameters"]
-
-
-def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
-    halves = Line(tmp_path / "2", accumulate=2)
-    steps = iter(range(100))
-
-    def both(_):
-        step = next(steps)
-        pair = [points(step_generator(0, "vae", step, micro)) for micro in (0, 1)]
-        return [torch.cat(parts) for parts in zip(*pair, strict=True)]
-
-    whole = Line(tmp_path / "1", both)
-    halves.run(), whole.run()
-    a, b = ([value.item() for value in each.average.values] for each in (halves, whole))
-    assert a == pytest.approx(b, rel=1e-4)
-    assert metrics_of(tmp_path / "2")[-1]["loss"] == pytest.approx(
-        metrics_of(tmp_path / "1")[-1]["loss"], rel=1e-5
-    )
-
-
-def test_gradients_are_clipped(tmp_path):
-    line = Line(tmp_path, num_steps=1)
-    norms, step = [], line.optimizer.step
-    line.optimizer.step = lambda: (
-        norms.append(torch.stack([p.grad for p in line.parameters]).norm().item()), step()
-    )
-    line.run()
-    assert norms == pytest.approx([1.0], rel=1e-4)
-
-
-def test_metrics_have_the_mean_loss_of_each_interval(tmp_path):
-    line = Line(tmp_path, num_steps=5)
-    line.run()
-    seen = [loss.item() for loss in line.losses]
-    means = [(seen[0] + seen[1]) / 2, (seen[2] + seen[3]) / 2, seen[4]]
-    entries = metrics_of(tmp_path)
-    assert [entry["step"] for entry in entries] == [2, 4, 5]
-    assert [entry["loss"] for entry in entries] == pytest.approx(means)
-
-
-def test_a_stop_draws_the_preview_of_its_step(tmp_path, monkeypatch):
-    # A resume goes on behind the saved step, so the preview would be lost.
-    state, seen = tmp_path / "training_state.pt", []
-    monkeypatch.setattr(Line, "_stopping", lambda self, _: self.step == 2)
-    with pytest.raises(Stopped):
-        Line(tmp_path, preview_every=2).run(lambda step: seen.append((step, state.exists())))
-    assert seen == [(2, True)]  # saved first: a preview that fails costs no step
-
-
-def test_a_signal_in_the_last_step_stops_several_processes_too(tmp_path, monkeypatch):
-    def draw(generator):
-        if line.step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return points(generator)
-
-    monkeypatch.setattr(processes, "rank_and_count", lambda: (0, 2))
-    monkeypatch.setattr(processes, "mean", lambda value: value.item())
-    line = Line(tmp_path, draw, num_steps=5)
-    with pytest.raises(Stopped, match="stopped at step 5"):
-        line.run()
-
-
-def test_a_resume_drops_the_lines_of_the_steps_that_it_repeats(tmp_path):
-    lines = [
-        {"stage": "vae", "step": 9}, {"stage": "image", "step": 2}, {"stage": "image", "step": 4},
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text + '{"stage": "image", "st')  # cut by a kill
-    drop_repeated(tmp_path / "metrics.jsonl", "image", 2)
-    assert metrics_of(tmp_path) == lines[:2]
+# Randomness
 
 
 def test_a_batch_depends_on_seed_stage_step_and_micro_batch_alone():
-    def draw(*key):
-        return torch.randn(3, generator=step_generator(*key)).tolist()
-
     keys = [(0, "vae", 1, 0), (1, "vae", 1, 0), (0, "image", 1, 0), (0, "vae", 2, 0),
-            (0, "vae", 1, 1)]
-    draws = [draw(*key) for key in keys]
-    assert draws == [draw(*key) for key in keys]
-    assert len({tuple(values) for values in draws}) == len(keys)
+            (0, "vae", 1, 1), (0, "vae", 1)]
+    draws = [torch.randn(3, generator=step_generator(*key)).tolist() for key in keys]
+    assert draws[5] == draws[0] and len({*map(tuple, draws)}) == 5
 
 
 def test_processes_draw_different_batches(monkeypatch):
-    draws = set()
+    seeds = set()
     for rank in range(3):
-        monkeypatch.setattr(processes, "rank_and_count", lambda rank=rank: (rank, 3))
-        draws |= {step_generator(0, "vae", step).initial_seed() for step in range(4)}
-    assert len(draws) == 12
+        monkeypatch.setattr(trainer, "rank_and_count", lambda rank=rank: (rank, 3))
+        seeds |= {step_generator(0, "vae", step).initial_seed() for step in range(4)}
+    assert len(seeds) == 12
 
 
-def test_the_handlers_of_signals_are_those_from_before_again(tmp_path):
+# Signals
+
+
+def test_the_handlers_of_signals_are_those_from_before_again():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    Line(tmp_path).run()
+    Line().fit()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_weights_that_are_not_finite_are_not_saved_whatever_the_loss(tmp_path):
-    line = Line(tmp_path)
-    line.save_state()
-    before = line.state_path.read_bytes()
-    line.parameters[1].data.fill_(math.inf)
-    with pytest.raises(ValueError, match="the model of the vae stage is not finite"):
-        line.save_state()
-    assert line.state_path.read_bytes() == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_its_step_with_state_and_preview(number):
+    def draw(generator):
+        if line.trainer.step == 3:
+            signal.raise_signal(number)
+        return points(generator)
+
+    line, seen = Line(draw, num_steps=8, save_every=100), []
+    with pytest.raises(Stopped, match="stopped at step 4 of the vae stage; continue with --resu"):
+        line.fit(seen.append)
+    assert list(line.states) == [4] and seen == [2, 4]
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    def draw(generator):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    line = Line(draw)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        line.fit()
+    assert stop.type is KeyboardInterrupt and not line.states
+
+
+def test_a_signal_to_another_process_stops_this_one(monkeypatch):
+    monkeypatch.setattr(trainer, "rank_and_count", lambda: (0, 2))
+    monkeypatch.setattr(trainer, "mean", lambda value: value.item() + 0.5)
+    with pytest.raises(Stopped, match="stopped at step 1 of"):
+        Line().fit()
+
+
+# Continuing
+
+
+def test_a_resume_goes_on_bit_for_bit(tmp_path):
+    whole = Line(save_every=100).fit()
+    stopped, saved = Line(), tmp_path / "state.pt"
+    stopped.save_state = lambda state: torch.save(state, saved) if state["step"] == 4 else None
+    stopped.fit()
+    resumed = Line(state=torch.load(saved, weights_only=True)).fit()
+    assert resumed.weights() == whole.weights() and len(resumed.losses) == 2
+    assert resumed.state is None  # the next stage starts from its beginning
+
+
+def test_the_state_of_another_network_is_refused():
+    state = {"parameters": [torch.zeros(3), torch.zeros(())]}
+    with pytest.raises(ValueError, match="training_state.pt: belongs to a model of another"):
+        Line(state=state)
+
+
+# Compiling
 
 
 class Half(nn.Module):
@@ -286,7 +297,7 @@ class Half(nn.Module):
         return x * self.weight / 2
 
 
-def test_a_compiled_network_learns_the_same_under_its_own_names(tmp_path, monkeypatch):
+def test_a_compiled_network_learns_the_same_under_its_own_names(monkeypatch):
     compile_, graphs, learned = nn.Module.compile, [], []
 
     def backend(graph, inputs):  # dynamo's graphs and guards, no C++ compiler
@@ -296,53 +307,10 @@ def test_a_compiled_network_learns_the_same_under_its_own_names(tmp_path, monkey
     monkeypatch.setattr(nn.Module, "compile",
                         lambda module, **options: compile_(module, backend=backend, **options))
     for wanted in (False, True):
-        line = Line(tmp_path / str(wanted), compile=wanted)
         network = Half()
-        forward = line.wrap(network)
+        forward = Line(compile=wanted).trainer.wrap(network)
         for rows in (4, 3):
             forward(torch.ones(rows, 1)).square().mean().backward()
         learned.append({name: network.get_parameter(name).grad for name in network.state_dict()})
         assert len(graphs) == 2 * wanted  # one for each shape
     assert learned[0] == learned[1] == {"weight": torch.tensor([1.5 / 2 * 2])}
-
-
-def adamw(value, gradients, rates, decay, betas):
-    """Loshchilov & Hutter 2019, algorithm 2, for one number."""
-    m = v = 0.0
-    for i, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        m = betas[0] * m + (1 - betas[0]) * gradient
-        v = betas[1] * v + (1 - betas[1]) * gradient**2
-        update = (m / (1 - betas[0] ** i)) / (math.sqrt(v / (1 - betas[1] ** i)) + 1e-8)
-        value -= rate * decay * value + rate * update
-    return value
-
-
-def test_the_weights_are_those_of_adamw_by_hand(tmp_path):
-    line, gradients = Line(tmp_path, num_steps=5), []
-    step = line.optimizer.step
-    line.optimizer.step = lambda: (
-        gradients.append([p.grad.item() for p in line.parameters]), step())
-    line.run()
-    rates = [learning_rate_at(i, 5, 0.1, 0) for i in range(5)]
-    saved = torch.load(line.state_path)["parameters"]
-    for number, (start, part) in enumerate([(0.5, 1.0), (0.0, 0.1)]):
-        expected = adamw(start, [both[number] for both in gradients],
-                         [part * rate for rate in rates], decay=0.01, betas=(0.9, 0.99))
-        assert saved[number].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_resume_needs_room_for_a_model_beside_its_state(tmp_path, monkeypatch):
-    line = Line(tmp_path)
-    line.run()
-    state = torch.load(line.state_path)
-
-    def resume(free):  # weights, average and two moments of two numbers: 32 bytes, and a quarter
-        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-        run = SimpleNamespace(path=tmp_path, options=line.options, device=line.device, state=state,
-                              plan=lambda stage: Plan())
-        groups = [([nn.Parameter(torch.zeros(()))], part) for part in (1.0, 0.1)]
-        return Trainer(run, "vae", groups)
-
-    assert resume(40).step == 6
-    with pytest.raises(ValueError, match="needs 40 bytes of disk, got 39"):
-        resume(39)

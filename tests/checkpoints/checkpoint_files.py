@@ -1,48 +1,38 @@
-"""Small checkpoints that several test files write: containers, and single files by the rule."""
+"""What the tests of checkpoints share: names, changed files, and a small container."""
 
 import json
 from pathlib import Path
 
 import torch
-from recorded.rule import checkpoint
 
 from checkpoints.containers import read_checkpoint
-from checkpoints.tokenizers import save_tokenizer
-from files import load_safetensors, save_safetensors
-from tokenizer import CLIPTokenizer
+from checkpoints.safetensors_file import load_safetensors, save_safetensors
 
 RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "single_files.json").read_text())
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-
-
-def write_files(path):
-    """The paths {"sd1", "sd2"} of small single files, weights by the rule, and of a merges file."""
-    words = ["a red circle", "a blue square", "a green triangle", "moving left", "moving right"]
-    save_tokenizer(path / "tokenizer", CLIPTokenizer.train(words, 20, max_length=12))
-    for family in RECORDED:
-        save_safetensors(path / family, checkpoint(RECORDED[family]["shapes"]))
-    paths = {family: path / family for family in RECORDED}
-    return paths | {"merges": path / "tokenizer" / "merges.txt"}
-
-
-def changed(path, files, family, change):
-    """A copy of a single file whose tensors were changed by a function, at a path."""
-    tensors = load_safetensors(files[family])
-    tensors = change(tensors) or tensors
-    save_safetensors(path, tensors)
-    return path
-
-
 A, B = torch.arange(6.0).reshape(2, 3), torch.tensor([1.5, -2.0]).half()
 WEIGHTS = {"a": A, "b": B}
 
 
+def changed(path, file, change):
+    """A copy of a single file at a path; `change` is a function of its {name: tensor}."""
+    save_safetensors(path, change(load_safetensors(file)))
+    return path
+
+
+def add(name, *shape):
+    """A change that adds a tensor of zeros, or replaces a tensor by one."""
+    return lambda tensors: tensors | {name: torch.zeros(shape)}
+
+
+def same(a, b):
+    """Whether two {name: tensor} are equal: names, dtypes, values."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
 def holds_weights(path):
-    read = read_checkpoint(path)
-    same = {
-        name: x.dtype == WEIGHTS[name].dtype and x.equal(WEIGHTS[name]) for name, x in read.items()
-    }
-    return same == {"a": True, "b": True}
+    return same(read_checkpoint(path), WEIGHTS)
 
 
 def save(path, value=WEIGHTS):

@@ -3,121 +3,76 @@
 import json
 
 import pytest
-import torch
 
-from checkpoints import configs
 import model
 import text
 import vae
-from diffusion import Diffusion
+from checkpoints import configs
+from diffusion import Diffusion, schedule_for
+
+SCHEDULE = schedule_for("v_prediction", True, 2.0)  # its betas are a list
 
 
-@pytest.mark.parametrize("preset", model.PRESETS)
-def test_the_configuration_of_every_unet_comes_back(preset):
-    config = model.PRESETS[preset]
-    values = json.loads(json.dumps(configs.unet_to_json(config)))
-    assert configs.unet_from_json(values, "here") == config
-
-
-@pytest.mark.parametrize("preset", vae.PRESETS)
-def test_the_configuration_of_every_autoencoder_comes_back(preset):
-    config = vae.PRESETS[preset]
-    values = json.loads(json.dumps(configs.vae_to_json(config)))
-    assert configs.vae_from_json(values, "here") == config
-
-
-@pytest.mark.parametrize("preset", text.PRESETS)
-def test_the_configuration_of_every_text_encoder_comes_back(preset):
-    config = text.PRESETS[preset]
-    values = json.loads(json.dumps(configs.text_to_json(config)))
-    assert configs.text_from_json(values, "here") == config
+@pytest.mark.parametrize("name, presets", [
+    ("unet", model.PRESETS), ("vae", vae.PRESETS), ("text", text.PRESETS),
+    ("diffusion", {"trained": SCHEDULE}),
+])
+def test_every_config_comes_back(name, presets):
+    for config in presets.values():
+        values = json.loads(json.dumps(getattr(configs, f"{name}_to_json")(config)))
+        assert getattr(configs, f"{name}_from_json")(values, "here") == config
 
 
 def test_a_text_encoder_names_the_ends_of_its_texts():
-    """Of CLIP's 49,408 tokens the last two."""
+    """The last two of CLIP's 49,408 tokens."""
     values = configs.text_to_json(text.PRESETS["sd1"])
     assert (values["bos_token_id"], values["eos_token_id"]) == (49406, 49407)
 
 
-def test_a_list_of_betas_comes_back():
-    betas = tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
-    diffusion = Diffusion(trained_betas=betas)
-    values = json.loads(json.dumps(configs.diffusion_to_json(diffusion)))
-    assert configs.diffusion_from_json(values, "here") == diffusion
+DOWN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+UP = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+UNET = {  # what the repositories of Stable Diffusion 1.5 and 2.1 have in unet/config.json
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
+    "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False, "cross_attention_dim": 768, "down_block_types": DOWN,
+    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
+    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "out_channels": 4, "sample_size": 64, "up_block_types": UP,
+}
+UNET_2 = UNET | {
+    "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "num_class_embeds": None,
+    "dual_cross_attention": False, "only_cross_attention": False, "sample_size": 96,
+    "upcast_attention": True, "use_linear_projection": True,
+}
+UNET_NOW = UNET | {  # every field of diffusers 0.42
+    "addition_embed_type": None, "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None, "attention_type": "default", "class_embed_type": None,
+    "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "cross_attention_norm": None, "dropout": 0.0, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "num_attention_heads": None,
+    "projection_class_embeddings_input_dim": None, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None, "sample_size": None, "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
+    "timestep_post_act": None, "transformer_layers_per_block": 1, "upcast_attention": None,
+}
 
 
-def test_the_unet_config_of_stable_diffusion_1_5_is_read():
-    """As its repository has it, unet/config.json, to the letter."""
-    values = {
-        "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
-        "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-        "center_input_sample": False, "cross_attention_dim": 768, "down_block_types":
-        ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
-        "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
-        "norm_num_groups": 32, "out_channels": 4, "sample_size": 64, "up_block_types":
-        ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    }
-    assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
+@pytest.mark.parametrize("values, preset", [(UNET, "sd1"), (UNET_2, "sd2"), (UNET_NOW, "sd1")],
+                         ids=["1.5", "2.1", "today"])
+def test_the_unet_configs_of_stable_diffusion_are_read(values, preset):
+    assert configs.unet_from_json(values, "here") == model.PRESETS[preset]
 
 
-DOWN, UP = (
-    ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-)
-
-
-def test_the_unet_config_of_stable_diffusion_2_1_is_read():
-    values = {
-        "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.10.0.dev0", "act_fn":
-        "silu", "attention_head_dim": [5, 10, 20, 20], "block_out_channels": [320, 640, 1280, 1280],
-        "center_input_sample": False, "cross_attention_dim": 1024, "down_block_types": DOWN,
-        "downsample_padding": 1, "dual_cross_attention": False, "flip_sin_to_cos": True,
-        "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
-        "norm_eps": 1e-05, "norm_num_groups": 32, "num_class_embeds": None,
-        "only_cross_attention": False, "out_channels": 4, "sample_size": 96, "up_block_types": UP,
-        "upcast_attention": True, "use_linear_projection": True,
-    }
-    assert configs.unet_from_json(values, "here") == model.PRESETS["sd2"]
-
-
-def test_a_unet_config_with_every_field_of_todays_diffusers_is_read():
-    values = configs.unet_to_json(model.PRESETS["sd1"]) | {
-        "addition_embed_type": None, "addition_embed_type_num_heads": 64,
-        "addition_time_embed_dim": None, "attention_type": "default",
-        "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
-        "cross_attention_norm": None, "dropout": 0.0, "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None, "mid_block_only_cross_attention": None,
-        "num_attention_heads": None, "projection_class_embeddings_input_dim": None,
-        "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
-        "reverse_transformer_layers_per_block": None, "sample_size": None,
-        "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
-        "time_embedding_type": "positional", "timestep_post_act": None,
-        "transformer_layers_per_block": 1, "upcast_attention": None,
-    }
-    assert configs.unet_from_json(values, "here") == model.PRESETS["sd1"]
-
-
-def test_an_absent_field_or_null_has_the_default_of_diffusers():
-    values = {"down_block_types": DOWN, "up_block_types": UP}
-    for absent in ({}, {"cross_attention_dim": None}):
-        assert configs.unet_from_json(values | absent, "here").cross_attention_dim == 1280
-    for absent in ({}, {"block_out_channels": None, "layers_per_block": None}):
-        autoencoder = configs.vae_from_json(absent, "here")
-        assert (autoencoder.block_out_channels, autoencoder.layers_per_block) == ((64,), 1)
-
-
-@pytest.mark.parametrize("more", [
-    {"_diffusers_version": "0.2.2"},
-    {"_name_or_path": "CompVis/stable-diffusion-v1-4", "norm_num_groups": 32},
-    {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None,
-     "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True,
-     "mid_block_add_attention": True},
-], ids=["1.4", "1.5", "today"])
+@pytest.mark.parametrize("more", [{}, {
+    "scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None,
+    "force_upcast": True, "use_quant_conv": True, "use_post_quant_conv": True,
+    "mid_block_add_attention": True, "norm_num_groups": 32}], ids=["1.4", "today"])
 def test_the_autoencoder_configs_of_stable_diffusion_are_read(more):
-    """Those of 1.x and 2.x have no scaling_factor: it is 0.18215."""
+    """The configs of 1.x and 2.x have no scaling_factor: it is 0.18215."""
     values = {
-        "_class_name": "AutoencoderKL", "act_fn": "silu",
+        "_class_name": "AutoencoderKL", "_diffusers_version": "0.2.2", "act_fn": "silu",
         "block_out_channels": [128, 256, 512, 512],
         "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
         "layers_per_block": 2, "out_channels": 3, "sample_size": 512, "up_block_types":
@@ -145,13 +100,10 @@ def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
 
 @pytest.mark.parametrize("more, prediction_type", [
     ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "epsilon"),
-    ({"_class_name": "PNDMScheduler", "prediction_type": "epsilon"}, "epsilon"),
     ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
-    ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear",
-      "use_karras_sigmas": False}, "epsilon"),
 ])
 def test_the_schedules_of_stable_diffusion_are_read(more, prediction_type):
-    """Whatever steps the class takes, the noise is what the model has learnt from."""
+    """Whatever sampler the class is, the model depends only on the noise."""
     values = {
         "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
@@ -161,19 +113,33 @@ def test_the_schedules_of_stable_diffusion_are_read(more, prediction_type):
     assert configs.diffusion_from_json(values | more, "here") == expected
 
 
-def test_a_schedule_that_says_nothing_is_diffusers_default():
-    """With the offset of 1 that StableDiffusionPipeline sets where the config has none."""
+def test_an_absent_field_or_null_gets_the_default_of_diffusers():
+    """StableDiffusionPipeline sets an offset of 1 if the schedule has none."""
+    for absent in ({}, {"cross_attention_dim": None}):
+        values = {"down_block_types": DOWN, "up_block_types": UP} | absent
+        assert configs.unet_from_json(values, "here").cross_attention_dim == 1280
+    for absent in ({}, {"block_out_channels": None, "layers_per_block": None}):
+        autoencoder = configs.vae_from_json(absent, "here")
+        assert (autoencoder.block_out_channels, autoencoder.layers_per_block) == ((64,), 1)
     assert configs.diffusion_from_json({}, "here") == Diffusion(
         beta_schedule="linear", beta_start=0.0001, beta_end=0.02, set_alpha_to_one=True,
         steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
     )
 
 
-@pytest.mark.parametrize("side, block", [
-    ("down_block_types", "AttnDownEncoderBlock2D"), ("up_block_types", "AttnUpDecoderBlock2D"),
+@pytest.mark.parametrize("part, values, message", [
+    ("unet", {"encoder_hid_dim": 8}, "encoder_hid_dim=8 is not built here"),
+    ("unet", {"norm_eps": 1e-6}, "norm_eps=1e-06 is not built here"),
+    ("unet", {"attention_head_dim": ["8"]}, r"attention_head_dim needs int \| tuple.* got \['8'\]"),
+    ("unet", {"attention_head_dim": 5}, "block_out_channels, .* heads"),
+    ("vae", {"layers_per_block": 2.0}, r"layers_per_block needs int in \[0, inf\], got 2.0"),
+    ("vae", {"block_out_channels": [16, -16]}, "block_out_channels needs tuple.* got .16, -16"),
+    ("text", {"hidden_size": None}, "hidden_size"),
+    ("diffusion", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.* is not built"),
 ])
-def test_an_autoencoder_of_other_blocks_on_either_side_is_refused_by_name(side, block):
-    values = configs.vae_to_json(vae.PRESETS["tiny"])
-    values[side] = values[side][1:] + [block]
-    with pytest.raises(ValueError, match=f"here: .*{block}.* is not built here"):
-        configs.vae_from_json(values, "here")
+def test_another_architecture_or_a_wrong_value_is_refused_by_name(part, values, message):
+    known = {"unet": configs.unet_to_json(model.PRESETS["tiny"]), "diffusion": {},
+             "vae": configs.vae_to_json(vae.PRESETS["tiny"]),
+             "text": configs.text_to_json(text.PRESETS["tiny"])}
+    with pytest.raises(ValueError, match="^here: .*" + message):
+        getattr(configs, f"{part}_from_json")(known[part] | values, "here")

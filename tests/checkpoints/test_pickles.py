@@ -19,7 +19,7 @@ from checkpoints.containers import read_checkpoint
 
 @contextlib.contextmanager
 def named(full_name, base=object):
-    """A new class that pickle writes under any name, without the library that has it."""
+    """A new class that pickle writes under a library's name, without that library."""
     module, _, name = full_name.rpartition(".")
     parts = module.split(".")
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +69,7 @@ def test_a_stub_does_not_outlive_the_reading(tmp_path):
         torch.load(path, weights_only=True)
 
 
-# Pickles that want to run a program. Each would make the file that `made` names.
+# Pickles that would run a program. Each would create the file that `made` names.
 
 
 class Call:
@@ -82,7 +82,7 @@ class Call:
         return self.call
 
 
-made = None  # set by the fixture, so that the functions below are found by their name
+made = None  # set by the fixture `trap`
 
 
 def make_file(*_):
@@ -97,55 +97,43 @@ def trap(tmp_path, monkeypatch):
 
 HOSTILE = {
     "os.system": (lambda p: Call(os.system, f"touch {p}"), "system"),
-    "exec": (lambda p: Call(exec, f"open({str(p)!r}, 'w').close()"), "exec"),
-    "eval": (lambda p: Call(eval, f"open({str(p)!r}, 'w').close()"), "eval"),
-    "open": (lambda p: Call(open, str(p), "w"), "open"),
-    "getattr": (lambda p: Call(getattr, p, "touch"), "getattr"),
     "a function of the program": (lambda p: Call(make_file), "make_file"),
     "pathlib": (lambda p: Call(type(p).touch, p), "getattr|touch"),
-    "torch.load": (lambda p: Call(torch.load, str(p)), r"torch.serialization.load"),
-    "in a tensor's rebuilding": (
-        lambda p: Call(torch._tensor._rebuild_from_type_v2, make_file, int, (), {}), "make_file"),
     "in a parameter's hooks": (
         lambda p: Call(torch._utils._rebuild_parameter, A, True, Call(make_file)), "make_file"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_hostile_pickle_is_refused_by_name_and_never_run(tmp_path, trap, kind, legacy):
+def test_a_hostile_pickle_is_refused_by_name_and_never_run(tmp_path, trap, kind):
     make, name = HOSTILE[kind]
     value = {"state_dict": {**WEIGHTS, "z": make(trap)}}
-    torch.save(value, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=rf"x.ckpt: refuses to load [\w.]*({name}):"):
-        read_checkpoint(tmp_path / "x.ckpt")
+    for zipped in (True, False):
+        torch.save(value, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=rf"x.ckpt: refuses to load [\w.]*({name}):"):
+            read_checkpoint(tmp_path / "x.ckpt")
     assert not trap.exists()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["os.system", "exec", "eval", "open", "a function of the program", "in a tensor's rebuilding"],
-)
+@pytest.mark.parametrize("kind", ["os.system", "a function of the program"])
 def test_the_traps_do_work_where_pickles_are_trusted(tmp_path, trap, kind):
     path = save(tmp_path / "x.ckpt", {"z": HOSTILE[kind][0](trap)})
-    with contextlib.suppress(AttributeError):  # what was called makes no tensor
+    with contextlib.suppress(AttributeError):  # the call makes no tensor
         torch.load(path, weights_only=False)
     assert trap.exists()
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 5])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_bare_hostile_pickle_is_never_run(tmp_path, trap, protocol):
-    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": Call(make_file)}, protocol))
+def test_a_bare_hostile_pickle_is_never_run(tmp_path, trap):
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": Call(make_file)}, 5))
     with pytest.raises(ValueError, match="x.ckpt"):
         read_checkpoint(tmp_path / "x.ckpt")
     assert not trap.exists()
 
 
-def test_a_stub_called_with_anything_does_nothing(tmp_path, trap):
+def test_a_stub_called_with_anything_does_nothing(tmp_path):
     with named(MODEL_CHECKPOINT) as cls:
-        value = Call(cls, cls, "os.system", [make_file.__name__])
-        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "z": value})
+        path = save(tmp_path / "x.ckpt", {**WEIGHTS, "z": Call(cls, cls, "os.system", [1])})
     assert holds_weights(path)
 
 
@@ -156,24 +144,12 @@ def opcodes(tmp_path, *code):
     return tmp_path / "x.pt"
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"cargparse\nNamespace\n)R)R.",  # calls an instance
-        b"cargparse\nNamespace\n}U\x06systemcposix\nsystem\nsb.",  # gives the class a method
-        b"cargparse\nNamespace.__init__.__globals__\n.",  # reaches through it
-        b"ccheckpoint\nload_safetensors\n.",
-        b"cbuiltins\n__import__\n.",
-        b"c__builtin__\neval\nU\x01x\x85R.",  # Python 2's name
-        b"(S'touch made'\nios\nsystem\n.",  # INST
-    ],
-)
+@pytest.mark.parametrize("code", [
+    b"cargparse\nNamespace\n)R)R.",  # calls an instance
+    b"cargparse\nNamespace\n}U\x06systemcposix\nsystem\nsb.",  # gives the class a method
+    b"cargparse\nNamespace.__init__.__globals__\n.",  # reaches through it
+    b"cbuiltins\n__import__\n.",
+])
 def test_handwritten_opcodes_get_nowhere(tmp_path, code):
     with pytest.raises(ValueError, match=r"x.pt: (refuses to load|torch cannot read it)"):
         read_checkpoint(opcodes(tmp_path, code))
-
-
-def test_an_attribute_of_a_tensor_does_not_replace_its_methods(tmp_path):
-    weights = {"a": A.clone(), "b": B}
-    weights["a"].detach = weights["a"].layout_ = OrderedDict
-    assert holds_weights(save(tmp_path / "x.ckpt", weights))

@@ -6,13 +6,18 @@ import pytest
 from helpers import make_clip
 from PIL import Image
 
-from data import ClipFolder
 from media.captions import find_clips
 
 
 def write_metadata(folder, *entries):
-    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [entry if isinstance(entry, bytes) else json.dumps(entry).encode() for entry in entries]
+    (folder / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
+
+
+def save_images(folder, count):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (9, 9)).save(folder / f"{i}.png")
 
 
 def found(folder):
@@ -25,8 +30,9 @@ def found(folder):
 def test_metadata_gives_captions_in_its_own_order(tmp_path):
     make_clip(tmp_path / "a.gif")
     make_clip(tmp_path / "deep/er/b.gif")
-    write_metadata(tmp_path, {"file_name": "deep/er/b.gif", "text": "a  bee\n"},
-                   "", {"file_name": "./a.gif", "text": "an ape"})
+    byte_order_mark = b"\xef\xbb\xbf"
+    write_metadata(tmp_path, byte_order_mark + b'{"file_name": "deep/er/b.gif", "text": "a  bee "}',
+                   b"", {"file_name": "./a.gif", "text": "an ape"})
     assert found(tmp_path) == ([("deep/er/b.gif", "a bee"), ("a.gif", "an ape")], [])
 
 
@@ -39,33 +45,25 @@ def test_a_text_file_beside_a_clip_is_its_caption(tmp_path):
 def test_without_a_text_file_the_sub_folders_name_is_the_caption(tmp_path):
     for name in ("playing_chess/10.gif", "playing_chess/9.gif", "train/dog_run/1.gif"):
         make_clip(tmp_path / name)
-    assert found(tmp_path)[0] == [
+    assert found(tmp_path) == ([
         ("playing_chess/9.gif", "playing chess"), ("playing_chess/10.gif", "playing chess"),
         ("train/dog_run/1.gif", "dog run"),
-    ]
+    ], [])
 
 
-def save_images(folder, grays):
-    folder.mkdir(parents=True)
-    for i, gray in enumerate(grays):
-        Image.new("RGB", (9, 9), (gray,) * 3).save(folder / f"{i}.png")
-
-
-def test_a_folder_of_images_with_a_caption_of_its_own_is_one_clip(tmp_path):
-    save_images(tmp_path / "walk.v2", range(0, 240, 20))
+def test_a_folder_of_images_with_its_own_text_file_is_one_clip(tmp_path):
+    save_images(tmp_path / "walk.v2", 2)
     (tmp_path / "walk.v2.txt").write_text("a walk")
     assert found(tmp_path) == ([("walk.v2", "a walk")], [])
-    frames, _ = ClipFolder(tmp_path, num_frames=12, image_size=4)[0]
-    assert frames[:, 0, 0, 0].tolist() == list(range(0, 240, 20))  # 10.png after 9.png
 
 
-def test_a_folder_of_images_without_one_is_a_class_of_stills(tmp_path):
-    save_images(tmp_path / "red_cats", [5, 6])
+def test_a_folder_of_images_without_a_caption_is_a_class_of_stills(tmp_path):
+    save_images(tmp_path / "red_cats", 2)
     assert found(tmp_path)[0] == [("red_cats/0.png", "red cats"), ("red_cats/1.png", "red cats")]
 
 
-def test_a_folder_of_frames_can_be_listed_in_metadata(tmp_path):
-    save_images(tmp_path / "walk", [5, 6])
+def test_a_folder_of_images_can_be_listed_in_metadata(tmp_path):
+    save_images(tmp_path / "walk", 2)
     write_metadata(tmp_path, {"file_name": "walk", "text": "a walk"})
     assert found(tmp_path) == ([("walk", "a walk")], [])
 
@@ -79,41 +77,22 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("line, problem", [
-    ("{bad", "metadata.jsonl line 2: not JSON"),
-    ("[1]", 'metadata.jsonl line 2: needs {"file_name": ..., "text": ...}'),
-    ('{"file_name": "b.gif", "caption": "x"}', 'needs {"file_name": ..., "text": ...}'),
-    ('{"file_name": "b.gif", "text": 3}', "line 2: the caption needs to be a text"),
-    ('{"file_name": "b.gif", "text": " "}', "line 2: the caption needs to be a text"),
-    ('{"file_name": 7, "text": "x"}', "line 2: file_name needs to be a path below the folder"),
-    ('{"file_name": "/etc/up.gif", "text": "x"}', "needs to be a path below the folder"),
-    ('{"file_name": "a.gif", "text": "x"}', "line 2: 'a.gif' is on line 1 already"),
-    ('{"file_name": "c.gif", "text": "x"}', "c.gif: caption without a clip"),
-    ('{"file_name": "../up.gif", "text": "x"}', "up.gif: leads out of the folder"),
-    ('{"file_name": "a\\u0000.gif", "text": "x"}', "line 2: "),
-    ('{"file_name": "out.gif", "text": "x"}', "out.gif: leads out of the folder"),
+    (b"{bad", "metadata.jsonl: line 2 needs"),
+    (b'{"file_name": "b.gif", "text": "caf\xe9"}', "metadata.jsonl: line 2 needs"),  # not UTF-8
+    ({"file_name": "b.gif", "caption": "x"}, "metadata.jsonl: line 2 needs"),
+    ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: line 2 needs"),
+    ({"file_name": 7, "text": "x"}, "metadata.jsonl: line 2 needs"),
+    ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
+    ({"file_name": "c.gif", "text": "x"}, "c.gif: caption without a clip"),
+    ({"file_name": "d.flv", "text": "x"}, "d.flv: not a clip"),
 ])
 def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
-    make_clip(tmp_path / "up.gif")
-    folder = tmp_path / "clips"
-    make_clip(folder / "a.gif")
-    write_metadata(folder, {"file_name": "a.gif", "text": "an ape"}, line)
-    if "out.gif" in line:
-        (folder / "out.gif").symlink_to(tmp_path / "up.gif")
-    if "b.gif" in line:
-        make_clip(folder / "b.gif")
-    clips, problems = found(folder)
-    assert clips == [("a.gif", "an ape")]
-    assert problem in problems[0]
-
-
-def test_metadata_that_is_not_utf_8_is_a_problem_with_its_line(tmp_path):
     make_clip(tmp_path / "a.gif")
-    lines = ['\ufeff{"file_name": "a.gif", "text": "caf\u00e9"}'.encode(),
-             '{"file_name": "b.gif", "text": "caf\u00e9"}'.encode("latin-1")]
-    (tmp_path / "metadata.jsonl").write_bytes(b"\r\n".join(lines))
+    for name in ("b.gif", "d.flv"):
+        (tmp_path / name).touch()
+    write_metadata(tmp_path, {"file_name": "a.gif", "text": "an ape"}, line)
     clips, problems = found(tmp_path)
-    assert clips == [("a.gif", "caf\u00e9")]
-    assert len(problems) == 1 and "line 2: not JSON in UTF-8" in problems[0]
+    assert clips == [("a.gif", "an ape")] and problems[0].startswith(problem)
 
 
 def test_a_clip_that_metadata_does_not_list_is_a_problem(tmp_path):
@@ -122,15 +101,15 @@ def test_a_clip_that_metadata_does_not_list_is_a_problem(tmp_path):
     (tmp_path / "class/b.txt").write_text("is not read beside metadata")
     write_metadata(tmp_path, {"file_name": "a.gif", "text": "an ape"})
     assert found(tmp_path)[1] == [
-        "class/b.gif: clip without a caption; add a line to metadata.jsonl or remove the file"
-    ]
+        "class/b.gif: not in metadata.jsonl; add a line or remove the file"]
 
 
 @pytest.mark.parametrize("name, text, problem", [
     ("a.gif", None, "a.gif: clip without a caption; write it into a.txt"),
-    ("dog/a.gif", "", "dog/a.txt: the caption needs to be a text with words"),
-    ("a.flv", "an ape", "a.flv: not a clip (known: .gif "),
-    ("dog/metadata.jsonl", None, "use dog as the folder"),
+    ("dog/a.gif", b"", "dog/a.gif: needs a caption of words"),
+    ("dog/a.gif", "caf\u00e9".encode("latin-1"), "dog/a.gif: needs a caption of words in UTF-8"),
+    ("a.flv", b"an ape", "a.flv: not a clip (known: .gif "),
+    ("dog/a.flv", None, "dog/a.flv: not a clip (known: .gif "),
     ("b.txt", None, "b.txt: caption without a clip"),
 ])
 def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
@@ -138,10 +117,10 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     if text is not None:
-        (tmp_path / name).with_suffix(".txt").write_text(text)
+        (tmp_path / name).with_suffix(".txt").write_bytes(text)
     clips, problems = found(tmp_path)
     assert clips == [("fine/ok.gif", "fine")]
-    assert len(problems) == 1 and problem in problems[0].replace(str(tmp_path) + "/", "")
+    assert len(problems) == 1 and problems[0].startswith(problem)
 
 
 def test_a_link_to_the_folder_itself_is_a_problem_and_not_an_endless_walk(tmp_path):

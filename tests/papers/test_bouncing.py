@@ -1,12 +1,11 @@
-"""The long world, and that its laws are noticed when they are broken."""
+"""BouncingShapes keep the laws, and `laws` notices when a clip breaks them."""
 
 import numpy as np
 import pytest
 import torch
 
-from papers.bouncing import (
-    EXTENTS, BouncingShapes, laws, plain_caption, reflect, track, turns_of,
-)
+from papers.bouncing import (EXTENTS, BouncingShapes, laws, plain_caption, reflect, track,
+                             turns_of)
 from shapes import HELD_OUT, SEEN, SHAPES, MovingShapes, coverage
 
 
@@ -24,16 +23,16 @@ def test_the_first_eight_frames_are_those_of_moving_shapes(i):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_extents_are_where_a_shape_ends(shape):
-    axis = np.linspace(-20, 20, 4001)
+    axis = np.linspace(-20, 20, 801)
     x, y = axis[None, :], axis[:, None]
     inside = coverage(shape, x, y, 10.0) > 0.5
     width, height = EXTENTS[shape]
-    assert abs(axis[inside.any(0)]).max() == pytest.approx(10 * width, abs=0.02)
-    assert axis[inside.any(1)].max() == pytest.approx(10 * height, abs=0.02)
-    assert axis[inside.any(1)].min() == pytest.approx(-10 * height, abs=0.02)
+    assert abs(axis[inside.any(0)]).max() == pytest.approx(10 * width, abs=0.06)
+    assert axis[inside.any(1)].max() == pytest.approx(10 * height, abs=0.06)
+    assert axis[inside.any(1)].min() == pytest.approx(-10 * height, abs=0.06)
 
 
-def test_a_shape_never_leaves_the_picture_and_keeps_its_speed():
+def test_a_shape_never_leaves_the_frame_and_keeps_its_speed():
     data = BouncingShapes(12, 400, seed=1)
     for i in range(12):
         radius, centres = data.centres(i)
@@ -90,7 +89,7 @@ def test_laws_notice_a_clip_that_stops():
 
 
 def test_laws_notice_turns_in_mid_air():
-    # Back and forth through the middle of the picture.
+    # Back and forth through the middle of the frame.
     result = broken(lambda frames: torch.cat([frames[:8], *[frames[:8].flip(0), frames[:8]] * 20]))
     assert result["mid_air"] > 0.5 and result["turns"][-1] > 1.3
 

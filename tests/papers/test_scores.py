@@ -5,90 +5,111 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import fresh_pipeline
 
 from papers import scores
 from papers.bouncing import BouncingShapes
 from papers.chains import Chain
-from papers.known_frames import widen
-from vae import encode_clip
+from pipeline import Sampling
+from shapes import MovingShapes
 
 
-class Identity(torch.nn.Module):
-    """An autoencoder whose latents are the frames."""
+class Model:
+    """A model whose latents are pixels; each test replaces the drawing."""
 
-    def __init__(self):
-        super().__init__()
-        self.config = type("Config", (), {"scaling_factor": 1.0, "downscale": 1})
-        self.parameter = torch.nn.Parameter(torch.zeros(()))
+    sampling, vae = Sampling(image_size=32, frames_per_second=8.0), None
 
-    def encode(self, x):
-        return type("Gaussian", (), {"mean": x})
+    @staticmethod
+    def encode_text(texts):
+        return torch.zeros(len(texts), 1, 1)
 
-
-@pytest.fixture
-def model(monkeypatch):
-    """A model whose latents are pixels; `draw` is replaced by each test."""
-    pipeline = fresh_pipeline()
-    sampling = dataclasses.replace(pipeline.sampling, image_size=32, frames_per_second=8.0)
-    pipeline = dataclasses.replace(pipeline, vae=Identity(), sampling=sampling)
-    pipeline.unet = widen(pipeline.unet)
-    monkeypatch.setattr(type(pipeline), "decode", lambda self, latents: latents)
-    return pipeline
+    @staticmethod
+    def decode(latents):
+        return latents
 
 
-def test_a_window_of_the_truth_has_almost_no_error(model, monkeypatch):
-    monkeypatch.setattr(scores, "draw", lambda model, context, latents, *_: latents)
-    along, across = scores.window_error(model, range(3), 8, seed=5, num_clips=12)
+@pytest.fixture(autouse=True)
+def latents_are_pixels(monkeypatch):
+    monkeypatch.setattr(scores, "encode_clip", lambda vae, frames: frames / 127.5 - 1)
+
+
+def real(prompts, num_frames, step=1.0, seed=1):
+    """Real clips (b, t, 3, h, w) of combinations."""
+    data = BouncingShapes(len(prompts), num_frames, 32, seed, prompts, step)
+    return torch.stack([data[i][0] for i in range(len(prompts))]) / 127.5 - 1
+
+
+def draw_truth(model, context, latents, known, *_):
+    return latents
+
+
+def stand_still(model, context, latents, known, *_):
+    return latents[:, 2:3].expand_as(latents)
+
+
+def lose_a_shape(model, context, latents, known, *_):
+    latents[0, 4] = latents[0, 4, :, :1, :1]  # background everywhere
+    return latents
+
+
+@pytest.mark.parametrize("draw", [draw_truth, lose_a_shape])
+def test_a_window_of_the_truth_has_almost_no_error(monkeypatch, draw):
+    monkeypatch.setattr(scores, "draw", draw)
+    along, across = scores.window_error(Model, range(3), 8, seed=5, num_clips=12)
     assert along < 0.1 and across < 0.1
 
 
-def test_a_window_that_stands_still_is_wrong_along_the_motion_only(model, monkeypatch):
-    def freeze(model, context, latents, known, *_):
-        return latents[:, 2:3].expand_as(latents)
-
-    monkeypatch.setattr(scores, "draw", freeze)
-    along, across = scores.window_error(model, range(3), 8, seed=5, num_clips=12)
+def test_a_window_that_stands_still_is_wrong_along_the_motion_only(monkeypatch):
+    monkeypatch.setattr(scores, "draw", stand_still)
+    along, across = scores.window_error(Model, range(3), 8, seed=5, num_clips=12)
     # 1 to 5 steps too late, of about 0.3 * 32 / 7 pixels; less where the shape turns.
     assert 2 < along < 3 * 0.35 * 32 / 7 and across < 0.15
 
 
-def test_a_lost_shape_leaves_the_error_of_the_other_frames(model, monkeypatch):
-    def lose(model, context, latents, *_):
-        latents[0, 4] = latents[0, 4, :, :1, :1]  # background everywhere
-        return latents
-
-    monkeypatch.setattr(scores, "draw", lose)
-    along, across = scores.window_error(model, range(3), 8, seed=5, num_clips=12)
-    assert along < 0.1 and across < 0.1
-
-
 @pytest.mark.parametrize("factor", [0.5, 2])
-def test_real_clips_at_another_rate_have_the_speed_asked_for(model, monkeypatch, factor):
-    def real(model, context, chain, seeds, size, first=None):
-        data = BouncingShapes(len(seeds), 8, 32, seeds[0], step=8 / chain.frame_rate)
-        return torch.stack([encode_clip(model.vae, data[i][0]) for i in range(len(seeds))])
+@pytest.mark.parametrize("follows", [True, False])
+def test_speeds_are_relative_to_the_frame_rate_asked_for(monkeypatch, factor, follows):
+    def begin(model, context, chain, seeds):
+        data = BouncingShapes(len(seeds), 8, seed=seeds[0])
+        return real(data.combinations, 8, 8 / chain.frame_rate if follows else 1, seeds[0])
 
-    monkeypatch.setattr(scores, "begin", real)
-    assert scores.speed_ratio(model, factor, seed=3, num_clips=12) == pytest.approx(1, abs=0.02)
-    monkeypatch.setattr(scores, "begin", lambda model, context, chain, *rest: real(
-        model, context, dataclasses.replace(chain, frame_rate=8.0), *rest))
-    ignored = scores.speed_ratio(model, factor, seed=3, num_clips=12)  # deaf to the rate
-    assert ignored == pytest.approx(1 / factor, rel=0.1)
+    monkeypatch.setattr(scores, "begin", begin)
+    ratio = scores.speed_ratio(Model, factor, seed=3, num_clips=12)
+    assert ratio == (pytest.approx(1, abs=0.02) if follows else pytest.approx(1 / factor, rel=0.1))
 
 
-def test_real_first_windows_and_key_frames_are_right(model, monkeypatch):
-    def real(model, context, chain, seeds, size, first=None):
-        prompts = scores.choose_prompts(len(seeds))
-        data = BouncingShapes(len(seeds), chain.num_frames, 32, 1, prompts, 8 / chain.frame_rate)
-        return torch.stack([encode_clip(model.vae, data[i][0]) for i in range(len(seeds))])
+@pytest.mark.parametrize("wrong", [(), (0,), (3, 4, 5)])
+@pytest.mark.parametrize("image", [True, False])
+def test_first_windows_count_if_they_go_where_the_text_says(monkeypatch, image, wrong):
+    prompts, given = scores.choose_prompts(10), []
 
-    monkeypatch.setattr(scores, "begin", real)
-    assert scores.first_windows(model, Chain(), 0, 12) == 100
-    assert scores.first_windows(model, Chain(), 0, 12, image=True) == 100
-    monkeypatch.setattr(scores, "interpolate", lambda model, context, keys, between, rate, seeds:
-                        real(model, context, Chain(61), seeds, 32))
-    assert scores.key_frames_right(model, 0, 12) == 100
+    def begin(model, context, chain, seeds, first):
+        given.append(first)
+        clips = real(prompts, 8)
+        for i in wrong:
+            clips[i] = clips[i].flip(0)  # backwards
+        return clips
+
+    monkeypatch.setattr(scores, "begin", begin)
+    assert scores.first_windows(Model, Chain(), 0, 10, image) == 100 - 10 * len(wrong)
+    if image:  # the first frames of real clips of the same combinations
+        frames = torch.stack([clip[0] for clip, _ in MovingShapes(10, 8, 32, 0, prompts)])
+        torch.testing.assert_close(given[0], frames / 127.5 - 1)
+
+
+@pytest.mark.parametrize("lost, right", [(56, 100), (3, 50), (13, 50), (50, 50)])
+def test_key_frames_keep_colour_and_shape_to_their_end(monkeypatch, lost, right):
+    asked = []
+
+    def long_latents(model, contexts, chain, seeds):
+        asked.append(chain)
+        clips = real(scores.choose_prompts(len(seeds)), 80)
+        clips[:6, lost // 8 * 8 :][:, :8] = 0  # half of the clips lose their shape for 8 frames
+        yield from clips.split(16, dim=1)
+
+    monkeypatch.setattr(scores, "long_latents", long_latents)
+    chain = Chain(frame_rate=8.0)
+    assert scores.key_frames_right(Model, chain, 0, 12) == right
+    assert asked == [dataclasses.replace(chain, key_frames=16)]
 
 
 def test_a_summary_takes_the_end_and_the_slowest_window():
@@ -103,3 +124,20 @@ def test_a_summary_takes_the_end_and_the_slowest_window():
     assert found["turns over true"] == pytest.approx(1.3)
     assert found["turns away from walls, %"] == 25
     assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize("key_frames, joints", [(0, (6, 4)), (8, (9, 8))])
+def test_an_evaluation_measures_the_windows_that_are_drawn(monkeypatch, key_frames, joints):
+    windows, measured = [], []
+    for name in ("first_windows", "key_frames_right", "speed_ratio"):
+        monkeypatch.setattr(scores, name, lambda *_, **__: 90.0)
+    monkeypatch.setattr(scores, "long_clips", lambda *_: (torch.zeros(4, 250), 0.5))
+    monkeypatch.setattr(scores, "summary", lambda results: {})
+    monkeypatch.setattr(scores, "laws", lambda clip, prompt, joints: measured.append(joints))
+    monkeypatch.setattr(scores, "window_error", lambda model, known, num_frames, *_: (
+        windows.append((list(known), num_frames)) or [0.4, 0.2]))
+    found = scores.evaluate(Model, Chain(6, 2, key_frames=key_frames), 4, 250, 0)
+    assert measured == 4 * [joints] and windows == [([0, 1], 6), ([0, 4, 8], 9)]
+    assert [name for name in found if name.startswith("speed")] == [
+        f"speed at {factor} times, over asked" for factor in ("0.5", "1", "2", "4")]
+    assert found["CPU seconds per 1,000 frames"] == 2 and found["interpolation: error, px"] == 0.4

@@ -1,4 +1,4 @@
-"""Writes single_files.json: what diffusers and transformers make of small single files.
+"""Writes single_files.json: what diffusers and transformers compute from small single files.
 
 With diffusers 0.42.1, transformers 5.23.0 and torch 2.13.0, in tests/. FOLDER/tokenizer is written
 first, in this project's environment:
@@ -45,13 +45,13 @@ def replace(name, words):
     return name
 
 
-def shapes_of(module, place, words=None):
-    """{CompVis' name: shape} of a module of the U-Net that stands at a place there."""
+def shapes_of(module, block, words=None):
+    """{CompVis' name: shape} of a module of the U-Net, given the name of its block there."""
     shapes = {}
     for name, value in module.state_dict().items():
         layer, _, kind = name.rpartition(".")
         layer = (words or {}).get(layer, layer)
-        shapes[".".join([UNET + place, *filter(None, [layer]), kind])] = [*value.shape]
+        shapes[".".join([UNET + block, *filter(None, [layer]), kind])] = [*value.shape]
     return shapes
 
 
@@ -82,8 +82,8 @@ def unet_shapes(unet):
                 shapes |= shapes_of(block.attentions[i], f"output_blocks.{number}.1")
                 after = 2
             if block.upsamplers and i == len(block.resnets) - 1:
-                place = f"output_blocks.{number}.{after}.conv"
-                shapes |= shapes_of(block.upsamplers[0].conv, place)
+                name = f"output_blocks.{number}.{after}.conv"
+                shapes |= shapes_of(block.upsamplers[0].conv, name)
             number += 1
     return shapes | shapes_of(unet.conv_norm_out, "out.0") | shapes_of(unet.conv_out, "out.2")
 
@@ -109,7 +109,7 @@ def clip_shapes(text):
 
 
 def openclip_shapes(text):
-    """With one layer more, which Stable Diffusion 2 skips."""
+    """With one more layer, which Stable Diffusion 2 skips."""
     config, width = text.config, text.config.hidden_size
     shapes = {"token_embedding.weight": [config.vocab_size, width], "ln_final.weight": [width],
               "ln_final.bias": [width],
