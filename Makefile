@@ -1,17 +1,15 @@
 # make demo           environment, data, training, clips and scores: a text-to-video model from nothing
 # make long           after it, a model of long video: a clip of 1,000 frames and scores
-# make test           the tests, but for those of studies/
-# make test-studies   the tests of studies/, with the packages that those need
-# make bench          what the shift and the rest cost on this machine
+# make test           the tests, except those of studies/
+# make test-studies   the tests of studies/, with the packages that they need
 # make clean          remove the environment and the demo's run
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# Threads that wait by spinning and stay on their cores: 10 to 15 % faster on a CPU with nothing else
-# to do.
+# Threads that wait by spinning and stay on their cores: 10 to 15 % faster on an otherwise idle CPU
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
-.PHONY: demo long test test-1 test-2 test-3 test-4 test-studies bench clean
+.PHONY: demo long test test-1 test-2 test-3 test-4 test-studies clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -36,7 +34,7 @@ demo: .venv/installed
 long: .venv/installed
 	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo \
 		$(if $(wildcard runs/long/long_video.json),--resume)
-	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" --resume \
+	$(FAST) $(PY) -m papers.long_video sample runs/long "a red circle moving left" \
 		--output runs/long/long.gif
 	$(FAST) $(PY) -m papers.long_video evaluate runs/long
 
@@ -54,9 +52,6 @@ test-1 test-2 test-3 test-4:
 
 test-studies: .venv/studies
 	$(PY) -m pytest -q tests/studies
-
-bench: .venv/installed
-	$(FAST) $(PY) -m studies.bench
 
 clean:
 	rm -rf .venv runs/demo
