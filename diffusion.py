@@ -8,16 +8,17 @@ Symbols, here only, and the letters of the papers:
     beta        beta_t, variance added by step t
     alpha_bar   prod_{s<=t} (1 - beta_s)    alpha_bar_t in DDPM, alpha_t in DDIM
     v           sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022)
-    signal      sqrt(alpha_bar), the part of x0 in x_t; noise_scale, sqrt(1 - alpha_bar), of eps
-    sigma, eta  noise that a DDIM step adds, and its ratio to DDPM's (0 adds none)
+    signal      sqrt(alpha_bar), the factor of x0 in x_t
+    noise_scale sqrt(1 - alpha_bar), the factor of eps in x_t
+    sigma, eta  standard deviation of a DDIM step's noise, and its ratio to DDPM's (0: no noise)
     SNR         signal-to-noise ratio, alpha_bar / (1 - alpha_bar)
 
-A model gets x_t, t and a text and predicts eps or v; either of them gives x0 by linear algebra. A
+A model gets x_t, t and a text and predicts eps or v; either one gives x0 by linear algebra. A
 sampler starts from pure noise at a large t and goes down a list of timesteps. At each one it
 computes the model's x0 and moves x_t a step towards it.
 
 DDPM, Ho et al. 2020; DDIM, Song et al. 2020; guidance, Ho & Salimans 2022; zero terminal SNR, Lin
-et al. 2023. Latent-Shift changes none of this: its clips are noised frame by frame like images.
+et al. 2023. Latent-Shift changes none of this, and adds noise to each frame as to an image.
 """
 
 import math
@@ -52,14 +53,14 @@ class Diffusion:
         object.__setattr__(self, "alphas_cumprod", compute_alpha_bar(self))
 
     def coefficients(self, timesteps, like):
-        """sqrt(alpha_bar), sqrt(1 - alpha_bar) of timesteps (b,) or of one, to multiply `like`."""
+        """signal and noise_scale of timesteps (b,) or of one, in the shape to multiply `like`."""
         key = like.device, like.dtype
-        if key not in self.tables:  # once per device: a copy at each step would make it wait
-            # Roots of float64, then cast: near alpha_bar = 1 float32 would lose 1 - alpha_bar.
+        if key not in self.tables:  # once per device; a copy at every step would stall it
+            # Cast after the roots, because float32 loses 1 - alpha_bar near alpha_bar = 1.
             roots = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
             self.tables[key] = [root.to(like.device, like.dtype) for root in roots]
         shape = -1, *[1] * (like.ndim - 1)  # b -> b 1 1 1 1
-        signal, noise_scale = self.tables[key]
+        signal, noise_scale = self.tables[key]  # num_train_timesteps each
         return signal[timesteps].view(shape), noise_scale[timesteps].view(shape)
 
     def add_noise(self, x0, noise, timesteps):
@@ -83,7 +84,7 @@ class Diffusion:
         return signal * x_t - noise_scale * model_output, signal * model_output + noise_scale * x_t
 
     def alpha_bar(self, t):
-        """alpha_bar at timestep t, a float; after the last step (t = -1) nothing is noise."""
+        """alpha_bar at timestep t, a float; 1 (no noise) at t = -1, after the last step."""
         return self.alphas_cumprod[t].item() if t >= 0 else 1.0
 
     def snr(self, t):
@@ -97,8 +98,8 @@ class Diffusion:
             alpha_bar_prev = self.alpha_bar(0)  # Stable Diffusion's end keeps a trace of noise
         x0, eps = self.predict(model_output, x_t, t)  # each b t c h w
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-        sigma = eta * math.sqrt(variance)
-        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding makes 0 a -1e-17
+        sigma = eta * math.sqrt(variance)  # eta = 1 adds as much noise as ddpm_step
+        rest = max(1 - alpha_bar_prev - sigma**2, 0.0)  # rounding can give -1e-17
         # Mix x0 and eps again, as the forward process would mix them at t_prev.
         mean = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(rest) * eps
         return mean if sigma == 0 else mean + sigma * randn(x_t.shape, generator).to(x_t)
@@ -107,7 +108,7 @@ class Diffusion:
         """A sample of q(x_{t_prev} | x_t, x0). DDPM, eq. 6 and 7, for steps of any size."""
         alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
         alpha = alpha_bar / alpha_bar_prev  # product of 1 - beta between t_prev and t
-        x0, _ = self.predict(model_output, x_t, t)
+        x0, _ = self.predict(model_output, x_t, t)  # b t c h w
         weight_x0 = math.sqrt(alpha_bar_prev) * (1 - alpha) / (1 - alpha_bar)
         weight_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
         mean = weight_x0 * x0 + weight_x_t * x_t
@@ -119,7 +120,7 @@ class Diffusion:
     def timestep_pairs(self, num_steps, power=1.0):
         """Exactly num_steps pairs (t, t_prev) from noisy to clean; the last t_prev is -1.
 
-        Pairs, so that no step computes its t_prev from a stride: strides rarely divide the total.
+        Pairs, because t - stride misses the next timestep unless the stride divides the total.
         The spacings are from Lin et al. 2023, table 2: leading (Stable Diffusion) begins below
         the noisiest timestep, trailing begins at it, linspace takes both ends. With a power other
         than 1 the spacing is trailing, with more steps at high noise (below 1) or at low noise.
@@ -132,7 +133,7 @@ class Diffusion:
             steps = [max(0, round(total * fraction) - 1) for fraction in fractions]
         elif self.timestep_spacing == "leading":
             stride = total // num_steps
-            offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay inside
+            offset = min(self.steps_offset, total - 1 - (num_steps - 1) * stride)  # stay < total
             steps = [i * stride + offset for i in reversed(range(num_steps))]
         elif self.timestep_spacing == "trailing":  # rounded as diffusers rounds
             steps = [round(total - i * (total / num_steps)) - 1 for i in range(num_steps)]
@@ -140,13 +141,13 @@ class Diffusion:
             ends = torch.linspace(0, total - 1, num_steps, dtype=torch.float64)
             steps = [round(step) for step in reversed(ends.tolist())]
         if len(set(steps)) < num_steps:
-            raise ValueError(f"timestep_power {power} needs fewer than {num_steps} steps: some of "
-                             f"them fall on the same of {total} timesteps")
+            raise ValueError(f"timestep_power {power} needs fewer than {num_steps} steps, because "
+                             f"some of them fall on the same one of {total} timesteps")
         return list(pairwise([*steps, -1]))
 
 
 def randn(shape, generator=None):
-    """Gaussian noise (b, t, ...) drawn on the CPU, so a seed means the same on every device.
+    """Gaussian noise (b, t, ...) drawn on the CPU, so a seed gives the same noise on every device.
 
     `generator` is None, a CPU generator, or a list with one for each clip, which makes a clip's
     noise independent of the other clips in the batch.
@@ -158,8 +159,8 @@ def randn(shape, generator=None):
 
 
 def classifier_free_guidance(unconditional, conditional, guidance_scale):
-    """Away from the prediction without the text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
-    # Scale 1 is the prediction with the text; beyond 1 the effect of the text is exaggerated.
+    """Move away from the prediction without text. Ho & Salimans 2022, eq. 6 (w = scale - 1)."""
+    # Scale 1 is the prediction with the text; above 1 the effect of the text is exaggerated.
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -167,8 +168,8 @@ def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, gener
                 power=1.0):
     """Yield x_t after each of num_steps steps; the last one is the sample.
 
-    `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. A generator function,
-    so that a script can draw a bar or a preview between the steps.
+    `model(x_t, t)` predicts for latents x_t (b, ...) at timestep t, an int. This is a generator
+    function, so a script can draw a bar or a preview between the steps.
     """
     for t, t_prev in diffusion.timestep_pairs(num_steps, power):
         output = model(x_t, t)  # eps or v, b t c h w
@@ -179,13 +180,13 @@ def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, gener
         yield x_t
 
 
-# Where schedules come from
+# Noise schedules
 
 
 def schedule_for(prediction_type, zero_terminal_snr=False, snr_divisor=1.0):
     """Stable Diffusion's schedule, or one with pure noise at its end or lower SNRs everywhere.
 
-    Small latents need more noise: each number of theirs shows more of the picture.
+    Small latents need more noise, because each of their numbers shows more of the image.
     """
     if not zero_terminal_snr and snr_divisor == 1:
         return Diffusion(prediction_type=prediction_type)
@@ -222,12 +223,12 @@ def compute_alpha_bar(diffusion):
         if getattr(diffusion, name) not in known:
             raise ValueError(f"{name} needs one of {known}, got {getattr(diffusion, name)!r}")
     betas = compute_betas(diffusion)
-    # Written as not ..., so that NaN fails. Only the last may be 1: no step leaves pure noise.
+    # Written as not ..., so that NaN fails. Only the last may be 1, since it leaves pure noise.
     if len(betas) != diffusion.num_train_timesteps or len(betas) < 2 or not (
         (betas > 0) & (betas <= 1)
     ).all() or (betas[:-1] == 1).any():
         raise ValueError("betas need num_train_timesteps >= 2 values in (0, 1], of which only the "
-                         "last may be 1; look at beta_start, beta_end and trained_betas")
+                         "last may be 1; check beta_start, beta_end and trained_betas")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     if diffusion.rescale_betas_zero_snr:
         # Stable Diffusion's last timestep still shows 7 % of the latents, from which a model
@@ -235,7 +236,7 @@ def compute_alpha_bar(diffusion):
         # Shifted and scaled, sqrt(alpha_bar) ends at 0. Lin et al., algorithm 1.
         root = alpha_bar.sqrt()
         alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    # Where alpha_bar = 0 the noise says nothing about x0: the first step would divide by 0.
+    # Where alpha_bar = 0, eps says nothing about x0, so the first step would divide by 0.
     if diffusion.prediction_type == "epsilon" and alpha_bar[-1] == 0:
         raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR; use "
                          "'v_prediction'")

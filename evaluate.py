@@ -3,7 +3,7 @@
     python evaluate.py runs/demo --num-prompts 128
 
 `recognise` reads colour, shape and direction off the pixels of a clip by thresholds and geometry; a
-network could have the same weaknesses as the model that it judges. Half of the prompts are
+network could share the weaknesses of the model that it judges. Half of the prompts are
 combinations that were held out of training. The table also has rows for real clips, for real clips
 that went through the autoencoder (the best that any U-Net can reach) and for noise.
 
@@ -65,7 +65,7 @@ def segment(frames):
     paint = frames.transpose(1, 0, 2, 3)[:, inside].mean(1)
     towards = paint - background  # 3
     covered = (difference * towards[:, None, None]).sum(1) / (towards @ towards)  # t h w
-    return paint, np.where(covered < 0.15, 0, covered.clip(0, 1))  # below: blur and noise
+    return paint, np.where(covered < 0.15, 0, covered.clip(0, 1))  # less is blur or noise
 
 
 def centres_of(covered):
@@ -90,17 +90,17 @@ def overlaps_of(covered, x, y, area):
     overlaps = {}
     for shape, unit_area in SHAPES.items():
         radius = np.sqrt(area / unit_area)[:, None, None]
-        # A triangle's centre of mass lies below the middle of its height, where coverage() has it.
+        # A triangle's centre of mass lies below the middle of its height, which coverage() uses.
         lift = 0.389 * radius if shape == "triangle" else 0.0
         ideal = coverage(shape, across, below + lift, radius)
         both, either = np.minimum(covered, ideal), np.maximum(covered, ideal)  # t h w
-        # A frame without a shape has a NaN centre and overlaps with none.
+        # A frame without a shape has a NaN centre and counts as no overlap.
         overlaps[shape] = np.nan_to_num(both.sum((1, 2)) / either.sum((1, 2))).mean()
     return overlaps
 
 
 def recognise_direction(x, y, size):
-    """The direction of centres x, y (t,), if they move far enough, straight, without turning."""
+    """The direction of centres x, y (t,) that move far, straight and steadily, otherwise None."""
     for name, (dx, dy) in DIRECTIONS.items():
         # Swapping x and y of a direction gives the perpendicular one.
         along, across = np.diff(dx * x + dy * y), np.diff(dy * x + dx * y)  # t - 1 steps
@@ -111,7 +111,7 @@ def recognise_direction(x, y, size):
 
 
 def crispness(clip, shape):
-    """Intersection over union of a clip's (t, 3, h, w) drawing with the ideal shape, in [0, 1]."""
+    """Intersection over union of a clip (t, 3, h, w) in [-1, 1] with the ideal shape, 0 to 1."""
     found = segment((clip.double().numpy() + 1) / 2)
     if found is None:  # a blank clip
         return 0.0
@@ -125,7 +125,7 @@ def agreement(clips, combinations):
 
 
 def rates(right, image=False):
-    """Agreement (n, 3) as percentages. An image has no direction."""
+    """{attribute: percentage} of agreement (n, 3) bool. An image has no direction."""
     names = ("colour", "shape") if image else ("colour", "shape", "direction")
     right = right[:, : len(names)]
     columns = dict(zip(names, right.T, strict=True)) | {"all": right.all(1)}
@@ -160,13 +160,13 @@ def references(pipeline, prompts, seed):
     real = real_clips(len(prompts), sampling.num_frames, sampling.image_size, seed, prompts)
     latents = [encode_clip(pipeline.vae, (clip + 1) * 127.5) for clip in real]  # t c h/f w/f
     coded = torch.cat([pipeline.decode(clip[None]) for clip in latents])
-    # Noise has neither colour nor shape; a reader that finds some in it would be too generous.
+    # Noise has neither colour nor shape; recognise() would be too generous if it found some.
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
     return {"real clips": real, "real, autoencoded": coded, "noise": noise}
 
 
 def evaluate_agreement(drawn, others, prompts):
-    """The first table. drawn: {"clips" or "images": clips of prompts}, others: `references`."""
+    """The first table, of drawn {"clips" or "images": clips of prompts} and of references()."""
     def row(clips, part=slice(None)):
         clips, asked = clips[part], prompts[part]
         overlaps = [crispness(clip, prompt[1]) for clip, prompt in zip(clips, asked, strict=True)]
@@ -201,12 +201,12 @@ def consistency(clips):
 
 
 def mean_over_clips(measure, *clips):
-    """The mean of a measure, one clip at a time, because float64 copies of all need much memory."""
+    """The mean of a measure, one clip at a time, because float64 copies of all are large."""
     return np.mean([measure(*parts).mean().item() for parts in zip(*clips, strict=True)])
 
 
 def evaluate_quality(sources):
-    """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)}."""
+    """The second table, {name: {measure: value}} of sources {name: clips (n, t, 3, h, w)}."""
     result = {name: {} for name in sources}
     real, coded = sources["real clips"], sources["real, autoencoded"]
     if real.shape[1] > 1:
@@ -243,7 +243,7 @@ def main():
     parser.add_argument("--num-prompts", type=number(int, 2), default=128,
                         help="clips to draw (default: 128)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=1000,
-                        help="seed of the first (default: 1000)")
+                        help="seed of the first clip (default: 1000)")
     parser.add_argument("--batch-size", type=number(int, 1), default=16,
                         help="clips at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")

@@ -1,8 +1,8 @@
-"""The layers that the autoencoder and the U-Net share, and the place where frames meet.
+"""The layers that the autoencoder and the U-Net share, and the block in which frames meet.
 
-To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images. Frames stand before channels, so
+To a 2-D layer a clip (b, t, c, h, w) is a batch of b * t images. Frames come before channels, so
 that view is free. Frames meet in ResnetBlock.forward, by the temporal shift in its residual branch
-(Latent-Shift, An et al. 2023, figure 3), or in the layers that temporal.py has instead.
+(Latent-Shift, An et al. 2023, figure 3), or in the layers of temporal.py instead.
 
 Names and layout are diffusers', so Stable Diffusion's checkpoints load without a table.
 """
@@ -25,8 +25,8 @@ class ResnetBlock(nn.Module):
     """x + conv2(silu(norm2(shift(conv1(silu(norm1(x)))) + time))).
 
     Takes x (..., c, h, w) and the time embedding (b, d) after its SiLU; returns (..., out_channels,
-    h, w). `shifts` counts the temporal shifts: 0 in an image model, 1 behind conv1 as in the paper,
-    2 adds one behind conv2 (ours). With `scale_shift`, the time embedding scales and offsets
+    h, w). `shifts` counts the temporal shifts: 0 in an image model, 1 after conv1 as in the paper,
+    2 also one after conv2 (ours). With `scale_shift`, the time embedding scales and offsets
     norm2's output instead of being added to its input.
     """
 
@@ -38,7 +38,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.scale_shift, self.shifts = scale_shift, shifts
-        # Identities have no parameters. temporal.py has layers to put here instead of the shift.
+        # An Identity has no parameters. For variants other than the shift, model.py replaces it.
         self.temporal1, self.temporal2 = nn.Identity(), nn.Identity()
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
@@ -82,14 +82,14 @@ class LayerNorm(nn.LayerNorm):
 
 def as_computed(x):
     """Cast a norm's float32 output back to the autocast dtype, which halves the bytes that the
-    shift and the SiLU behind it move."""
+    SiLU after it moves."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 class Downsample(nn.Module):
-    """Half the height and width, by a convolution of stride 2."""
+    """Halve height and width with a convolution of stride 2."""
 
     def __init__(self, channels, asymmetric=False):
         super().__init__()
@@ -103,7 +103,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbours, then a convolution."""
+    """Double height and width by nearest neighbours, then convolve."""
 
     def __init__(self, channels):
         super().__init__()
@@ -114,12 +114,12 @@ class Upsample(nn.Module):
 
 
 def sinusoids(positions, channels):
-    """Numbers (n,) as cosines and sines of falling frequency: (n, channels) float32.
+    """Encode numbers (n,) as cosines and sines of falling frequency, (n, channels) float32.
 
     Fast waves distinguish neighbours, slow ones give the rough position. Vaswani et al. 2017,
-    section 3.5. The cosines come first, as Stable Diffusion was trained.
+    section 3.5. The cosines come first, because Stable Diffusion was trained that way.
     """
-    half = channels // 2  # of the channels are cosines, half are sines
+    half = channels // 2  # the number of cosines, and of sines
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=positions.device) / half)
     angles = positions.float()[:, None] * frequencies  # n half
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -128,8 +128,8 @@ def sinusoids(positions, channels):
 class Attention(nn.Module):
     """Multi-head attention of x (b, n, d) to itself, or to a context (b, m, e). Returns (b, n, d).
 
-    `bias` is for the projections of queries, keys and values: the autoencoder has one, the U-Net
-    has none. `mask` is boolean, True where a query may look, and broadcasts to (b, heads, n, m).
+    `bias` is for the projections to queries, keys and values; the autoencoder has it, the U-Net
+    does not. `mask` is boolean, True where a query may look, and broadcasts to (b, heads, n, m).
     """
 
     def __init__(self, channels, num_heads, context_channels=None, bias=False):
@@ -163,11 +163,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each token by itself, four times as wide inside."""
+    """Two layers applied to each token by itself, four times as wide inside."""
 
     def __init__(self, channels):
         super().__init__()
-        # Keys instead of a list, for the checkpoint's names: number 1 is diffusers' dropout.
+        # A dict, because the checkpoint's names skip number 1, which is diffusers' dropout.
         self.net = nn.ModuleDict({
             "0": GEGLU(channels, 4 * channels),
             "2": nn.Linear(4 * channels, channels),
@@ -204,15 +204,15 @@ class TransformerBlock(nn.Module):
         if self.temporal is not None:
             attended = attended + self.temporal(y)
         x = x + attended
-        # All frames share one text, so the positions of all frames are one row of queries. The
-        # text's keys and values are then computed once per clip, not once per frame.
+        # All frames share one text, so the positions of all frames are one sequence of queries.
+        # The text's keys and values are then computed once per clip, not once per frame.
         y = self.norm2(x).flatten(1, 2)  # b t (h w) c -> b (t h w) c
         x = x + self.attn2(y, context).view_as(x)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nn.Module):
-    """Images to tokens, a transformer block, and back, around a skip connection."""
+    """Images to tokens, a transformer block, and back to images, with a skip connection."""
 
     def __init__(self, channels, num_heads, context_channels, groups, linear):
         super().__init__()

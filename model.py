@@ -1,14 +1,14 @@
 """The U-Net: a text-to-image model of Stable Diffusion's form that also draws clips.
 
 A clip of noisy latents (b, t, c, h, w) goes down through levels of halved size and back up. On the
-way up, each layer also gets the skip connection from the way down at its size. A level consists of
+way up, each layer also gets a skip connection from a layer of its size on the way down. A level has
 
     ResnetBlock        convolutions and the timestep; here frames meet, by the temporal shift
     Transformer2D      each position attends to its own frame (attn1), then to the text (attn2)
 
 With temporal="none" every frame is an image by itself. temporal="shift" has the same parameters
-under the same names: that is how an image model becomes a video model in Latent-Shift (An et al.
-2023, section 3.2 and figure 3). All other layers are from latent diffusion (Rombach et al.
+under the same names, so an image model becomes a video model without new weights (Latent-Shift, An
+et al. 2023, section 3.2 and figure 3). All other layers are from latent diffusion (Rombach et al.
 2022); names are from diffusers' UNet2DConditionModel.
 """
 
@@ -30,7 +30,7 @@ class UNetConfig:
     """The shape of a U-Net, in diffusers' names where diffusers has the field.
 
     The last three fields are ours: `temporal` names a variant of temporal.py, `shifts` counts the
-    temporal shifts per ResnetBlock (1: the paper's; 2: one behind conv2, too), and `max_frames` is
+    temporal shifts per ResnetBlock (1: the paper's; 2: also one after conv2), and `max_frames` is
     the number of frames that some other variants have parameters for.
     """
 
@@ -39,14 +39,14 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention_levels: tuple[bool, ...] = (True, True, True, False)  # from the finest level down
-    # The NUMBER of heads, of all levels or of each: an old misnomer of diffusers, kept because
-    # every config.json has it.
+    # The NUMBER of heads, for all levels or for each one. The name is an old misnomer of diffusers,
+    # kept because every config.json has it.
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     norm_num_groups: int = 32
-    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time scales norm2's output
-    class_embed_type: str | None = None  # or "simple_projection": the last token joins the time
+    resnet_time_scale_shift: str = "default"  # or "scale_shift": the time embedding scales norm2
+    class_embed_type: str | None = None  # or "simple_projection": the last token is added to time
     sample_size: int = 64  # latents it was trained on; a note, not a limit
     temporal: str = "shift"
     shifts: int = 1
@@ -112,7 +112,7 @@ class Level(nn.Module):
     """The layers of one resolution: ResnetBlocks, each followed by a Transformer2D or by none.
 
     `i` is the level's index in the config, `widths` are the channels that enter each ResnetBlock.
-    Behind the layers, `downsample` halves the size and `upsample` doubles it.
+    After the layers, `downsample` halves the size and `upsample` doubles it.
     """
 
     def __init__(self, config, i, widths, num_transformers, downsample=False, upsample=False):
@@ -131,19 +131,19 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
-        # What the variants other than the shift add; temporal.py says where.
+        # Layers of the variants other than the shift; temporal.py says where they are.
         for block in self.resnets:
-            block.temporal1 = temporal.behind_convolution(kind, channels, config.max_frames)
-            block.temporal2 = temporal.behind_convolution(kind, channels, config.max_frames)
+            block.temporal1 = temporal.after_convolution(kind, channels, config.max_frames)
+            block.temporal2 = temporal.after_convolution(kind, channels, config.max_frames)
         for transformer in self.attentions:
             transformer.transformer_blocks[0].temporal = temporal.beside_attention(
                 kind, channels, num_heads)
         self.temporal = nn.ModuleList(
-            temporal.behind_layer(kind, channels, num_heads, config.max_frames)
+            temporal.after_layer(kind, channels, num_heads, config.max_frames)
             for _ in range(num_transformers or len(widths)))
 
     def layer(self, i, x, time, context):
-        """The i-th ResnetBlock and what follows it, (b, t, c, h, w) to (b, t, channels, h, w)."""
+        """The i-th ResnetBlock and layers after it, (b, t, c, h, w) to (b, t, channels, h, w)."""
         x = self.resnets[i](x, time)  # here frames meet
         if i < len(self.attentions):
             x = self.attentions[i](x, context)  # positions of a frame, then the text
@@ -156,7 +156,7 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep each layer's input only, compute the rest twice
+        self.gradient_checkpointing = False  # keep only each layer's input, compute the rest twice
         widths, num_layers = config.block_out_channels, config.layers_per_block
         last, time_width = len(widths) - 1, 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -189,11 +189,11 @@ class UNet(nn.Module):
         """The prediction (b, t, c, h, w) for noisy latents of that shape.
 
         timesteps is (b,), context the text's hidden states (b, n, d). h and w must be multiples of
-        config.downscale; t is any number, and an image is a clip of one frame.
+        config.downscale; an image has t = 1. Raises ValueError for other shapes.
         """
         self.check(latents, timesteps, context)
         time = F.silu(self.embed(timesteps, context))  # b d, once for all ResnetBlocks
-        # Only a change of width. Text and time come later, in the transformers and ResnetBlocks.
+        # This only changes the width. Text and time come in the transformers and ResnetBlocks.
         x = per_frame(self.conv_in, latents)  # b t 4 h w -> b t c h w
         skips = [x]  # a stack: the last one pushed is the first one popped
         for level in self.down_blocks:

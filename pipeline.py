@@ -1,4 +1,4 @@
-"""From a text to pixels: the five parts of a latent diffusion model at work together.
+"""From a text to pixels: how the five parts of a latent diffusion model work together.
 
     text -> tokenizer -> text_encoder -> context (b, n, d)
     noise (b, t, c, h, w), context -> unet, once per step -> latents -> vae -> frames
@@ -34,7 +34,7 @@ class Sampling:
     guidance_scale: float = option(7.5, "weight of the text; 1 switches guidance off")
     guidance_max_snr: float | None = option(
         None, "guide only where the signal-to-noise ratio is at most this")
-    timestep_power: float = option(1.0, "below 1: more of the steps at high noise", low=0.1,
+    timestep_power: float = option(1.0, "below 1, more of the steps are at high noise", low=0.1,
                                    high=10)
     sampler: str = option("ddim", "ddim or ddpm", choices=("ddim", "ddpm"))
     eta: float = option(0.0, "noise of a DDIM step, as a fraction of DDPM's", high=1)
@@ -60,7 +60,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, texts):
-        """Texts to their context (b, n, d), on the text encoder's device."""
+        """The context (b, n, d) of texts, on the text encoder's device."""
         if self.tokenizer is None:  # Stable Diffusion's single files have none
             raise ValueError("this model has no tokenizer; name a merges file (--merges PATH), "
                              "which any diffusers folder has in tokenizer/")
@@ -69,9 +69,9 @@ class Pipeline:
 
     @torch.no_grad()
     def sample(self, prompts, seeds, sampling=None):
-        """Yield latents (b, t, c, h, w) after each denoising step: a clip per prompt and its seed.
+        """Yield latents (b, t, c, h, w) after each denoising step, one clip per prompt and seed.
 
-        `decode` turns the last latents, or any before, into pixels.
+        `decode` turns the last latents, or any earlier ones, into pixels.
         """
         sampling = sampling or self.sampling
         f = self.vae.config.downscale  # pixels per latent, in each direction
@@ -94,7 +94,7 @@ class Pipeline:
             output = self.unet(torch.cat([x, x]), timesteps.repeat(2), guided).float()
             return classifier_free_guidance(*output.chunk(2), scale)
 
-        size = sampling.image_size // f  # of the latents
+        size = sampling.image_size // f  # height and width of the latents
         shape = (len(seeds), sampling.num_frames, self.unet.config.in_channels, size, size)
         # A generator per clip, so that a clip does not depend on the others in its batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -3,7 +3,6 @@
     python sample.py runs/demo "a red circle moving left"
     python sample.py v1-5-pruned.safetensors "a red fox in snow" --merges bpe_simple_vocab.txt.gz
     python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format png
-    python sample.py runs/demo "a red square moving up" "a red circle moving up" --output both.gif
     python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
 
 A clip depends only on its prompt and its seed: prompt i is drawn with seed + i, at any batch size
@@ -52,7 +51,7 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
 def main():
     parser = Parser(
         description="Draw clips from text.",
-        epilog="Defaults of the drawing are the run's own (sampling.json); other models draw an "
+        epilog="Sampling options default to the run's own (sampling.json). Other models draw an "
                "image (one frame) of the size that they were trained on.")
     parser.add_argument("path", type=Path, metavar="PATH",
                         help="a run, a diffusers folder or a single file")
@@ -60,7 +59,7 @@ def main():
     parser.add_argument("--prompts-file", type=Path, help="a text file with a prompt on each line")
     parser.add_argument("--output", type=Path, help="file or folder (default: samples, in the run)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
-                        help="of files in a folder (default: gif; png for one frame)")
+                        help="format of files in a folder (default: gif; png for one frame)")
     parser.add_argument("--zoom", type=number(int, 1, 64), default=1,
                         help="enlarge every pixel (default: 1)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0,
@@ -69,7 +68,7 @@ def main():
                         help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the U-Net: minutes at full size, then faster steps")
+                        help="compile the U-Net; takes minutes at full size, then steps are faster")
     add_flags(parser, Sampling(), show_defaults=False)
     add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args()
@@ -92,7 +91,7 @@ def main():
         raise ValueError(f"--format {args.format} contradicts --output {output}")
     require_writer(output if one_file else f"x{suffix}")  # fail before the work, not after it
     torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
-    # Generators: in a folder, each batch is written before the next one is drawn.
+    # Generators, so in a folder each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
     clips = (enlarge(clip, args.zoom) for clip in clips)
     for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second):

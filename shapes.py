@@ -26,18 +26,9 @@ def caption_of(colour, shape, direction):
     return f"a {colour} {shape} moving {direction}"
 
 
-def _held_out():
-    """12 combinations: each colour occurs in 2 of them, each shape in 4, each direction in 3."""
-    held_out = []
-    for c, colour in enumerate(COLOURS):
-        for s, shape in enumerate(SHAPES):
-            if (c + s) % 3:  # two of the three shapes of each colour lose one direction each
-                direction = list(DIRECTIONS)[(c - s) % 4]
-                held_out.append((colour, shape, direction))
-    return held_out
-
-
-HELD_OUT = _held_out()
+# 12 combinations: two of the three shapes of each colour lose one direction each
+HELD_OUT = [(colour, shape, list(DIRECTIONS)[(c - s) % 4]) for c, colour in enumerate(COLOURS)
+            for s, shape in enumerate(SHAPES) if (c + s) % 3]
 SEEN = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
 
 
@@ -47,9 +38,9 @@ def coverage(shape, x, y, radius):
         distance = np.hypot(x, y) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(x), np.abs(y)) - radius
-    else:  # equilateral, one corner up: the largest of the distances to its three sides
+    else:  # equilateral, one corner up; the largest of the distances to its three sides
         inner = 0.778 * radius  # incircle radius at the circle's area: sqrt(pi / (3 sqrt(3)))
-        y = y - inner / 2  # 0.389 radii: centres the height, 3 inner, instead of the incircle
+        y = y - inner / 2  # the incircle's centre is 0.389 radii below the middle of the height
         slope = np.abs(x) * math.cos(math.pi / 6) - y * math.sin(math.pi / 6)
         distance = np.maximum(slope, y) - inner
     return np.clip(0.5 - distance, 0.0, 1.0)  # anti-aliased; the distance is negative inside
@@ -59,7 +50,7 @@ def render(combination, centres, radius, image_size):
     """Frames uint8 (t, 3, image_size, image_size) of a shape at centres (t, 2), in pixels."""
     colour, shape, _ = combination
     axis = np.arange(image_size) + 0.5
-    x = axis[None, None, :] - centres[:, 0, None, None]  # of pixels' centres: w -> t 1 w
+    x = axis[None, None, :] - centres[:, 0, None, None]  # from the shape to each pixel: w -> t 1 w
     y = axis[None, :, None] - centres[:, 1, None, None]  # h -> t h 1
     alpha = coverage(shape, x, y, radius)[:, None]  # t h w -> t 1 h w
     paint = np.array(COLOURS[colour])[None, :, None, None]
@@ -99,8 +90,8 @@ class MovingShapes:
     def motion(self, i):
         """(radius, middle of the path (2,), travel from first to last frame (2,)), in pixels."""
         rng, size = np.random.default_rng([self.seed, i]), self.image_size
-        # The largest shape has room for the longest travel from the first frame to the last:
-        # 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
+        # The largest shape has room for the longest travel from the first frame to the last,
+        # because 2 * 1.4 * 0.23 + 0.35 = 0.994 of the size.
         radius = size * rng.uniform(0.19, 0.23)
         travel = size * rng.uniform(0.25, 0.35)
         towards = np.array(DIRECTIONS[self.combinations[i][2]], dtype=float)

@@ -1,13 +1,13 @@
 """The temporal shift: how Latent-Shift makes an image model see motion without a new parameter.
 
-A 2-D U-Net looks at every frame alone. Behind a convolution in each of its ResNet blocks, we
-replace two thirds of each frame's channels by the same channels of its neighbours:
+A 2-D U-Net looks at every frame alone. After a convolution in each of its ResNet blocks, we replace
+two thirds of each frame's channels with the same channels of its neighbours:
 
     frame i     [ a third from frame i-1 | a third of its own | a third from frame i+1 ]
 
 The next 2-D convolution mixes channels anyway. Now it mixes past, present and future, so it acts as
-a convolution over three frames, and the shift itself only moves memory. Channels shifted past
-either end of the clip are dropped; zeros take their place.
+a convolution over three frames. The shift itself only moves memory. Channels shifted past either
+end of the clip are dropped; zeros take their place.
 
 Latent-Shift, An et al. 2023, section 3.2. Forerunners: Temporal Shift Module, Lin et al. 2019;
 Temporal Shift GAN, Munoz et al. 2020.
@@ -17,7 +17,7 @@ import torch
 
 
 def temporal_shift(x, fold=None):
-    """Exchange `fold` channels of each frame of x (b, t, c, ...) with either neighbour in time.
+    """Shift `fold` channels of x (b, t, c, ...) one frame forward in time, and `fold` backward.
 
     fold is c // 3 unless given. The result has x's shape, dtype and memory layout. A clip of one
     frame, an image, has no neighbours and is returned unchanged.
@@ -26,7 +26,7 @@ def temporal_shift(x, fold=None):
     """
     if x.ndim < 3:
         raise ValueError(f"temporal_shift needs x of shape (b, t, c, ...), got {tuple(x.shape)}")
-    fold = x.shape[2] // 3 if fold is None else fold
+    fold = x.shape[2] // 3 if fold is None else fold  # a third of the channels
     if not 0 < 2 * fold <= x.shape[2]:
         raise ValueError(f"temporal_shift needs 0 < 2*fold <= c, got fold={fold}, c={x.shape[2]}")
     if x.shape[1] == 1:
@@ -36,7 +36,7 @@ def temporal_shift(x, fold=None):
 
 
 def move(x, forward, backward):
-    """Move a slice of channels one frame `forward` in time and another one `backward`."""
+    """Move channels `forward`, a slice, to the next frame and `backward` to the one before."""
     out = x.clone()  # torch.cat of three parts would lose the channels_last layout
     out[:, 1:, forward] = x[:, :-1, forward]  # frame i gets frame i-1's channels
     out[:, 0, forward] = 0  # nothing comes before the first frame
@@ -49,7 +49,7 @@ class Shift(torch.autograd.Function):
     """The gradient of a shift is the opposite shift.
 
     Autograd finds the same gradient, but its extra copies make the tiny model train 8 % slower.
-    torch.compile removes those copies, and is given `move` alone.
+    torch.compile removes those copies, so it gets `move` itself.
     """
 
     generate_vmap_rule = True
@@ -60,7 +60,7 @@ class Shift(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.slices = inputs[1:]
+        ctx.slices = inputs[1:]  # the channels that moved forward, and backward
 
     @staticmethod
     def backward(ctx, grad):
@@ -68,4 +68,4 @@ class Shift(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return Shift.apply(tangent, *ctx.slices)
+        return Shift.apply(tangent, *ctx.slices)  # a shift is linear

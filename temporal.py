@@ -1,14 +1,14 @@
-"""What others use instead of the shift, selected by one word of the U-Net's config.
+"""Other papers' layers instead of the shift, selected by one word of the U-Net's config.
 
-    none        nothing: each frame is an image by itself
+    none        no layer; each frame is an image by itself
     shift       a third of the channels moves one frame forward, a third backward (Latent-Shift).
                 This is one line of ResnetBlock.forward and has no layer here.
-    attention   behind each layer, each position attends to itself in all frames (Latent-VDM, the
-                baseline of An et al. 2023; LVDM, He et al. 2022, with relative positions)
+    attention   after each layer, each position attends to itself in all frames (Latent-VDM, the
+                baseline of An et al. 2023; LVDM, He et al. 2022, which has relative positions)
     joint       the same, but each position attends to all positions of all frames at once
-    directed    behind convolutions, a scale and an offset per frame; beside spatial attention,
+    directed    after convolutions, a scale and an offset per frame; beside spatial attention,
                 attention to this frame and earlier ones (MagicVideo, Zhou et al. 2022)
-    conv        behind convolutions, one over time (Make-A-Video, Singer et al. 2022, section 3.2)
+    conv        after convolutions, one over time (Make-A-Video, Singer et al. 2022, section 3.2)
 
 All layers of this file are initialised as the identity, so each variant starts as the image model.
 Their parameters, and no others, have "temporal" in their names. A clip of one frame skips every
@@ -26,7 +26,7 @@ VARIANTS = ("none", "shift", "attention", "joint", "directed", "conv")
 
 
 def temporal_state(network):
-    """The part of a network's state dict that an image model does not have; {} for the shift."""
+    """The part of a network's state dict that an image model lacks; {} for the shift."""
     return {name: value for name, value in network.state_dict().items() if "temporal" in name}
 
 
@@ -81,7 +81,7 @@ class AttentionOverTime(Attention):
 
     def forward(self, x, mask=None):
         b, t, n, _ = x.shape
-        # Attention mixes the second axis: with positions in the batch, frames stand there.
+        # Attention mixes the second axis, so move frames there and positions into the batch.
         x = super().forward(x.transpose(1, 2).flatten(0, 1), mask=mask)  # b t n c -> (b n) t c
         return x.unflatten(0, (b, n)).transpose(1, 2)  # (b n) t c -> b t n c
 
@@ -105,11 +105,11 @@ class DirectedAttention(AttentionOverTime):
 
 
 class TemporalAttention(nn.Module):
-    """x + attention(norm(x) + positions), of clips (b, t, c, h, w).
+    """x + attention(norm(x) + positions), for clips x (b, t, c, h, w).
 
-    The positions of frames are learned. They start as sinusoids, because attention sees its frames
-    as a set and could not tell their order if all were equal. Directed attention can do without
-    positions (max_frames None), and then takes any number of frames.
+    The embeddings of frame positions are learned. They start as sinusoids, because attention sees
+    frames as a set and could not tell their order if all were equal. Directed attention also works
+    without positions (max_frames None), and then takes any number of frames.
     """
 
     def __init__(self, channels, attention, max_frames=None):
@@ -130,8 +130,8 @@ class TemporalAttention(nn.Module):
         return x + y.transpose(2, 3).unflatten(3, x.shape[3:])  # b t (h w) c -> b t c h w
 
 
-def behind_convolution(variant, channels, max_frames):
-    """The layer behind each convolution of a ResnetBlock; the identity in most variants."""
+def after_convolution(variant, channels, max_frames):
+    """The layer after each convolution of a ResnetBlock; the identity in most variants."""
     if variant == "conv":  # Make-A-Video
         return TemporalConvolution(channels)
     if variant == "directed":  # MagicVideo
@@ -144,11 +144,11 @@ def beside_attention(variant, channels, num_heads):
     return DirectedAttention(channels, num_heads) if variant == "directed" else None
 
 
-def behind_layer(variant, channels, num_heads, max_frames):
-    """The layer behind each pair of ResnetBlock and Transformer2D.
+def after_layer(variant, channels, num_heads, max_frames):
+    """The layer after each pair of ResnetBlock and Transformer2D.
 
-    The papers have one behind each transformer. Here layers without a transformer get one, too: the
-    tiny U-Net has none at its finest level, where motion shows best.
+    The papers have one per transformer. Here a level without transformers has one per ResnetBlock,
+    because the tiny U-Net has no transformer at its finest level, where motion shows best.
     """
     kinds = {"attention": AttentionOverTime, "joint": JointAttention}
     if variant not in kinds:

@@ -40,7 +40,7 @@ def quick_gelu(x):
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
-PRESETS = {  # training sets vocabulary and positions of "tiny" and "small" by its own tokenizer
+PRESETS = {  # train.py sets vocab_size and max_position_embeddings to fit its own tokenizer
     "tiny": TextConfig(vocab_size=1024, hidden_size=64, intermediate_size=256,
                        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=24),
     "small": TextConfig(vocab_size=1024, hidden_size=256, intermediate_size=1024,
@@ -134,7 +134,7 @@ class CLIPTextModel(nn.Module):
         })
 
     def forward(self, ids):
-        """Hidden states (b, n, d) of ids (b, n). Raises ValueError for more than the positions."""
+        """Hidden states (b, n, d) of ids (b, n). Raises ValueError if n exceeds the positions."""
         positions, embeddings = self.config.max_position_embeddings, self.text_model.embeddings
         if ids.ndim != 2 or ids.shape[1] > positions:
             raise ValueError(f"ids needs shape (b, n), n <= {positions}, got {[*ids.shape]}")
@@ -147,14 +147,14 @@ class CLIPTextModel(nn.Module):
 
 @torch.no_grad()
 def standardise(encoder, ids):
-    """Give the last tokens of texts ids (b, n) mean 0 and variance 1 in every channel, b > 1.
+    """Give the last tokens of ids (b, n), b > 1, mean 0 and variance 1 in every channel.
 
     Data-dependent initial weights of the final layer norm, Salimans & Kingma 2016, section 3.
     """
-    # For new encoders. Without it the last tokens of any two captions are nearly equal, and a U-Net
-    # that adds the last token to its time embedding learns only the colours.
+    # New encoders need this. Without it the last tokens of any two captions are nearly equal, and a
+    # U-Net that adds the last token to its time embedding learns only the colours.
     last, norm = encoder(ids)[:, -1], encoder.text_model.final_layer_norm  # b d
     scale = 1 / last.std(dim=0).clamp(min=1e-3)
-    # (y - mean) scale of y = weight x + bias is again a layer norm with other parameters.
+    # With y = weight x + bias, (y - mean) scale is a layer norm with other parameters.
     norm.weight *= scale
     norm.bias.copy_((norm.bias - last.mean(dim=0)) * scale)

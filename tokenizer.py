@@ -7,10 +7,10 @@ frequent pair of neighbours. Three merges learned from the caption "low low lowe
 
     l o w</w>  l o w</w>  l o w e r</w>    (l, o) occurs three times
     lo w</w>   lo w</w>   lo w e r</w>     (lo, w</w>) occurs twice
-    low</w>    low</w>    lo w e r</w>     each pair occurs once: (e, r</w>) is first in order
+    low</w>    low</w>    lo w e r</w>     each pair occurs once, and (e, r</w>) sorts first
     low</w>    low</w>    lo w er</w>
 
-Encoding applies the merges in the order of learning: "slower" becomes s lo w er</w>, four tokens.
+Encoding applies the merges in the order of learning, so "slower" becomes 4 tokens: s lo w er</w>.
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
 """
 
@@ -37,7 +37,7 @@ FIXED_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|
 def byte_alphabet():
     """One visible character per byte, {byte: character}, in CLIP's order."""
     # Bytes that print in Latin-1 stand for themselves and come first. The others (controls, spaces,
-    # the soft hyphen) get the characters from U+0100 on: a merges file separates symbols by spaces.
+    # the soft hyphen) get U+0100 and up, because a merges file separates symbols by spaces.
     visible = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     hidden = [byte for byte in range(256) if byte not in visible]
     characters = [*visible, *range(256, 256 + len(hidden))]
@@ -57,7 +57,7 @@ def split_words(text):
         kind, end = character_kind(text[start]), start + 1
         if fixed := FIXED_WORDS.match(text, start):
             end = fixed.end()
-        elif kind != "N":  # every digit is a word, so numbers share ten tokens
+        elif kind != "N":  # every digit is its own word, so numbers share ten tokens
             while end < len(text) and character_kind(text[end]) == kind:
                 end += 1
         if kind != " ":
@@ -68,8 +68,8 @@ def split_words(text):
 
 def character_kind(character):
     """ "L" for a letter, "N" for a number, " " for a separator, "" for any other character."""
-    # Not all of isspace(): CLIP keeps U+001C to U+001F. It drops U+0345, because with case ignored
-    # this mark equals a letter, which no class includes.
+    # Not all of isspace(), because CLIP keeps U+001C to U+001F. It drops U+0345, because this mark
+    # equals a letter when case is ignored, so no part of CLIP's pattern matches it.
     if character == "\u0345" or (character.isspace() and character not in "\x1c\x1d\x1e\x1f"):
         return " "
     category = unicodedata.category(character)[0]
@@ -94,7 +94,7 @@ def merge_pair(symbols, pair):
 
 
 class CLIPTokenizer:
-    """Texts to ids of at most max_length tokens, start and end included.
+    """Texts to max_length ids each, start, end and padding included.
 
     merges: pairs of symbols in the order in which they were learned.
     pad_with_end: pad with the end token (SD 1) or with id 0 (SD 2).
@@ -163,7 +163,7 @@ class CLIPTokenizer:
             raise ValueError(f"texts needs a list of str, got the str {texts!r:.60}")
         ids = torch.full((len(texts), self.max_length), self.pad_id)  # b n, all padding
         for row, text in zip(ids, texts, strict=True):
-            # A long text loses its last tokens, never the end token: the networks expect it.
+            # A long text loses its last tokens but not the end token, which the networks expect.
             kept = self.encode(text)[: self.max_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start_id, *kept, self.end_id])
         return ids

@@ -34,8 +34,8 @@ from training.cache import cache_frames, cache_latents, cache_texts
 from training.options import RECIPES, STAGES, merge_options, stages_to_run
 from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
 
-NUM_MERGES = 2000  # of the tokenizer, at most: each word of a small data set becomes one token
-# Frames and captions on which latents and text embeddings are standardised, about
+NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
+# About how many frames and captions serve to standardise latents and text embeddings
 FRAMES, TEXTS = 8192, 256
 CAPTION_DROPOUT = 0.1  # fraction of captions left out, for guidance (Ho & Salimans 2022)
 # Learning-rate multiplier of the text encoder. Images show no direction, so a fast-learning encoder
@@ -49,9 +49,9 @@ TEXT_RATE = 0.01
 def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
     """Squared error plus a small divergence from N(0, 1). LDM, Rombach et al. 2022, eq. 25.
 
-    The paper's perceptual and adversarial terms need other networks, and are left out.
+    The paper's perceptual and adversarial terms need other networks, so they are left out.
 
-    x are frames (n, 3, h, w) in [-1, 1], noise (n, c, h/f, w/f) is for the sample of their latents.
+    x are frames (n, 3, h, w) in [-1, 1]; noise (n, c, h/f, w/f) from N(0, 1) samples their latents.
     """
     reconstruction, gaussian = autoencoder(x, noise)  # n 3 h w; mean and logvar n c h/f w/f
     error = reconstruction_error(reconstruction, x, motion_weight)
@@ -61,14 +61,14 @@ def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
 def reconstruction_error(reconstruction, x, motion_weight):
     """Mean squared error of frames (n, 3, h, w), with more weight on moving shapes."""
     # A moving shape covers a seventh of a frame; unweighted, the background would dominate. Pixels
-    # that differ from a frame's median colour are taken for the shape.
+    # that differ from a frame's median colour count as the shape.
     median = x.flatten(2).median(dim=2).values[:, :, None, None]  # n c h w -> n c 1 1
     differs = ((x - median).abs().amax(dim=1, keepdim=True) > 0.1).to(x.dtype)  # n 1 h w
     return ((reconstruction - x) ** 2 * (1 + motion_weight * differs)).mean()
 
 
 def train_vae(run, frames):
-    """Stage one. frames (n, 3, h, w) uint8, of all clips."""
+    """Stage one: the autoencoder on frames (n, 3, h, w) uint8 of all clips."""
     options, batch_size = run.options, run.options.vae_batch_size
     autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=torch.channels_last)
     size = options.image_size // autoencoder.config.downscale
@@ -129,7 +129,7 @@ def random_timesteps(count, num_timesteps, generator, prefer_noise=0.0):
 
 
 def drop_captions(texts, fraction, generator):
-    """Leave out a fraction of the captions: guidance also needs the prediction without a text."""
+    """Leave out a fraction of captions, because guidance also predicts without a text."""
     dropped = torch.rand(len(texts), generator=generator) < fraction
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
@@ -178,7 +178,7 @@ def train_image(run, autoencoder, latents, captions):
 
 
 def video_unet(image_unet, options):
-    """Latent-Shift: the image model's U-Net with the shift, and its weights, all and no others."""
+    """Latent-Shift: the image model's U-Net with the shift, and exactly its weights."""
     unet = UNet(dataclasses.replace(image_unet.config, **options.temporal_fields()))
     # Only variants other than the shift have layers that the image model lacks: temporal_state().
     unet.load_state_dict(image_unet.state_dict() | temporal_state(unet))
@@ -186,10 +186,10 @@ def video_unet(image_unet, options):
 
 
 def train_video(run, model, latents, captions, context_of, preview=None, num_previews=4):
-    """Stage three: the U-Net of a model, a Pipeline, learns clips.
+    """Stage three: the U-Net of `model`, a Pipeline, learns clips.
 
     latents has one (t, c, h/f, w/f) per clip, context_of(texts) is (b, n, d). preview(step)
-    replaces the usual samples.
+    replaces the usual previews.
     """
     options, unet, diffusion = run.options, model.unet, model.diffusion
     unet.to(run.device, memory_format=torch.channels_last)
@@ -206,7 +206,7 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
         if options.image_every and (step + 1) % options.image_every == 0:
             t, b = 1, b * t  # images, so that it stays an image model (our addition)
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
-        noise = randn(x0.shape, generator)  # a new one for every frame
+        noise = randn(x0.shape, generator)  # drawn separately for every frame
         # The noisiest timesteps decide where a shape goes, so the first half of the training
         # prefers them. This is a choice of the tiny recipe, not of the paper.
         prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
@@ -224,8 +224,8 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
 
 
 def rehearse(run, stages, captions):
-    """Try one step of each stage at full shape. If a GPU's memory does not suffice, try again with
-    activations computed twice (run.checkpointing). Raises ValueError if a stage does not fit."""
+    """Try one step of each stage at full shape. If it does not fit into a GPU's memory, try again
+    with activations computed twice (run.checkpointing). Raises ValueError if that fails, too."""
     options, size, some = run.options, run.options.image_size, captions[:1]
     model = (load_image_model(run.path, run.device, options.precision) if "image" in run.finished
              else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
@@ -243,12 +243,13 @@ def rehearse(run, stages, captions):
             lambda texts: context.expand(len(texts), -1, -1)),
     }
     for stage in stages:
-        for run.checkpointing in (run.checkpointing, True):
+        for checkpointing in (run.checkpointing, True):
+            run.checkpointing = checkpointing
             try:
                 trials[stage](Rehearsal(run))
                 break
             except torch.OutOfMemoryError:
-                pass  # the error holds its tensors until here
+                pass  # the error keeps its tensors alive until here
             torch.cuda.empty_cache()
         else:
             raise ValueError(f"the {stage} stage does not fit into the GPU's memory; add --offload,"
@@ -258,9 +259,9 @@ def rehearse(run, stages, captions):
 def main():
     parser = Parser(
         description="Train a text-to-video model.",
-        epilog="Defaults belong to the tiny preset; another --preset has its own (options.py).")
+        epilog="Defaults are for the tiny preset; other presets have theirs (training/options.py).")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--stage", choices=STAGES, help="train this stage only")
+    parser.add_argument("--stage", choices=STAGES, help="train only this stage")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished stage")
     parser.add_argument("--check", action="store_true",
                         help="read every clip of --data, list every problem, train nothing")
@@ -268,7 +269,7 @@ def main():
     args = parser.parse_args()
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
     if args.check:
-        from training.data import check  # imported where needed: a training does not need it
+        from training.data import check  # imported here, because training does not need it
         return check(options)
     adopting = options.init is not None and "image" not in finished
     stages = stages_to_run(args.run, args.stage, ["vae", "image"] if adopting else finished)
@@ -283,7 +284,7 @@ def main():
     if run.device.type == "cuda":
         rehearse(run, stages, clips.captions)
     for stage in stages:
-        torch.manual_seed(options.seed)  # of new weights
+        torch.manual_seed(options.seed)  # for new weights
         if stage == "vae":
             train_vae(run, cache_frames(run, clips).rows)
         elif stage == "image":

@@ -6,7 +6,7 @@ A stage computes its loss and hands it over; the loop does the rest:
         ...
         trainer.backward(loss)
 
-All randomness of a batch comes from that generator, which is seeded by (seed, stage, step,
+All randomness of a batch comes from that generator, which is seeded with (seed, stage, step,
 process). So no random state has to be saved, and a resumed run sees the batches that it would have
 seen without the stop. The training state is one file, replaced as a whole.
 """
@@ -21,16 +21,16 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from support.devices import is_main, mean, rank_and_count, wrap
+from support.devices import (is_main, mean, move_moments, rank_and_count, step_in_parts,
+                             wrap)
 
-WEIGHT_DECAY = 0.01  # of AdamW
-GRADIENT_CLIP = 1.0  # largest norm of the gradient
+WEIGHT_DECAY = 0.01  # AdamW's, PyTorch's default
+GRADIENT_CLIP = 1.0  # largest norm of the gradient of all parameters
 LOG_EVERY = 50  # steps between lines of metrics.jsonl
-PART = 8  # parameters whose moments are on the GPU at a time with --offload
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, answered at the end of a step, when everything is saved."""
+    """Raised for Ctrl-C or SIGTERM at the end of a step, after everything is saved."""
 
 
 def step_generator(seed, stage, step, micro=0):
@@ -43,8 +43,8 @@ def step_generator(seed, stage, step, micro=0):
 
 
 def learning_rate_at(step, num_steps, peak, warmup_steps):
-    """Linear warm-up to the peak, then half a cosine down to (almost) nothing."""
-    warmup = min(1.0, (step + 1) / max(1, warmup_steps))  # from 0 to 1
+    """Half a cosine from the peak down to (almost) 0, times a linear warm-up."""
+    warmup = min(1.0, (step + 1) / max(1, warmup_steps))  # up to 1
     return peak * warmup * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
 
 
@@ -75,12 +75,12 @@ class Trainer:
     def __init__(self, run, stage, groups):
         options = self.options = run.options
         self.run, self.stage, self.step = run, stage, 0
-        self.num_steps = getattr(options, f"{stage}_steps")  # of optimizer, not of batches
+        self.num_steps = getattr(options, f"{stage}_steps")  # steps of the optimizer, not batches
         self.peak = getattr(options, f"{stage}_learning_rate")
         groups = [{"params": list(parameters), "multiplier": factor}
                   for parameters, factor in groups]
         self.parameters = [p for group in groups for p in group["params"]]  # as AdamW numbers them
-        # The average of the weights draws better than any of them; decay 0 does without.
+        # The averaged weights draw better than the latest ones; decay 0 keeps no average.
         self.average = [p.detach().clone() for p in self.parameters] if options.ema_decay else []
         self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.99),
                                            weight_decay=WEIGHT_DECAY, fused=True)
@@ -90,9 +90,9 @@ class Trainer:
             run.state = None  # the following stages start from their beginning
 
     def wrap(self, network):
-        """A network as a step calls it: compiled if asked for, one with other processes' copies."""
+        """The network to call in a step, compiled if asked for; processes average its gradients."""
         wrapped = wrap(network)
-        if self.options.compile:  # around DDP, which then exchanges gradients during the backward
+        if self.options.compile:  # around DDP, which averages gradients during backward()
             wrapped.compile(dynamic=False)
         return wrapped
 
@@ -143,7 +143,7 @@ class Trainer:
         """Add the gradients of a batch's loss to the step's gradients."""
         loss = loss / self.options.accumulate
         loss.backward()  # adds to the gradients of the batches before
-        self.loss_sum += loss.detach()  # stays on the device: reading it would make each step wait
+        self.loss_sum += loss.detach()  # stays on the device; reading it would stall the step
 
     def optimise(self):
         """One step of AdamW and of the average. Returns the learning rate."""
@@ -157,26 +157,25 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()  # frees the gradients
         if self.average:
-            # The decay warms up, because a constant one would keep the random initialisation for
-            # long. Karras et al. 2022, appendix F, discuss it for diffusion.
+            # The decay warms up, because a constant one would keep the random initialisation for a
+            # long time. Karras et al. 2022, appendix F, discuss it for diffusion.
             decay = min(self.options.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
-        self.loss_count += 1  # of steps since the last report
+        self.loss_count += 1  # steps since the last report
         self.step += 1
         return rate
 
     @torch.no_grad()
     def swap_average(self):
-        """Exchange the weights and their average, one by one, because a second copy of all might
-        not fit."""
+        """Exchange the weights and their average, one by one to save memory."""
         for parameter, average in zip(self.parameters, self.average, strict=False):
             kept = parameter.clone()
             parameter.copy_(average)  # the network has the average
             average.copy_(kept)  # and the average the network's weights
 
     def mean_loss(self):
-        """The mean loss since the last call."""
+        """The mean loss since the last call. Raises ValueError if it is not finite."""
         loss = mean(self.loss_sum) / self.loss_count
         self.loss_sum.zero_()
         self.loss_count = 0
@@ -186,11 +185,11 @@ class Trainer:
     def check(self, finite):
         if not finite:
             raise ValueError(f"the {self.stage} stage diverged by step {self.step}: its loss or "
-                             "weights are not finite, and are not saved; start it again with a "
+                             "weights are not finite, so they are not saved; start it again with a "
                              f"lower --{self.stage}-learning-rate")
 
     def save_state(self):
-        """Hand the run everything that the next step needs, if the weights are finite."""
+        """Save everything that the next step needs. Raises ValueError unless weights are finite."""
         self.check(all(bool(parameter.isfinite().all()) for parameter in self.parameters))
         self.run.save_state({
             "stage": self.stage, "step": self.step,
@@ -199,7 +198,7 @@ class Trainer:
         })
 
     def load_state(self, state):
-        """Continue from a state of save_state."""
+        """Continue from a state that save_state saved. Raises ValueError if shapes differ."""
         if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters]:
             raise ValueError("training_state.pt: belongs to a model of another configuration")
         self.step = state["step"]
@@ -210,28 +209,3 @@ class Trainer:
             torch._foreach_copy_(self.parameters, state["parameters"])
             if self.average:
                 torch._foreach_copy_(self.average, state["average"])
-
-
-def step_in_parts(optimizer):
-    """optimizer.step() with moments in CPU memory: they visit the GPU a few parameters at a time.
-
-    The numbers are the same. Both copies of a part wait only for the GPU's own queue.
-    """
-    groups = optimizer.param_groups
-    for group in groups:
-        for i in range(0, len(group["params"]), PART):
-            part = group["params"][i : i + PART]  # a few parameters
-            move_moments(optimizer, part, part[0].device)
-            optimizer.param_groups = [group | {"params": part}]
-            optimizer.step()
-            move_moments(optimizer, part, "cpu")
-    optimizer.param_groups = groups  # all parameters again
-
-
-def move_moments(optimizer, parameters, device):
-    """Move AdamW's moments of some parameters, if they exist yet."""
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in state:
-                state[name] = state[name].to(device, non_blocking=True)

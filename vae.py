@@ -2,7 +2,7 @@
 
 The encoder maps a frame (3, h, w) to the mean and variance of a Gaussian over latents (4, h/f,
 w/f); the decoder maps latents back. Training minimises the reconstruction error, with a small
-penalty for Gaussians far from N(0, 1). Nothing here knows of time: a clip is encoded and decoded
+penalty for Gaussians far from N(0, 1). Nothing here knows about time; a clip is encoded and decoded
 frame by frame.
 
 Latent diffusion, Rombach et al. 2022, section 3.1 and appendix G; Latent-Shift, section 3.1. With
@@ -27,7 +27,7 @@ CHUNK_PIXELS = 2**18
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The shape of an autoencoder, in diffusers' names. Each level but the last halves the size."""
+    """An autoencoder's shape, in diffusers' names. Each level except the last halves the size."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -53,7 +53,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-# "tiny" has wide steps and no attention, for a CPU: 32x32 pixels become 8x8 latents.
+# "tiny" is narrow and has no attention, to suit a CPU; 32x32 pixels become 8x8 latents.
 PRESETS = {
     "tiny": VAEConfig(
         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
@@ -71,15 +71,15 @@ class DiagonalGaussian:
 
     def __init__(self, mean, logvar):
         self.mean = mean
-        # An untrained encoder may answer any number; exp(logvar) has to stay finite in float32.
+        # An untrained encoder may return any number, and exp(logvar) must be finite in float32.
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, noise):
-        """Latents (n, c, h, w), drawn with noise from N(0, 1) of that shape."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        """Latents (n, c, h, w), drawn with N(0, 1) noise of that shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise  # mean + deviation * noise
 
     def kl(self):
-        """Divergence from N(0, 1) in nats, summed over each image: (n,)."""
+        """KL divergence from N(0, 1) in nats, summed over each image: (n,)."""
         # KL(N(m, s^2) | N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 for each latent number.
         per_latent = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * per_latent.flatten(1).sum(1)
@@ -98,11 +98,11 @@ class Level(nn.Module):
         self.upsamplers = nn.Sequential(*[Upsample(out_channels)] if step == "up" else [])
 
     def forward(self, x):
-        return self.upsamplers(self.downsamplers(self.resnets(x)))
+        return self.upsamplers(self.downsamplers(self.resnets(x)))  # n c h w -> half or twice h w
 
 
 class MidBlock(nn.Module):
-    """Two blocks at the lowest resolution, attention between them."""
+    """Two blocks at the lowest resolution, with optional attention between them."""
 
     def __init__(self, channels, groups, attention):
         super().__init__()
@@ -127,7 +127,7 @@ class SpatialAttention(Attention):
 
 
 class Encoder(nn.Module):
-    """Frames (n, 3, h, w) to 2 * latent_channels at 1/f of the size: mean and logvar."""
+    """Frames (n, 3, h, w) to mean and logvar in one tensor, (n, 2 * latent_channels, h/f, w/f)."""
 
     def __init__(self, config):
         super().__init__()
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder of latent diffusion; all convolutions, so it takes frames of any size."""
+    """The autoencoder of latent diffusion, for frames of any size that is a multiple of f."""
 
     def __init__(self, config):
         super().__init__()
@@ -179,7 +179,7 @@ class AutoencoderKL(nn.Module):
         latent = config.latent_channels
         self.encoder = Encoder(config)  # n 3 h w -> n 2c h/f w/f
         self.decoder = Decoder(config)  # n c h/f w/f -> n 3 h w
-        # 1x1 convolutions around the latents, named after an autoencoder that quantised them.
+        # 1x1 convolutions around the latents, named after VQGAN, which quantised between them.
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
@@ -191,7 +191,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """The Gaussian over latents of frames x (n, 3, h, w) in [-1, 1].
 
-        Raises ValueError if x has another shape, or h or w is no multiple of config.downscale.
+        Raises ValueError if x has another shape, or h or w is not a multiple of config.downscale.
         """
         f, c = self.config.downscale, self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c or x.shape[2] % f or x.shape[3] % f:
@@ -201,7 +201,7 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(*moments.chunk(2, dim=1))  # n 2c h/f w/f -> n c h/f w/f
 
     def decode(self, z):
-        """Frames (..., 3, f h, f w), about in [-1, 1], of unscaled latents z (..., c, h, w)."""
+        """Frames (..., 3, f h, f w), roughly in [-1, 1], from unscaled latents z (..., c, h, w)."""
         pixels = z.shape[-2:].numel() * self.config.downscale**2
         frames = in_parts(lambda part: self.decoder(self.post_quant_conv(part)),
                           z.flatten(0, -4), pixels)  # b t c h w -> (b t) 3 fh fw
@@ -209,7 +209,7 @@ class AutoencoderKL(nn.Module):
 
 
 def in_parts(network, x, pixels):
-    """network(x) of x (n, ...), as many at a time as have CHUNK_PIXELS if each has `pixels`."""
+    """network(x) for x (n, ...); without gradients, CHUNK_PIXELS / pixels images at a time."""
     if torch.is_grad_enabled():  # training keeps the activations of all frames anyway
         return network(x)
     return torch.cat([network(part) for part in x.split(max(1, CHUNK_PIXELS // pixels))])
@@ -220,7 +220,7 @@ def encode_clip(vae, frames):
     """Scaled latents (t, c, h, w) of a clip's frames uint8 (t, 3, h, w): what the U-Net sees."""
     parameter = next(vae.parameters())
     x = frames.to(parameter.device).float() / 127.5 - 1  # 0..255 -> -1..1
-    # The mean and no sample: the U-Net adds noise of its own, far stronger than the Gaussian's.
+    # The mean, not a sample, because diffusion adds noise that is far stronger than a sample's.
     return vae.encode(x.to(parameter.dtype)).mean.float() * vae.config.scaling_factor
 
 
@@ -229,18 +229,18 @@ def standardise(vae, latents):
     """Give a trained autoencoder latents of mean 0 and variance 1, measured on (n, c, h, w).
 
     Each channel's mean goes into the biases of the two 1x1 convolutions around the latents, where
-    it costs nothing and changes no reconstruction; the deviation becomes config.scaling_factor.
+    it costs nothing and changes no reconstruction. 1 / deviation becomes config.scaling_factor.
     """
     c, mean = latents.shape[1], latents.mean((0, 2, 3))
     vae.quant_conv.bias[:c] -= mean
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    # One deviation for all channels: it is a single number in every config.json.
+    # One standard deviation for all channels, because config.json has a single scaling_factor.
     deviation = (latents - mean[:, None, None]).square().mean().sqrt().item()
     vae.config = replace(vae.config, scaling_factor=1 / deviation)
 
 
 @torch.no_grad()
 def decode_clips(vae, latents):
-    """Clips (b, t, 3, f h, f w) in [-1, 1] of scaled latents (b, t, c, h, w)."""
+    """Clips (b, t, 3, f h, f w) in [-1, 1] from scaled latents (b, t, c, h, w)."""
     z = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)  # b t c h w
     return vae.decode(z).clamp(-1, 1)

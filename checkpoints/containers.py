@@ -55,7 +55,7 @@ class InertDict:
 DICTS = ("collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict",
          "lightning.fabric.utilities.data.AttributeDict",
          "lightning_fabric.utilities.data.AttributeDict")
-HARMLESS = {  # {packages: classes and functions}
+HARMLESS = {  # {packages: names in them that become Inert}
     "pytorch_lightning.callbacks lightning.pytorch.callbacks":
         "model_checkpoint.ModelCheckpoint early_stopping.EarlyStopping",
     "omegaconf": "dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata base.Metadata "

@@ -1,4 +1,4 @@
-"""One line for whatever is wrong with a file of another program."""
+"""Report in one line what is wrong with a file of another program."""
 
 import contextlib
 

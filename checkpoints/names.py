@@ -1,6 +1,6 @@
 """Single files of Stable Diffusion 1.x (CompVis) and 2.x (Stability): their names and sizes.
 
-    model.diffusion_model.    the U-Net               model_ema.   its moving average, names dotless
+    model.diffusion_model.    the U-Net               model_ema.  its average (names lack dots)
     first_stage_model.        the autoencoder
     cond_stage_model.         the text encoder, CLIP (1.x: transformer.) or OpenCLIP (2.x: model.)
 
@@ -71,7 +71,7 @@ def check_known(names, where):
     known = [kind for pattern, kind in OTHER_FILES.items()
              if any(re.search(pattern, name) for name in names)]
     if missing := [f"no {part}" for prefix, part in PARTS.items() if not has(names, prefix)]:
-        known.append(f"{' and '.join(missing)} in {', '.join(sorted(names)[:3]) or 'no tensors'}")
+        known.append(f"{' and '.join(missing)}, only {', '.join(sorted(names)[:3]) or 'nothing'}")
     if known:
         raise ValueError(f"{where}: needs a whole model of Stable Diffusion 1 or 2, got {known[0]}")
 

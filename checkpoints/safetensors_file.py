@@ -32,7 +32,7 @@ def save_safetensors(path, tensors):
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-(8 + len(encoded)) % 64)  # aligned, which spares weights.fill() copies
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # aligned, so weights.fill() copies less
     with atomic(path) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors.values():  # no copy of a contiguous tensor on the CPU
@@ -45,7 +45,7 @@ def load_safetensors(path):
 
     Raises ValueError if the tensors do not follow each other without gaps up to the file's end.
     """
-    problem = "not a whole safetensors file; a web page, a git-lfs pointer, half a download?"
+    problem = "not a whole safetensors file; a web page, a git-lfs pointer or half a download?"
     with open(path, "rb") as file, naming(path, problem):
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         (length,) = struct.unpack("<Q", data[:8])

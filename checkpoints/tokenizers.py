@@ -51,7 +51,7 @@ def load_tokenizer(folder):
             vocabulary = read_json(folder / "vocab.json")
         pad = settings.get("pad_token")
         pad = pad["content"] if isinstance(pad, dict) else pad
-        length = index(settings.get("model_max_length", 77))  # no fraction, no text
+        length = index(settings.get("model_max_length", 77))  # a whole number
         tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad != "!")
         if differing := vocabulary.items() ^ tokenizer.ids.items():
             raise ValueError(f"vocabulary and merges disagree about {min(differing)[0]!r}")

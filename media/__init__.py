@@ -1,1 +1,1 @@
-"""Clips from files and into files."""
+"""Read clips from files and write them into files."""

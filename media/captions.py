@@ -28,7 +28,7 @@ def _walk(folder, is_clip):
             continue
         if path.is_dir() and not path.is_symlink() and not is_clip(path):
             yield from _walk(path, is_clip)
-        else:  # also a link to a folder, because a walk along one that leads back up has no end
+        else:  # also a link to a folder, because one that leads back up would make an endless walk
             yield path
 
 
@@ -38,7 +38,7 @@ def _problem(path, caption):
         return "caption without a clip; remove it or add the clip"
     if not path.is_dir() and path.suffix.lower() not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
-    if not caption.split() or "\ufffd" in caption:  # stands for bytes that are not UTF-8
+    if not caption.split() or "\ufffd" in caption:  # replaces bytes that are not UTF-8
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
     return None
 
@@ -63,7 +63,7 @@ def _by_metadata(folder):
 
 
 def _by_name(folder):
-    """Yield (path, caption, problem or None) by .txt files and names of sub-folders."""
+    """Yield (path, caption, problem or None) with captions from .txt files or sub-folders."""
     def text_of(path):
         return path.with_name(path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
 
@@ -88,7 +88,7 @@ def find_clips(folder):
     """The clips of a folder and their captions: ([(path, caption), ...], [problem, ...]).
 
     Hidden files, .json, .md, README and LICENSE are ignored; any other file that is neither clip
-    nor caption is a problem.
+    nor caption is a problem. Raises ValueError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Read a clip: a video, an animation, an image or a folder of images as frames.
+"""Read the frames of a clip, which is a video, an animation, an image or a folder of images.
 
 Generators of (image, duration in seconds) form a chain. A decoder yields every frame of a file,
 `_resample` drops or repeats frames, and read_clip crops, resizes and packs them. Each image is
@@ -22,11 +22,11 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 CLIP_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-# Most bytes of a clip's frames in memory: 14 minutes of 256 x 256 at 25 frames per second
+# Most bytes of a clip's frames in memory, enough for 14 minutes of 256x256 at 25 frames per second
 MAX_CLIP_BYTES = 4 * 2**30
 REMEDY = "export or download it again, or remove it"
 
-# Exceptions that Pillow raises for files that are damaged, of another format or gigantic
+# Exceptions that Pillow raises for files that are damaged, of another format or too large
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, OverflowError,
               struct.error, Image.DecompressionBombError)
 
@@ -51,7 +51,7 @@ def _image_frames(path):
     """Decode a GIF, WebP, PNG or JPEG, animated or still."""
     try:
         with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG")) as opened:
-            # An MPO is a JPEG with more pictures of the same moment: a depth map, a preview.
+            # An MPO is a JPEG with more images of the same moment, such as a depth map.
             num_frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             for index in range(num_frames):
                 opened.seek(index)
@@ -153,16 +153,16 @@ def centre_square(image, image_size):
 def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None):
     """Read a video, an animation, an image or a folder of images.
 
-    frame_rate resamples the clip to that many frames per second. After it, stride keeps every N-th
-    frame, and max_frames ends the decoding after that many. image_size crops the middle square of
-    each frame and resizes it.
+    frame_rate resamples the clip to that many frames per second. Then stride keeps every N-th of
+    them, and decoding ends after max_frames. image_size crops each frame's middle square and
+    resizes it.
 
-    Returns frames, uint8 (t, h, w, 3), and their number per second, None if the file has no rate.
+    Returns frames, uint8 (t, h, w, 3), and frames per second, None if the file has no rate.
     Raises ValueError naming the file and a remedy.
     """
     path, sizes, durations = Path(path), set(), []
     pixels = bytearray()  # one growing buffer, because np.stack would hold all frames twice
-    with contextlib.closing(_decode(path)) as decoded:  # closing it ends ffmpeg
+    with contextlib.closing(_decode(path)) as decoded:  # closing the generator ends ffmpeg
         frames = decoded if frame_rate is None else _resample(decoded, frame_rate)
         kept = itertools.islice(frames, 0, None, stride)
         for image, duration in itertools.islice(kept, max_frames):

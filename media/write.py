@@ -1,6 +1,6 @@
-"""Write clips: GIF, MP4, PNG contact sheets.
+"""Write clips as GIF, MP4 or PNG contact sheets.
 
-A clip is a tensor (t, 3, h, w) in [-1, 1]. A written animation has exactly its frames, all of one
+A clip is a tensor (t, 3, h, w) in [-1, 1]. A written animation has exactly its frames, all of equal
 duration. Pillow's encoders merge equal frames, so this file assembles a GIF frame by frame.
 """
 
@@ -17,15 +17,14 @@ import torch
 from PIL import GifImagePlugin, Image
 
 from support.files import atomic
-from media.read import ffmpeg_error, require_programs
 
 SEPARATOR = 2  # pixels between the images of a contact sheet
 
 
 def to_uint8(clip):
-    """A tensor (..., 3, h, w) as a uint8 array (..., h, w, 3); values are clamped to [-1, 1]."""
+    """A tensor (..., 3, h, w) as a uint8 array (..., h, w, 3); clamps values to [-1, 1]."""
     if not clip.isfinite().all():  # they would be written as black
-        raise ValueError("the clip to be written has values that are NaN or infinite")
+        raise ValueError("the clip to write has values that are NaN or infinite")
     pixels = (clip.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
     return pixels.round().to(torch.uint8).movedim(-3, -1).numpy()  # ... 3 h w -> ... h w 3
 
@@ -60,9 +59,9 @@ def _write_gif(file, parts, frames_per_second):
         # frames. k-means improves the palette of gradients.
         column = Image.fromarray(to_uint8(clip).reshape(t * h, w, 3)).quantize(256, kmeans=1)
         images = [column.crop((0, i * h, w, (i + 1) * h)) for i in range(t)]
-        if count == 0:  # the first palette is the file's; others stand beside their frames
+        if count == 0:  # the first palette is the file's; others are stored with their frames
             file.writelines(GifImagePlugin.getheader(images[0], info={"loop": 0})[0])  # without end
-        # Durations are whole 1/100 s. Rounding the times instead keeps errors from adding up.
+        # Durations are whole 1/100 s. Rounding start times instead keeps errors from adding up.
         times = np.round(np.arange(count, count + t + 1) * 100 / frames_per_second)
         for image, duration in zip(images, np.diff(times).astype(int), strict=True):
             file.writelines(GifImagePlugin.getdata(image, duration=10 * int(duration),
@@ -72,14 +71,16 @@ def _write_gif(file, parts, frames_per_second):
 
 
 def _write_png(file, parts, frames_per_second):
-    """One frame as an image; up to eight in a row; more in a near-square grid."""
+    """Up to eight frames in a row, more in a near-square grid."""
     clip = torch.cat(list(parts))
     clip = contact_sheet([clip]) if len(clip) <= 8 else side_by_side(clip[:, None])
     Image.fromarray(to_uint8(clip)[0]).save(file, "PNG")
 
 
 def _write_mp4(file, parts, frames_per_second):
-    """H.264 in 4:2:0, which every player and browser supports; it needs even sizes."""
+    """H.264 in 4:2:0, which every player and browser supports; pads odd sizes to even ones."""
+    from media.read import ffmpeg_error  # imported here, because training writes no .mp4
+
     parts = iter(parts)
     first = next(parts)
     h, w = first.shape[-2:]
@@ -110,6 +111,7 @@ def require_writer(path):
     if suffix not in WRITERS:
         raise ValueError(f"{path}: needs one of the suffixes {' '.join(WRITERS)}")
     if suffix == ".mp4":
+        from media.read import require_programs
         require_programs("ffmpeg", purpose="an .mp4", remedy="write a .gif")
     return WRITERS[suffix]
 
@@ -146,12 +148,12 @@ def file_names(prompts, suffix):
 
 
 def enlarge(clip, zoom):
-    """A clip (t, 3, h, w) whose every pixel becomes zoom x zoom pixels."""
+    """A clip (t, 3, h, w) with every pixel enlarged to zoom x zoom pixels."""
     return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
 
 
 def write_samples(clips, prompts, output, suffix, rate):
-    """Write clips to the folder `output`, one file each, or to the one file. Returns the paths."""
+    """Write clips into the folder `output`, or all into one file `output`. Returns the paths."""
     if output.suffix.lower() in WRITERS and not output.is_dir():
         clips = torch.stack(list(clips))  # n t 3 h w
         if output.suffix.lower() == ".png":  # a row for each clip, or eight images in a row

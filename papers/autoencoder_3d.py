@@ -152,8 +152,8 @@ def inflate(image_model, latent_channels, time_factor):
     """
     old, c, k = image_model.config, image_model.config.latent_channels, time_factor
     if old.mid_block_add_attention or latent_channels not in (c, k * c):
-        raise ValueError("--init needs a 2-D autoencoder without attention, and this one "
-                         f"--latent-channels {c} or {k * c}, got {latent_channels}")
+        raise ValueError("--init needs a 2-D autoencoder without attention, and with this one "
+                         f"--latent-channels needs {c} or {k * c}, got {latent_channels}")
     values = dataclasses.asdict(old)
     values |= {"latent_channels": latent_channels, "scaling_factor": 1.0}  # not measured yet
     network = VideoAutoencoder(VideoAutoencoderConfig(**values, time_factor=k))

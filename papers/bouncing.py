@@ -2,7 +2,7 @@
 
 With step=1 the first 8 frames equal those of MovingShapes. Then the shape moves on at its constant
 speed, and is reflected where its edge meets the edge of the frame. Colour, shape, size and speed
-stay the same. `laws` says how well a long clip keeps these laws.
+stay the same; `laws` says how well a long clip keeps these laws.
 """
 
 from collections import namedtuple
@@ -13,7 +13,7 @@ import torch
 from evaluate import centres_of, recognise, segment
 from shapes import SEEN, SHAPES, MovingShapes, render
 
-WINDOW = 50  # frames over which laws() averages
+PART = 50  # frames over which laws() averages
 DRIFT_AT = 192  # first frame in which the drift across the motion is measured
 SHORTEST = DRIFT_AT + 16  # frames of the shortest clip that laws() takes
 BASE_FRAMES = 8  # frames of a clip of MovingShapes, whose travel takes 7 steps
@@ -102,28 +102,28 @@ def step_changes(centres, num_frames, num_new):
 def laws(clip, combination, joints):
     """How well a long clip (t, 3, h, w) in [-1, 1] keeps the laws of its first 8 frames.
 
-    The end is the last WINDOW frames. "speed" is the length of a step over the true one, for every
-    WINDOW frames, and `joints` are the arguments of step_changes(). The clip needs SHORTEST frames
+    The end is the last PART frames. "speed" is the length of a step over the true one, for every
+    PART frames, and `joints` are the arguments of step_changes(). The clip needs SHORTEST frames
     or more. A shape that disappears makes some numbers NaN.
     """
     colour, shape, direction = combination
     size, seen = clip.shape[-1], track(clip, shape)
     axis = 0 if direction in ("left", "right") else 1
     along, across = seen.centres[:, axis], seen.centres[:, 1 - axis]
-    first_area = seen.areas[:BASE_FRAMES].mean()
+    first_area, last_area = seen.areas[:BASE_FRAMES].mean(), seen.areas[-PART:].mean()
     extent = np.sqrt(first_area / SHAPES[shape]) * EXTENTS[shape][axis]
     step = np.diff(along[:BASE_FRAMES]).mean()
     truth = reflect(along[0] + step * np.arange(len(clip)), extent, size - extent)
-    chunks = (clip[-WINDOW:].double().numpy() + 1)[: WINDOW // 8 * 8] / 2
-    right = [recognise(chunk)[:2] == (colour, shape) for chunk in np.split(chunks, WINDOW // 8)]
-    speeds = [[np.abs(np.diff(path[i : i + WINDOW + 1])).mean() for path in (along, truth)]
-              for i in range(0, len(clip) - WINDOW + 1, WINDOW)]
+    chunks = (clip[-PART:].double().numpy() + 1)[: PART // 8 * 8] / 2
+    right = [recognise(chunk)[:2] == (colour, shape) for chunk in np.split(chunks, PART // 8)]
+    speeds = [[np.abs(np.diff(path[i : i + PART + 1])).mean() for path in (along, truth)]
+              for i in range(0, len(clip) - PART + 1, PART)]
     turns = turns_of(along)
     in_air = [min(x - extent, size - extent - x) > 2.5 for x in turns]  # pixels from the wall
     return {
         "colour and shape right at the end, %": 100 * np.mean(right),
-        "size at the end, change, %": 100 * abs(np.sqrt(seen.areas[-WINDOW:].mean() / first_area) - 1),
-        "paint at the end, change": np.abs(seen.paint[-WINDOW:].mean(0) - seen.paint[0]).max(),
+        "size at the end, change, %": 100 * abs(np.sqrt(last_area / first_area) - 1),
+        "paint at the end, change": np.abs(seen.paint[-PART:].mean(0) - seen.paint[0]).max(),
         "turns over true": len(turns) / max(1, len(turns_of(truth))),
         "turns away from walls, %": 100 * sum(in_air) / max(1, len(turns)),
         "drift across, px": abs(across[DRIFT_AT:][:16].mean() - across[:BASE_FRAMES].mean()),

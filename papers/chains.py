@@ -30,7 +30,7 @@ class Chain:
     num_known: int = 3
     frame_rate: float = 8.0
     how: Guidance = Guidance()
-    key_frames: int = 0  # in the first window; 0 draws a clip frame after frame
+    key_frames: int = 0  # number of key frames in the first window; 0: draw frame after frame
 
 
 def seeds_of(seeds, window):
@@ -47,7 +47,7 @@ def begin(model, context, chain, seeds, first=None):
     if first is not None:
         latents[:, 0], known = first, (0,)
     # The text decides what this window shows, as in sample.py. Later ones follow the known frames.
-    how = Guidance(sampling.num_steps, text=sampling.guidance_scale,
+    how = Guidance(sampling.num_steps, text_scale=sampling.guidance_scale,
                    max_snr=sampling.guidance_max_snr, power=sampling.timestep_power)
     return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 

@@ -1,4 +1,4 @@
-"""What the scripts of papers/ share: the commands train, sample and evaluate, and their flags."""
+"""The commands train, sample and evaluate of video_autoencoder.py and video_decoder.py."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from support.devices import choose_device
 
 
 def add_commands(parser, options):
-    """Add the commands to a script's parser. Returns their parsers; `train` has all `options`."""
+    """Add the commands to a script's parser and return theirs; `train` gets a flag per option."""
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train, or continue a training")
     draw = commands.add_parser("sample", help="draw clips")

@@ -1,4 +1,4 @@
-"""How much of a clip survives an autoencoder: fidelity, flicker, recognition."""
+"""Measures of clips that went through an autoencoder: fidelity, flicker, recognition."""
 
 import numpy as np
 import torch

@@ -19,7 +19,7 @@ The weights of the new channels start at zero, so training starts from the plain
 
 The model is told two numbers, in the same way as the timestep: the noise level s of the known
 frames and the frame rate (MagicVideo, Zhou et al. 2022). The noise is LVDM's conditional latent
-perturbation: a model trusts noisy frames less, so errors of a long clip add up more slowly.
+perturbation, which is meant to keep the errors of a long clip from adding up.
 
 `known` are the indices of the known frames, the same for all clips of a batch.
 """
@@ -36,7 +36,7 @@ from layers import sinusoids
 from model import TimeEmbedding, UNet, UNetConfig
 from support.files import read_json
 
-DISTANCE = 8.0  # unit of the distances that a model is shown, in frames: a window of the demo
+DISTANCE = 8.0  # frames per unit of the distances that a model is shown, a window of the demo
 
 
 class KnownFramesUNet(UNet):
@@ -111,8 +111,7 @@ def show_known(latents, known, hold=True):
     pairs = torch.tensor(nearest_known(known, t))  # t 2
     distances = (pairs - torch.arange(t)[:, None]) / DISTANCE
     distances = distances.to(latents, non_blocking=True)[..., None, None].expand(b, t, 2, h, w)
-    pairs = pairs.to(latents.device, non_blocking=True)
-    shown = latents[:, pairs].flatten(2, 3)  # b t 2 c h w -> b t 2c h w
+    shown = latents[:, pairs.to(latents.device, non_blocking=True)].flatten(2, 3)  # b t 2c h w
     return torch.cat([shown, distances, mask], dim=2)
 
 
@@ -151,10 +150,10 @@ class Guidance:
 
     num_steps: int = 1
     level: int = 0  # timestep to which known frames are noised; 0: no noise
-    text: float = 1.0  # weight of the text; 1: no guidance
-    max_snr: float | None = None  # guide by the text where the signal-to-noise ratio is at most this
+    text_scale: float = 1.0  # weight of the text; 1: no guidance
+    max_snr: float | None = None  # largest signal-to-noise ratio with guidance by the text
     power: float = 1.0  # spacing of the timesteps (Diffusion.timestep_pairs)
-    known: float = 0.0  # LVDM's w in e + w (e - e without known frames)
+    known_scale: float = 0.0  # LVDM's w in e + w (e - e without known frames)
 
 
 @torch.no_grad()
@@ -170,7 +169,7 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
     x_t, noise = (randn(latents.shape, generators).to(latents) for _ in range(2))
     levels = torch.full((b,), how.level, device=latents.device)
     seen = perturb(model.diffusion, latents, levels, noise)
-    empty = model.encode_text([""]).expand_as(context) if how.text != 1 else None
+    empty = model.encode_text([""]).expand_as(context) if how.text_scale != 1 else None
 
     def guided(x_t, t):
         def predicted(context, known, level):
@@ -178,11 +177,11 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
             return predict(model.unet, x_t, numbers, context, seen, known, hold)
 
         output = predicted(context, known, how.level)
-        if how.text != 1 and (how.max_snr is None or model.diffusion.snr(t) <= how.max_snr):
+        if how.text_scale != 1 and (how.max_snr is None or model.diffusion.snr(t) <= how.max_snr):
             without = predicted(empty, known, how.level)
-            output = classifier_free_guidance(without, output, how.text)
-        if how.known:
-            output = output + how.known * (output - predicted(context, (), 0))
+            output = classifier_free_guidance(without, output, how.text_scale)
+        if how.known_scale:
+            output = output + how.known_scale * (output - predicted(context, (), 0))
         return output
 
     *_, x_t = sample_loop(model.diffusion, guided, x_t, how.num_steps, power=how.power)

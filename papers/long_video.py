@@ -40,9 +40,9 @@ from training.run import Run
 from vae import encode_clip
 
 
-def encode_frames(model, path, max_frames=None):
+def encode_frames(model, path):
     """Latents (1, t, c, h, w) of an image or a clip, from the largest square in its middle."""
-    frames, _ = read_clip(path, max_frames=max_frames, image_size=model.sampling.image_size)
+    frames, _ = read_clip(path, image_size=model.sampling.image_size)
     return encode_clip(model.vae, torch.from_numpy(frames).movedim(-1, 1))[None]  # t h w 3
 
 
@@ -50,7 +50,7 @@ def open_model(args):
     """(Pipeline, LongOptions, Chain) of a run and the flags."""
     options, _ = read_record(args.run, LongOptions)
     model = load_model(args.run).to(choose_device(args.device))
-    how = Guidance(args.num_steps, args.perturbation, known=args.guidance)
+    how = Guidance(args.num_steps, args.perturbation, known_scale=args.guidance)
     return model, options, Chain(options.num_frames, options.num_known,
                                  model.sampling.frames_per_second, how)
 
@@ -85,12 +85,12 @@ def sample(args):
     contexts = model.encode_text([args.prompt]), model.encode_text([later])
     first = clip = None
     if args.first_frame:
-        first = encode_frames(model, args.first_frame, max_frames=1)[:, 0]
+        first = encode_frames(model, args.first_frame)[:, 0]
     if args.continue_clip:
         clip = encode_frames(model, args.continue_clip)
         if not chain.num_known <= clip.shape[1] < args.num_frames:
-            raise ValueError(f"--continue {args.continue_clip}: needs {chain.num_known} frames and "
-                             f"less than --num-frames {args.num_frames}, got {clip.shape[1]}")
+            raise ValueError(f"--continue {args.continue_clip}: needs {chain.num_known} frames, "
+                             f"and fewer than --num-frames {args.num_frames}, got {clip.shape[1]}")
     stream = long_latents(model, contexts, chain, [args.seed], first, clip)
     write_stream(model, args.output, stream, args.num_frames, chain.frame_rate)
 
@@ -111,8 +111,7 @@ def evaluate_run(args):
     """Measure a run on BouncingShapes."""
     model, options, chain = open_model(args)
     if options.data != "shapes":
-        raise ValueError(f"{args.run}: needs a run on BouncingShapes (--data shapes), because only "
-                         "its clips' truth is known")
+        raise ValueError(f"{args.run}: needs a run on BouncingShapes (--data shapes)")
     result = evaluate(model, chain, args.num_clips, args.num_frames, args.seed)
     for name, value in result.items():
         print(f"{name:40}{value:10.3f}")

@@ -1,8 +1,4 @@
-"""How good a model for known frames is, on BouncingShapes, where the truth is known.
-
-`evaluate` draws long clips and measures whether they keep the laws of their first frames. It also
-measures single windows against real clips, first windows, key frames and frame rates.
-"""
+"""How good a model for known frames is, on BouncingShapes, where the truth is known."""
 
 import dataclasses
 import time
@@ -20,18 +16,19 @@ from vae import encode_clip
 NUM_CLIPS = 64  # clips of each measure, except of long clips
 
 
-def window_error(model, known, num_frames, seed, how=Guidance()):
+def window_error(model, known, num_frames, seed, how):
     """Mean error (along, across the motion), in pixels, of unknown frames beside real known ones.
 
     Frames without a shape are left out, here and in speed_ratio().
     """
-    rate, size = model.sampling.frames_per_second, model.sampling.image_size
-    data = BouncingShapes(NUM_CLIPS, 50 + num_frames, size, seed)
+    sampling = model.sampling
+    data = BouncingShapes(NUM_CLIPS, 50 + num_frames, sampling.image_size, seed)
     starts = [7 * i % 50 for i in range(NUM_CLIPS)]  # so that some windows have a bounce
     latents = torch.stack([encode_clip(model.vae, data[i][0][s : s + num_frames])
                            for i, s in enumerate(starts)])
     context = model.encode_text([plain_caption(caption) for caption in data.captions])
-    drawn = draw(model, context, latents, known, rate, range(seed, seed + NUM_CLIPS), how)
+    drawn = draw(model, context, latents, known, sampling.frames_per_second,
+                 range(seed, seed + NUM_CLIPS), how)
     errors = []
     for i, clip in enumerate(model.decode(drawn)):
         _, shape, direction = data.combinations[i]
@@ -61,8 +58,7 @@ def first_windows(model, chain, seed, image):
     """
     prompts, first = choose_prompts(NUM_CLIPS), None
     if image:
-        size = model.sampling.image_size
-        real = real_clips(NUM_CLIPS, chain.num_frames, size, seed, prompts)
+        real = real_clips(NUM_CLIPS, chain.num_frames, model.sampling.image_size, seed, prompts)
         first = encode_clip(model.vae, 127.5 * (real[:, 0] + 1))
     context = model.encode_text([caption_of(*prompt) for prompt in prompts])
     drawn = begin(model, context, chain, range(seed, seed + NUM_CLIPS), first)
@@ -96,10 +92,7 @@ def long_clips(model, chain, prompts, seed, num_frames):
 
 
 def summary(results):
-    """The mean of the laws() of several clips, with the slowest and the fastest mean speed.
-
-    A clip without its shape is not right and has size 0; it has no speed, paint and drift.
-    """
+    """The mean of the laws() of several clips, with the slowest and the fastest mean speed."""
     mean = {name: np.nanmean([result[name] for result in results], axis=0) for name in results[0]}
     speed = mean.pop("speed")
     mean |= {"speed, slowest 50 frames": speed.min(), "speed, fastest 50 frames": speed.max()}
@@ -107,7 +100,7 @@ def summary(results):
 
 
 def evaluate(model, chain, num_clips, num_frames, seed):
-    """{measure: number} of everything above."""
+    """{measure: number} of long clips, and of single windows, key frames and frame rates."""
     prompts = choose_prompts(num_clips)
     clips, seconds = long_clips(model, chain, prompts, seed, num_frames)
     joints = chain.num_frames, chain.num_frames - chain.num_known

@@ -30,9 +30,9 @@ from training.options import LoopOptions, TrainOptions, read_record
 DECODER_NOISE = 0.3
 MOTION_WEIGHT = TrainOptions().motion_weight  # additional weight of moving pixels, as in train.py
 CLEAN_PART = 0.5  # fraction of the windows whose known frames get no noise
-# {Task.by_text: preference for noisy timesteps, train.random_timesteps}. Several known frames almost
-# determine the others, so a sampler draws these in one step from pure noise, and training prefers
-# that step. A text or one frame leaves more open and needs all timesteps.
+# Preference for noisy timesteps, by Task.by_text. Several known frames almost determine the others,
+# so a sampler draws these in one step from pure noise, and training prefers that step. A text or
+# one frame leaves more open and needs all timesteps.
 PREFER_NOISE = {True: 1.0, False: 30.0}
 LARGE = 10**8  # parameters of a U-Net that computes its activations twice on a CPU, to save memory
 
@@ -86,14 +86,13 @@ def tasks_of(options, base, longest):
     def fitting(strides, num_frames):
         return [stride for stride in strides if 0 < (num_frames - 1) * stride < longest]
 
-    t, half, double, fast = options.num_frames, base // 2, 2 * base, 4 * base
+    t, half, double, fast = options.num_frames, base // 2, 2 * base, 4 * base  # half may be 0
     # Motion takes longest to learn, so nearly half of the steps are prediction. They cannot come
     # first, because a U-Net that learns prediction alone forgets what a text means.
-    at_base = fitting([base] * 5 + [fast], t)
     of_text = fitting([half] * 2 + [base] * 3 + [double, fast], t)
     between = fitting([half, base], t + 1)
     tasks = {
-        "prediction": Task(0.47, t, range(options.num_known), at_base),
+        "prediction": Task(0.47, t, range(options.num_known), fitting([base] * 5 + [fast], t)),
         "text": Task(0.22, t, (), of_text, by_text=True),
         "first frame": Task(0.06, t, (0,), of_text, by_text=True),
         "interpolation": Task(0.09, t + 1, range(0, t + 1, BETWEEN + 1), between),

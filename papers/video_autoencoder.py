@@ -113,7 +113,7 @@ def train_vae(run, autoencoder, clips):
     options, config = run.options, autoencoder.config
     b, size = options.vae_batch_size, options.image_size // config.downscale
     shape = b, options.latent_frames, config.latent_channels, size, size
-    frames_of = cache_frames(run, clips)  # of each clip t 3 h w
+    frames_of = cache_frames(run, clips)  # per clip t 3 h w
     autoencoder.to(run.device, memory_format=torch.channels_last)
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
@@ -144,7 +144,7 @@ def train_stages(args):
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     for stage in stages:
-        torch.manual_seed(options.seed)  # of new weights
+        torch.manual_seed(options.seed)  # new weights follow from it
         if stage == "vae":
             train_vae(run, start_autoencoder(options), clips)
         elif stage == "image":

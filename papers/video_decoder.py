@@ -83,7 +83,7 @@ class VideoVAE(vae.AutoencoderKL):
 
     def decode(self, z):
         """Clips (b, t, 3, f h, f w), about in [-1, 1], of unscaled latents z (b, t, c, h, w)."""
-        pixels = z[0, :, 0].numel() * self.config.downscale**2  # of a clip
+        pixels = z[0, :, 0].numel() * self.config.downscale**2  # per clip
         return vae.in_parts(lambda part: self.decoder(per_frame(self.post_quant_conv, part)),
                             z, pixels)
 
@@ -134,14 +134,14 @@ def train(args):
     if finished:
         raise ValueError(f"{path}: is trained; remove it to train another decoder")
     run = Run(path, options, finished, args.resume)
-    torch.manual_seed(options.seed)  # of new weights
+    torch.manual_seed(options.seed)  # new weights follow from it
     model = video_vae(weights.load_vae(args.run / "vae"), options.temporal, old.num_frames)
     train_decoder(run, model, open_data(old), old.num_frames, old.motion_weight)
 
 
 def train_decoder(run, model, clips, num_frames, motion_weight):
     """Fine-tune a VideoVAE's decoder on windows of num_frames frames of clips."""
-    options, frames_of = run.options, cache_frames(run, clips)  # of each clip t 3 h w
+    options, frames_of = run.options, cache_frames(run, clips)  # per clip t 3 h w
     model.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     model.decoder.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(model.decoder.parameters(), 1.0)])

@@ -1,12 +1,12 @@
 """Beside diffusers: the same weights and inputs, the same numbers, and who is faster.
 
     python -m studies.beside_diffusers                every job
-    python -m studies.beside_diffusers --only clip    one of: frame, clip, training, decode
+    python -m studies.beside_diffusers --only clip    one of: frame, clip, training
 
-Needs diffusers (studies/requirements.txt) and about 16 GB of memory. Weights are
-random, of Stable Diffusion 1.5's full size. Each job first compares the numbers of both sides, then
-both take turns. On a CPU everything is float32. On a GPU our side is set up as in sample.py and
-train.py, in bfloat16 or under autocast, and diffusers likewise. Both use PyTorch's own attention.
+Needs diffusers (studies/requirements.txt) and about 16 GB of memory. The U-Net has random weights
+and Stable Diffusion 1.5's full size. Each job first compares the numbers of both sides, then both take
+turns. On a CPU everything is float32. On a GPU our side is set up as in sample.py and train.py, in
+bfloat16 or under autocast, and diffusers likewise. Both use PyTorch's own attention.
 """
 
 import dataclasses
@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-import vae
 from checkpoints import configs
-from checkpoints.containers import current_names
 from studies.measuring import device_name, measure, ratio, row, table
 from support.cli import Parser, number, run_main
 from support.devices import choose_device, freeze, precision
@@ -33,22 +31,17 @@ except ImportError as error:
 
 SIDES = ("ours", "theirs")
 FRAMES = 16
-PARTS = {  # our class, its config, the function that makes config.json, their class from that
-    "unet": (model.UNet, dataclasses.replace(model.PRESETS["sd1"], temporal="none"),
-             configs.unet_to_json, diffusers.UNet2DConditionModel.from_config),
-    "vae": (vae.AutoencoderKL, vae.PRESETS["sd"],
-            configs.vae_to_json, diffusers.AutoencoderKL.from_config),
-}
+CONFIG = dataclasses.replace(model.PRESETS["sd1"], temporal="none")
 
 
-def make(part, device, training=False):
-    """(ours, theirs) of a part, with the same weights; on a CPU in the same memory."""
-    network, config, to_json, build_theirs = PARTS[part]
+def make(device, training=False):
+    """Our U-Net and theirs, with the same weights; on a CPU in the same memory."""
     diffusers.logging.set_verbosity_error()  # it warns of fields that only we have
-    theirs = build_theirs(to_json(config)).to(device).eval()
+    theirs = diffusers.UNet2DConditionModel.from_config(configs.unet_to_json(CONFIG))
+    theirs.to(device).eval()
     with torch.device("meta"):
-        ours = network(config).eval()
-    ours.load_state_dict(current_names(theirs.state_dict())[0], assign=True)
+        ours = model.UNet(CONFIG).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
     if training:
         if device.type != "cpu":
             ours.to(memory_format=torch.channels_last)
@@ -68,7 +61,7 @@ def inputs(ours, b, t):
 
 def unet_job(device, b, t, training=False):
     """For diffusers the frames are a batch of images, each with its own timestep and text."""
-    ours, theirs = make("unet", device, training)
+    ours, theirs = make(device, training)
     latents, timesteps, context = inputs(ours, b, t)
     images, texts = latents.flatten(0, 1), context.repeat_interleave(t, 0)
     ours.gradient_checkpointing = training
@@ -91,21 +84,12 @@ def unet_job(device, b, t, training=False):
     )
 
 
-def decode_job(device):
-    ours, theirs = make("vae", device)
-    latents = inputs(ours, 1, FRAMES)[0]
-    factor = ours.config.scaling_factor
-    return (lambda: vae.decode_clips(ours, latents)[0],
-            lambda: theirs.decode(latents[0] / factor).sample.clamp(-1, 1))
-
-
 JOBS = {  # what it is, a function that makes both sides, and turns
     "frame": ("U-Net, one frame with guidance: a batch of two", partial(unet_job, b=2, t=1), 9),
     "clip": (f"U-Net, {FRAMES} frames, which diffusers gets as images with a text each",
              partial(unet_job, b=1, t=FRAMES), 5),
     "training": ("forward and backward of these, gradient checkpointing",
                  partial(unet_job, b=1, t=FRAMES, training=True), 3),
-    "decode": (f"decoder, {FRAMES} frames of 256x256", decode_job, 3),
 }
 
 

@@ -68,7 +68,7 @@ class Choices:
     variants: str = option("none,shift,shift-twice,attention,joint,directed,conv",
                            f"some of {', '.join(VARIANTS)}, with commas between them")
     steps: int = option(3000, "training steps of each", low=1)
-    seeds: int = option(3, "trainings of each; an interval needs three", low=1)
+    seeds: int = option(3, "trainings of each", low=1)
     checkpoints: int = option(10, "points of a curve", low=1)
     curve_prompts: int = option(96, "clips drawn for a point", low=2)
     num_prompts: int = option(512, "clips drawn at the end", low=2)

@@ -1,13 +1,11 @@
-"""What does the shift cost, and what do the other variants of temporal.py?
+"""The costs of the shift and of the other variants of temporal.py.
 
     python -m studies.costs                           the tiny preset, in about a minute
     python -m studies.costs --preset sd1              Stable Diffusion's size; on a CPU half an hour
     python -m studies.costs --preset sd1 --turns 0    only counted, which needs no memory
 
-The first table divides the shift's time by the time of a copy, x.clone(), which reads and writes
-each number once, so the shift could not cost less. The second table has the parameters and
-operations of each variant's U-Net, and the times of a forward pass and of a training step (forward
-and backward), divided by the times of "none".
+A row has the parameters and operations of a variant, and the times of a forward pass and of a
+training step (forward and backward), divided by the times of "none".
 """
 
 import statistics
@@ -17,7 +15,6 @@ from functools import partial
 import torch
 
 from model import UNet
-from shift import temporal_shift
 from studies.measuring import device_name, measure, operations, ratio, table
 from support.cli import Parser, number, run_main
 from support.devices import choose_device, precision
@@ -111,31 +108,6 @@ def cost_table(costs):
                   *(f"{kind}, s" for kind in kinds)], *rows)
 
 
-def repeat(function, x, gradient, times):
-    """Call function(x) some times and, if there is a gradient of its result, its backward."""
-    for _ in range(times):
-        y = function(x)
-        if gradient is not None:
-            torch.autograd.grad(y, x, gradient)
-
-
-def shift_table(options, turns, device):
-    """The shift beside a copy, at the U-Net's first level, where it moves the most."""
-    config = options.unet()
-    b, t, c, h = (options.video_batch_size, options.num_frames, config.block_out_channels[0],
-                  config.sample_size)
-    rows, functions = [], {"shift": temporal_shift, "clone": torch.clone}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        frames = torch.randn(b * t, c, h, h, device=device).to(memory_format=layout)
-        x = frames.unflatten(0, (b, t)).requires_grad_()
-        times, cells = max(1, int(5e6 / x.numel())), []  # a few ms per turn
-        for inputs in ((x.detach(), None), (x, torch.randn_like(x))):
-            calls = {n: partial(repeat, f, *inputs, times) for n, f in functions.items()}
-            cells.append(ratio(measure(calls, 10 * turns, device), "shift", "clone"))
-        rows.append([str(layout).removeprefix("torch."), *cells])
-    return table(["shift over clone", "forward", "forward and backward"], *rows)
-
-
 def main():
     parser = Parser(description="Measure what the shift and the other temporal variants cost.")
     parser.add_argument("--preset", choices=RECIPES, default="tiny", help="(default: tiny)")
@@ -148,8 +120,6 @@ def main():
     t, size = options.num_frames, options.unet().sample_size
     print(f"{args.preset}: {options.video_batch_size} x {t} frames of {size} x {size} latents. "
           f"{device_name(device)}\n")
-    if args.turns:
-        print(shift_table(options, args.turns, device), "\n", flush=True)
     configs = {name: replace(options, temporal=name).unet() for name in VARIANTS}
     configs["shift, twice"] = replace(options, temporal="shift", shifts=2).unet()
     print(cost_table(measure_costs(configs, options, args.turns, device)))

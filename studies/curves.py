@@ -1,4 +1,4 @@
-"""Curves with intervals, drawn by matplotlib.
+"""Curves with ranges, drawn by matplotlib.
 
     plot("steps.png", {"shift": [(100, 20, 10, 30), (200, 60, 45, 75)]}, "Motion", "steps", "%")
 
@@ -21,7 +21,7 @@ MARKERS = "o", "s", "^"  # with the 7 colours, 21 different looks
 def plot(path, series, title, x_label, y_label):
     """Write a PNG of 900 x 560 pixels with a line for each of series {name: [point, ...]}.
 
-    A point is (x, y, low, high), y with its interval, drawn as a band along the line; a series of
+    A point is (x, y, low, high), y with its range, drawn as a band along the line; a series of
     one point gets a bar. Each line is thinner than the one below it, so that both show.
     """
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")

@@ -1,6 +1,6 @@
 """The pictures of docs/lesson.md, drawn from a trained run.
 
-    python -m studies.figures runs/demo --long runs/long
+    python -m studies.figures runs/demo
     python -m studies.figures runs/demo --only shift reach --output my_pictures
 
 One function draws one picture; inside.py measures. The same run gives the same pixels again.
@@ -26,7 +26,7 @@ from vae import encode_clip
 PROMPT = caption_of(*HELD_OUT[2])  # of most pictures; training has never seen it
 SEED = 3  # of its noise
 TITLE = f'"{PROMPT}", always from the same noise; numbers of {inside.MEASURED} other clips'
-LOSS_CLIPS, LOSS_LEVELS, LONG_FRAMES = 24, 11, 400
+LOSS_CLIPS, LOSS_LEVELS = 24, 11
 
 
 def shift(run, figure):
@@ -161,20 +161,9 @@ def loss(run, figure):
     axes.legend()
 
 
-def long(run, figure):
-    """A long clip of a run for known frames, and its path."""
-    clip, centres = inside.draw_long(run, HELD_OUT[2], LONG_FRAMES, SEED)
-    top, bottom = figure.subplots(2, 1, height_ratios=(1, 2))
-    some = range(0, LONG_FRAMES, LONG_FRAMES // 10)
-    show(top, [clip[some]], [], f'"{PROMPT}"', columns=[i + 1 for i in some])
-    bottom.plot(centres, label=["to the right", "down"])
-    bottom.set(xlabel="frame", ylabel="centre, pixels", ylim=(0, clip.shape[-1]))
-    bottom.legend()
-
-
 FIGURES = {  # heights in inches
     shift: 3.1, reach: 4, latents: 5, noise: 3.1, denoising: 5.2, guidance: 5.4, training: 5,
-    without: 5.4, held_out: 7.4, loss: 4.4, long: 4,
+    without: 5.4, held_out: 7.4, loss: 4.4,
 }
 
 
@@ -182,23 +171,19 @@ def main():
     names = [picture.__name__ for picture in FIGURES]
     parser = Parser(description="Draw the pictures of docs/lesson.md from a run.")
     parser.add_argument("run", type=Path, metavar="RUN", help="finished run on MovingShapes")
-    parser.add_argument("--long", type=Path, metavar="RUN",
-                        help="run of papers.long_video (default: leave its picture out)")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME",
                         help=f"some of {', '.join(names)} (default: all)")
     parser.add_argument("--output", type=Path, default=Path("docs/lesson"), metavar="FOLDER",
                         help="(default: docs/lesson)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    run = inside.load(args.run, args.long)
+    run = inside.load(args.run)
     for picture, height in FIGURES.items():
-        name = picture.__name__
-        if name not in args.only or (name == "long" and not args.long):
-            continue
-        figure = new_figure(height)
-        with torch.no_grad():
-            picture(run, figure)
-        save(figure, args.output / f"{name}.png")
+        if picture.__name__ in args.only:
+            figure = new_figure(height)
+            with torch.no_grad():
+                picture(run, figure)
+            save(figure, args.output / f"{picture.__name__}.png")
 
 
 if __name__ == "__main__":

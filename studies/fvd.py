@@ -33,6 +33,7 @@ from training.options import read_record
 WORDS = [*COLOURS, *SHAPES, *DIRECTIONS]
 CAPTIONS = [caption_of(*combination) for combination in COMBINATIONS]
 NUM_FEATURES = 32  # features of a clip; a Frechet distance needs more clips than features
+SEED = 1000  # seed of the first clip drawn, as in evaluate.py
 SHARPNESS = 20.0  # logits per cosine: cosines lie in [-1, 1], too close together for a softmax
 
 
@@ -51,11 +52,6 @@ def frechet_distance(a, b):
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()
     distance = means + (root_a**2).sum() + (root_b**2).sum() - 2 * trace
     return max(0.0, float(distance))  # rounding can make it slightly negative
-
-
-def text_similarity(clip_features, text_features):
-    """Mean cosine of the features of clips and of their texts, both (n, d)."""
-    return F.cosine_similarity(clip_features.double(), text_features.double()).mean().item()
 
 
 class FeatureNet(nn.Module):
@@ -147,8 +143,9 @@ def measure_features(net, sources, prompts, seed):
     result = {}
     for name, clips in sources.items():
         features = features_of(net, clips)
+        cosine = F.cosine_similarity(features, texts).mean().item()
         result[name] = {"FVD-shapes": round(frechet_distance(features, others), 3),
-                        "CLIPSIM-shapes": round(text_similarity(features, texts), 4)}
+                        "CLIPSIM-shapes": round(cosine, 4)}
     return result
 
 
@@ -157,10 +154,6 @@ def main():
     parser.add_argument("run", type=Path, metavar="RUN", help="finished run on MovingShapes")
     parser.add_argument("--num-prompts", type=number(int, NUM_FEATURES + 1), default=128,
                         help="clips to draw (default: 128)")
-    parser.add_argument("--seed", type=number(int, 0, 2**62), default=1000,
-                        help="seed of the first (default: 1000)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16,
-                        help="clips at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     args = parser.parse_args()
     options, finished = read_record(args.run)
@@ -172,12 +165,11 @@ def main():
     size = pipeline.sampling.num_frames, pipeline.sampling.image_size
     net = load_feature_net(args.run / "feature_net.safetensors", *size, device)
     prompts = choose_prompts(args.num_prompts)
-    clips = draw(pipeline, prompts, size[0], args.seed, args.batch_size)
-    sources = {"clips": clips, **references(pipeline, prompts, args.seed)}
-    result = measure_features(net, sources, prompts, args.seed)
+    clips = draw(pipeline, prompts, size[0], SEED, batch_size=16)
+    sources = {"clips": clips, **references(pipeline, prompts, SEED)}
+    result = measure_features(net, sources, prompts, SEED)
     print_table("features", result)
-    write_json(args.run / "fvd.json", {"num_prompts": args.num_prompts, "seed": args.seed,
-                                       "features": result})
+    write_json(args.run / "fvd.json", {"num_prompts": args.num_prompts, "features": result})
 
 
 if __name__ == "__main__":

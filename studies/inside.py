@@ -19,10 +19,6 @@ from media.read import read_clip
 from media.write import SEPARATOR
 from model import UNet
 from papers.bouncing import track
-from papers.chains import Chain
-from papers.known_frames import load_model
-from papers.scores import long_clips
-from papers.train_known_frames import LongOptions
 from pipeline import Pipeline
 from shapes import MovingShapes
 from shift import temporal_shift
@@ -42,7 +38,6 @@ class Trained:
     options: TrainOptions
     image: Pipeline
     video: Pipeline
-    long: Path | None  # the folder of a run for known frames
 
     def clips(self, count):
         """Real clips (count, t, 3, h, w) in [-1, 1] that training has not seen, and captions."""
@@ -56,14 +51,14 @@ class Trained:
         return dataclasses.replace(self.video, sampling=sampling)
 
 
-def load(path, long=None):
+def load(path):
     """The Trained of a folder. Raises ValueError if it is no finished run with the shift."""
     options, finished = read_record(path)
     if "video" not in finished or (options.data, options.temporal) != ("shapes", "shift"):
         raise ValueError(f"{path}: needs a finished video stage with --temporal shift on --data "
                          "shapes; train one with `python train.py NEW_RUN`")
     image = load_image_model(path, "cpu", "fp32")
-    return Trained(path, options, image, load_pipeline(path), long)
+    return Trained(path, options, image, load_pipeline(path))
 
 
 def draw_prompt(model, prompt, seed):
@@ -162,11 +157,3 @@ def previews_of(run):
         frames = torch.from_numpy(read_clip(path)[0]).movedim(-1, 1)  # t h w 3 -> t 3 h w
         clips[int(path.stem.split("-")[1])] = frames[:, :, middle, middle] / 127.5 - 1
     return prompt, clips
-
-
-def draw_long(run, combination, num_frames, seed):
-    """A long clip (t, 3, h, w) of the run for known frames, and its centres (t, 2) in pixels."""
-    model, (options, _) = load_model(run.long), read_record(run.long, LongOptions)
-    chain = Chain(options.num_frames, options.num_known, model.sampling.frames_per_second)
-    (clip,), _ = long_clips(model, chain, [combination], seed, num_frames)
-    return clip, track(clip, combination[1]).centres

@@ -1,13 +1,13 @@
 """Other positions and amounts of the temporal shift, which compare.py trains beside the core's.
 
-The core shifts a third of the channels each way behind conv1, as the paper draws it, and optionally
-behind conv2 as well. The names of PLACES are:
+The core shifts a third of the channels each way after conv1, as the paper draws it, and optionally
+after conv2 as well. The names of PLACES are:
 
     front1, front2    in front of conv1, in front of conv2
     front             in front of both
-    end               behind conv2 alone, at the end of the residual branch
-    quarter           behind conv1, a quarter of the channels each way
-    past              behind conv1, only the third from the frame before
+    end               after conv2 alone, at the end of the residual branch
+    quarter           after conv1, a quarter of the channels each way
+    past              after conv1, only the third from the frame before
 """
 
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ PLACES = {  # {name: {position in a block's branch: the shift there}}
     "front1": {"front of conv1": temporal_shift},
     "front2": {"front of conv2": temporal_shift},
     "front": {"front of conv1": temporal_shift, "front of conv2": temporal_shift},
-    "end": {"behind conv2": temporal_shift},
-    "quarter": {"behind conv1": quarter},
-    "past": {"behind conv1": past},
+    "end": {"after conv2": temporal_shift},
+    "quarter": {"after conv1": quarter},
+    "past": {"after conv1": past},
 }
 
 
@@ -46,7 +46,7 @@ class PlacedBlock(ResnetBlock):
 
     def forward(self, x, time):
         branch = self.shift("front of conv1", F.silu(per_frame(self.norm1, x)))
-        branch = self.shift("behind conv1", per_frame(self.conv1, branch))
+        branch = self.shift("after conv1", per_frame(self.conv1, branch))
         time = self.time_emb_proj(time)[:, None, :, None, None]  # b d -> b 1 c 1 1
         if self.scale_shift:
             scale, offset = time.chunk(2, dim=2)
@@ -54,7 +54,7 @@ class PlacedBlock(ResnetBlock):
         else:
             branch = per_frame(self.norm2, branch + time)
         branch = self.shift("front of conv2", F.silu(branch))
-        branch = self.shift("behind conv2", per_frame(self.conv2, branch))
+        branch = self.shift("after conv2", per_frame(self.conv2, branch))
         return per_frame(self.conv_shortcut, x) + branch
 
 

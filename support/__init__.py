@@ -1,1 +1,1 @@
-"""What every command stands on: command lines, files, devices."""
+"""Support for every command: command lines, files, devices."""

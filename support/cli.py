@@ -1,6 +1,6 @@
-"""Command lines: flags made from a dataclass, and errors that are one line.
+"""Command lines: flags made from a dataclass, and one-line errors.
 
-Options are a dataclass whose fields carry help text and range: `option(8, "clips per step",
+Options are a dataclass whose fields carry help text and range, as in `option(8, "clips per step",
 low=1)`. A default is written only there. `add_flags` turns the fields into flags: `learning_rate`
 becomes --learning-rate, a boolean becomes --flag / --no-flag.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that knows no abbreviations and whose errors are one line."""
+    """An ArgumentParser without abbreviated flags and with one-line errors."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def option(default, help, **metadata):
-    """A dataclass field with a help text; metadata may hold `low`, `high` and `choices`."""
+    """A dataclass field with a help text; metadata can be `low`, `high`, `choices` and `free`."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -40,7 +40,7 @@ def number(kind, low=-math.inf, high=math.inf):
             raise argparse.ArgumentTypeError(f"needs {limit}, got {text:.40}")
         return value
 
-    parse.__name__ = kind.__name__  # for "invalid int value"
+    parse.__name__ = kind.__name__  # argparse's message has it: "invalid int value"
     return parse
 
 
@@ -50,7 +50,7 @@ def add_flags(parser, options, show_defaults=True):
     for field in dataclasses.fields(options):
         flag, about = "--" + field.name.replace("_", "-"), field.metadata
         text, kind = about["help"], hints[field.name]
-        if show_defaults:
+        if show_defaults and getattr(options, field.name) is not None:
             text += f" (default: {getattr(options, field.name)})"
         if isinstance(kind, types.UnionType):  # `int | None`: parse as the first of the two
             kind = typing.get_args(kind)[0]
@@ -63,17 +63,17 @@ def add_flags(parser, options, show_defaults=True):
 
 
 def given_flags(args, options):
-    """{field: value} of the fields of `options` that the command line set."""
+    """{field: value} of the fields of `options` that the command line sets."""
     names = [field.name for field in dataclasses.fields(options)]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-# Flags that decide how much memory a command takes
+# Pattern of the flags that decide how much memory a command needs
 LARGE = r"--[\w-]*(?:size|frames|zoom|clips|prompts|tokens|file|between|accumulate)\b"
 
 
 def out_of_memory(error):
-    """The one line for an allocator's error, of torch, numpy or Python; None for other errors."""
+    """One line for an allocator's error, from torch, numpy or Python; None for other errors."""
     if not isinstance(error, MemoryError) and not re.search(
         r"can't allocate memory|out of memory|overflowed|multiplication overflow", str(error)
     ):
@@ -93,7 +93,7 @@ def run_main(main):
             if not sys.flags.dev_mode and not sys.warnoptions:
                 warnings.simplefilter("ignore")  # torch's warnings would precede the error's line
             sys.exit(main())
-    except KeyboardInterrupt as stop:  # its text may say where the script stopped
+    except KeyboardInterrupt as stop:  # its text may say where training stopped
         print(f"\n{str(stop) or 'stopped by Ctrl-C'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has closed it, as in `| head -1`

@@ -2,14 +2,14 @@
 
 On a GPU with bfloat16 in hardware, networks compute in it. There are two ways to get there:
 
-    precision(device)         weights stay float32, each call casts them: for networks that learn
-    freeze(network, device)   weights become bfloat16 once: for networks that do not
+    precision(device)         weights stay float32 and each call casts them, for networks that learn
+    freeze(network, device)   weights become bfloat16 once, for networks that do not
 
 Everything around the networks (noise, guidance, sampler steps, losses, optimizer) is float32.
 
 `torchrun --nproc-per-node N train.py ...` starts the same script N times. Each process trains on
 its own batches, PyTorch averages the gradients, and only the first process prints and writes.
-Without torchrun, the functions of the last part do nothing.
+Without torchrun, the functions of the last part have no effect.
 """
 
 import os
@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+
+PART = 8  # parameters whose moments are on the GPU at the same time with --offload
 
 
 def choose_device(name):
@@ -41,7 +43,7 @@ def uses_bf16(device, choice="auto"):
         return False
     if choice == "bf16":
         return True
-    with torch.cuda.device(device):  # GPUs before Ampere emulate it, more slowly than float32
+    with torch.cuda.device(device):  # GPUs before Ampere only emulate it, more slowly than float32
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -52,7 +54,7 @@ def precision(device, choice="auto"):
 
 
 def freeze(network, device, choice="auto"):
-    """Move a network to a device, for use without gradients; returns it."""
+    """Move a network to a device, in bfloat16 if `uses_bf16`, without gradients; returns it."""
     network.to(device, torch.bfloat16 if uses_bf16(device, choice) else None)
     if torch.device(device).type != "cpu":  # a GPU convolves faster with channels innermost
         network.to(memory_format=torch.channels_last)
@@ -61,7 +63,7 @@ def freeze(network, device, choice="auto"):
 
 @contextmanager
 def visit(networks, device):
-    """Inside, networks are on the device, otherwise in CPU memory."""
+    """A context in which networks are on the device; afterwards they are in CPU memory again."""
     for network in networks:
         network.to(device)
     try:
@@ -72,18 +74,46 @@ def visit(networks, device):
 
 
 def compile_for_sampling(network, device):
-    """Compile a frozen network in place, for each shape separately: minutes at the first call."""
+    """Compile a frozen network in place, for each shape separately; takes minutes per shape."""
     if torch.device(device).type == "cuda":  # CUDA graphs launch a whole step at once
         network.compile(mode="reduce-overhead", dynamic=False)
     else:  # freezing lays the weights out once for a CPU's kernels
         network.compile(options={"freezing": True}, dynamic=False)
 
 
+# AdamW's moments in CPU memory (--offload)
+
+
+def step_in_parts(optimizer):
+    """optimizer.step() with moments in CPU memory, which visit the GPU a few parameters at a time.
+
+    The results are the same. The copies are queued on the GPU, so the CPU does not wait for them.
+    """
+    groups = optimizer.param_groups
+    for group in groups:
+        for i in range(0, len(group["params"]), PART):
+            part = group["params"][i : i + PART]  # a few parameters
+            move_moments(optimizer, part, part[0].device)
+            optimizer.param_groups = [group | {"params": part}]
+            optimizer.step()
+            move_moments(optimizer, part, "cpu")
+    optimizer.param_groups = groups  # all parameters again
+
+
+def move_moments(optimizer, parameters, device):
+    """Move AdamW's moments of some parameters, if they exist yet."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = state[name].to(device, non_blocking=True)
+
+
 # Several processes
 
 
 def start(name):
-    """Join the processes that torchrun started, if it did. Returns this one's torch.device."""
+    """Join the processes that torchrun started, if any. Returns this one's torch.device."""
     if "RANK" not in os.environ:
         return choose_device(name)
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -92,7 +122,7 @@ def start(name):
     device = choose_device(name)
     if not distributed.is_initialized():
         # The others wait while the first process encodes a cache or draws previews, which may take
-        # longer than the ten minutes after which NCCL gives up.
+        # longer than NCCL's usual limit of ten minutes.
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                        timeout=timedelta(hours=24))
     return device

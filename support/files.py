@@ -12,7 +12,7 @@ def atomic(path):
     """Yield a binary file that becomes `path` if the block ends without an error.
 
     It is written under another name and renamed. A rename is atomic, so after a kill, a full disk
-    or Ctrl-C the last good file is still there. The next write replaces a file that a kill left.
+    or Ctrl-C the last good file is still there. The next write replaces what a kill left over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,11 @@ def read_json(path):
 
 
 def from_json(cls, values, where):
-    """A dataclass from a JSON object; lists become tuples. Errors name the file `where`."""
+    """A dataclass from a JSON object; lists become tuples. A ValueError names the file `where`."""
     known = {field.name for field in dataclasses.fields(cls) if field.init}
     try:
         if unknown := values.keys() - known:
-            raise ValueError(f"{min(unknown)} is unknown; is it of another version?")
+            raise ValueError(f"{min(unknown)} is unknown; is it from another version?")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None

@@ -80,7 +80,7 @@ def test_lists_become_tuples_and_missing_fields_defaults():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"height": 2}, "height is unknown; is it of another version"), ({"known": 2}, "known is unk"),
+    ({"height": 2}, "height is unknown; is it from another"), ({"known": 2}, "known is unk"),
     ({"width": 0}, "width needs >= 1, got 0"), ({"width": "x"}, "'<' not supported"),
     ([1], "'list' object"),
 ])

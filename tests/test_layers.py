@@ -71,7 +71,7 @@ FRAMES = [[1, 2, 3],
     ({}, [[111102, 111104, 111106],
           [111108, 111110, 111112],
           [111114, 111116, 111118]]),
-    # The zeros of the shift enter behind conv1 and before norm2, so they become 110000.
+    # The zeros of the shift enter after conv1 and before norm2, so they become 110000.
     ({"shifts": 1}, [[1 + 110000, 2 + 111102, 3 + 111106],
                      [4 + 111101, 5 + 111105, 6 + 111109],
                      [7 + 111104, 8 + 111108, 9 + 110000]]),
@@ -81,7 +81,7 @@ FRAMES = [[1, 2, 3],
                      [7 + 111101, 8 + 111108, 9 + 0]]),
 ])
 @torch.no_grad()
-def test_one_shift_stands_behind_conv1_and_a_second_one_at_the_end_of_the_branch(options, expected):
+def test_one_shift_stands_after_conv1_and_a_second_one_at_the_end_of_the_branch(options, expected):
     x = torch.tensor([FRAMES])[..., None, None].float()  # b t c -> b t c h w
     out = block_that_leaves_digits(**options)(x)
     assert out[..., 0, 0].tolist() == [expected]
@@ -135,14 +135,14 @@ def test_an_image_is_not_shifted():
 
 
 @torch.no_grad()
-def test_temporal_layers_stand_behind_their_convolutions():
+def test_temporal_layers_stand_after_their_convolutions():
     x, block, seen = normal(2, 3, 6, 5, 4), fill(ResnetBlock(6, 6, 3, EPS)), []
     for name in ("conv1", "temporal1", "conv2", "temporal2"):
         getattr(block, name).register_forward_hook(lambda _, args, out: seen.append(out))
     block.temporal2.register_forward_hook(lambda _, args, out: 0 * out)
     assert torch.equal(block(x), x)  # temporal2 ends the branch
-    conv1, behind1, conv2, behind2 = seen
-    assert torch.equal(behind1.flatten(0, 1), conv1) and torch.equal(behind2.flatten(0, 1), conv2)
+    conv1, after1, conv2, after2 = seen
+    assert torch.equal(after1.flatten(0, 1), conv1) and torch.equal(after2.flatten(0, 1), conv2)
 
 
 # Other sizes

@@ -63,7 +63,7 @@ def test_the_numbers_of_a_recipe_are_in_their_ranges(preset):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"options": {"seed"', "not a JSON file"), ("{}", "is no record of a run"),
+    ('{"options": {"seed"', "not a JSON file"), ("{}", "is not a record of a run"),
     ('{"options": {"speed": 3}, "finished": []}', "speed is unknown"),
     ('{"options": {"image_size": 20}, "finished": []}', "--image-size needs a multiple of 8"),
 ])
@@ -119,7 +119,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / ".lock").touch()  # of a command that was stopped before it wrote anything else
     merge_options(tmp_path, {})
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not empty and no run of this command; choose a new"):
+    with pytest.raises(ValueError, match="is not empty and not a run of this command; .* a new"):
         merge_options(tmp_path, {})
 
 

@@ -194,7 +194,7 @@ def test_an_enormous_learning_rate_saves_no_weights(trained, tmp_path):
 
 def test_an_unfinished_stage_is_not_trained_over_but_can_be_started_again(killed, trained):
     before = weights_of(killed)
-    with pytest.raises(ValueError, match="nothing to resume, it is no run; leave out --resume"):
+    with pytest.raises(ValueError, match="nothing to resume, because it is not a run; leave out"):
         train_small(killed / "new", "--resume")
     with pytest.raises(ValueError, match="add --resume to continue it, or remove that file"):
         call(train.main, killed)
@@ -210,7 +210,7 @@ def test_an_unfinished_stage_is_not_trained_over_but_can_be_started_again(killed
 def test_a_damaged_state_is_refused_by_name_and_with_a_remedy(killed, damage):
     state = killed / "training_state.pt"
     state.write_bytes(damage(state.read_bytes()))
-    with pytest.raises(ValueError, match="training_state.pt: no training state .*; remove it"):
+    with pytest.raises(ValueError, match="training_state.pt: not a training state .*; remove it"):
         call(train.main, killed, "--resume")
 
 
@@ -220,7 +220,7 @@ def test_a_state_holds_nothing_to_execute(killed, capsys):
             return (print, ("executed",))
 
     torch.save({"stage": "image", "evil": Evil()}, killed / "training_state.pt")
-    with pytest.raises(ValueError, match="training_state.pt: no training state"):
+    with pytest.raises(ValueError, match="training_state.pt: not a training state"):
         call(train.main, killed, "--resume")
     assert "executed" not in capsys.readouterr().out
 

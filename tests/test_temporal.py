@@ -121,7 +121,7 @@ def test_gradient_checkpointing_and_memory_layout_change_nothing(variant):
     ("directed", 2 * 16 * 2 * (5 * 320 + 5 * 640 + 12 * 1280)
      + sum(n * (4 * c * c + c) for n, c in ((5, 320), (5, 640), (6, 1280)))),
     ("conv", 2 * sum(n * (3 * c * c + c) for n, c in ((5, 320), (5, 640), (12, 1280)))),
-    # A layer is 4 c^2 + c of attention, 2 c of norm and 16 c of positions, behind each of 21.
+    # A layer is 4 c^2 + c of attention, 2 c of norm and 16 c of positions, after each of 21.
     ("attention", sum(n * (4 * c * c + 19 * c) for n, c in ((5, 320), (5, 640), (11, 1280)))),
 ])
 def test_the_number_of_new_parameters_at_stable_diffusions_size_by_hand(variant, expected):

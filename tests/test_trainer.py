@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import trainer
-from trainer import Stopped, Trainer, learning_rate_at, move_moments, step_generator, step_in_parts
+from support import devices
+from support.devices import move_moments, step_in_parts
+from trainer import Stopped, Trainer, learning_rate_at, step_generator
 from training.options import TrainOptions
 
 
@@ -170,13 +172,13 @@ def test_a_loss_that_is_not_finite_ends_the_stage_before_it_is_saved():
 
 
 def test_a_step_in_parts_is_the_step(monkeypatch):
-    monkeypatch.setattr(trainer, "PART", 2)
+    monkeypatch.setattr(devices, "PART", 2)
     weights = [torch.randn(3, 5), torch.randn(7), torch.randn(2, 2), torch.randn(4)]
     copies = [[nn.Parameter(weight.clone()) for weight in weights] for _ in range(2)]
     optimizers = [torch.optim.AdamW([{"params": each[:3]}, {"params": each[3:], "lr": 0.1}],
                                     lr=0.01, fused=True) for each in copies]
     moved = []
-    monkeypatch.setattr(trainer, "move_moments",
+    monkeypatch.setattr(devices, "move_moments",
                         lambda optimizer, part, device: moved.append((len(part), str(device))))
     for _ in range(3):
         for a, b in zip(*copies, strict=True):

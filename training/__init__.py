@@ -1,1 +1,1 @@
-"""What train.py stands on: options, the folder of a run, data and caches."""
+"""Support for train.py: options, the folder of a run, data and caches."""

@@ -1,12 +1,12 @@
-"""Data that training reads again and again, encoded once into mapped files of the run's folder.
+"""Data that training reads again and again, encoded once into mapped files in the run's folder.
 
     cache/frames.bin     the clips as frames uint8, for the vae stage
     cache/latents.bin    the clips as latents, for the image and video stages
     cache/texts.bin      the captions as hidden states, for the video stage
 
 A .json beside each file says what it was made from and where each item starts. It is written last,
-so a file without it is unfinished and is written again; so is a file that was made from other clips
-or by another network.
+so a file without it is unfinished and is written again. A file that was made from other clips or by
+another network is written again, too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ TEXTS = 16  # captions encoded at once
 
 
 class Answers(Dataset):
-    """The items of a data set, or the errors they raise: a worker would add a traceback."""
+    """The items of a data set, or their errors, because a worker would add a traceback."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -42,8 +42,8 @@ class Answers(Dataset):
 
 def read(clips, workers):
     """Yield the items of a data set in order; worker processes read ahead."""
-    # The loader draws a seed for its workers. Weights follow from the global generator, so it
-    # gets another one.
+    # The loader draws a seed for its workers. It gets its own generator, because weights are
+    # drawn from the global one.
     for answer in DataLoader(Answers(clips), batch_size=None, num_workers=workers,
                              generator=torch.Generator()):
         if isinstance(answer, Exception):
@@ -52,7 +52,7 @@ def read(clips, workers):
 
 
 def digest(*values):
-    """A hash of networks' configurations and weights, and of anything else that has a repr."""
+    """A hash of networks (configuration and weights) and of anything else that has a repr."""
     sha = hashlib.sha256()
     for value in values:
         if isinstance(value, torch.nn.Module):
@@ -65,14 +65,14 @@ def digest(*values):
 
 
 class Cache:
-    """A sequence of tensors (t, ...) in one mapped file: the disk is read when an item is used.
+    """A sequence of tensors (t, ...) in one mapped file, which is read when an item is used.
 
     `made_from` is a digest of everything the items depend on; encode() yields them.
     """
 
     def __init__(self, path, made_from, encode):
         index = path.with_suffix(".json")
-        barrier()  # all processes find the same
+        barrier()  # all processes look before the first one writes
         stale = not index.exists() or read_json(index).get("made_from") != made_from
         barrier()
         if stale and is_main():
@@ -88,7 +88,7 @@ class Cache:
         barrier()
         found = read_json(index)
         self.starts, self.num_rows = found["starts"], found["starts"][-1]
-        # Mode "c": the file's pages are shared until somebody writes into one.
+        # Mode "c" never writes to the file: a page that is changed becomes a copy in memory.
         self.rows = torch.from_numpy(np.memmap(path, found["dtype"], "c", shape=(
             self.num_rows, *found["shape"])))
 
@@ -102,7 +102,7 @@ class Cache:
 
 
 def cache_clips(run, name, clips, encode, network=None):
-    """encode(frames uint8 (t, 3, h, w)) of each clip."""
+    """A Cache of encode(frames uint8 (t, 3, h, w)) for each clip."""
     def encode_all():
         answers = read(clips, run.options.workers)
         for frames, _ in progress(answers, name, len(clips)):

@@ -10,7 +10,7 @@ from media.read import read_clip
 
 
 def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frames):
-    """The frames and the frame rate of a clip. Raises ValueError if it is too short."""
+    """The frames and frame rate of a clip. Raises ValueError if it is too short."""
     frames, rate = read_clip(path, stride, frame_rate, max_frames, image_size)
     if len(frames) < num_frames:
         pace = f"stride {stride}" + (f" of {frame_rate:g} frames per second" if frame_rate else "")
@@ -23,7 +23,7 @@ class ClipFolder(torch.utils.data.Dataset):
     """A sequence of (frames uint8 (t, 3, image_size, image_size), caption) from a folder.
 
     An item is a whole clip of t >= num_frames frames, of which a training step selects num_frames.
-    Raises ValueError if the folder has a problem, and on access if a clip has one.
+    Raises ValueError if the folder has a problem. Reading an item raises it if the clip has one.
     """
 
     def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):

@@ -1,4 +1,4 @@
-"""Every choice of a training run, in one dataclass: its fields are the flags of train.py.
+"""Every choice of a training run, in one dataclass whose fields are the flags of train.py.
 
 A recipe per preset says how a model of that size is trained; a flag overrides a field of it. The
 tiny recipe's additions to Latent-Shift and Stable Diffusion are measured in docs/measurements.md.
@@ -19,26 +19,26 @@ from support.files import from_json, read_json
 from temporal import VARIANTS
 
 STAGES = ("vae", "image", "video")
-FREE = {"free": True}  # a resumed run may change it, because it concerns the machine only
+FREE = {"free": True}  # a resumed run may change it, because it only concerns the machine
 
 
 @dataclass(frozen=True)
 class LoopOptions:
     """The options of every training (trainer.py), in papers/ as well.
 
-    A class of options names the file that records them in a run's folder, and the run's stages.
+    Each subclass names the file that records the options in a run's folder, and the run's stages.
     """
 
     record: ClassVar[str]
     stages: ClassVar[tuple[str, ...]]
 
     seed: int = option(0, "seed of weights, data and noise", high=2**62)
-    warmup_steps: int = option(30, "steps in which the learning rate rises")
+    warmup_steps: int = option(30, "steps over which the learning rate rises")
     ema_decay: float = option(0.99, "decay of the average of the weights; 0: no average", high=1)
     accumulate: int = option(1, "batches whose gradients make one step", low=1)
     device: str = option("auto", "cpu, cuda, cuda:1, ...", **FREE)
     offload: bool = option(False, "keep AdamW's moments in CPU memory", **FREE)
-    precision: str = option("auto", "bf16 or fp32 (products in TF32) on CUDA; auto: bf16", **FREE,
+    precision: str = option("auto", "on CUDA, bf16 or fp32 with TF32; auto: the faster", **FREE,
                             choices=("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks", **FREE)
     workers: int = option(0, "processes that read clips ahead; 0: none", high=256, **FREE)
@@ -46,7 +46,7 @@ class LoopOptions:
 
     @classmethod
     def recipe(cls, given):
-        """The options of a new run with some flags given, before these are put in."""
+        """The recipe for a new run with the given flags, before the flags override it."""
         return cls()
 
 
@@ -69,24 +69,24 @@ class TrainOptions(LoopOptions):
     stride: int = option(1, "keep every N-th frame of a folder's clips", low=1)
     frame_rate: float | None = option(None, "resample a folder's clips to N frames per second, "
                                       "before the stride", low=0.01, high=1000)
-    max_frames: int = option(512, "frames kept of a folder's clip", low=1)
+    max_frames: int = option(512, "most frames to keep of a folder's clip", low=1)
     # stages
     vae_steps: int = option(1000, "steps of the vae stage", low=1)
     vae_batch_size: int = option(32, "frames per step", low=1)
     vae_learning_rate: float = option(3e-3, "learning rate of the vae stage")
     kl_weight: float = option(2e-2, "weight of the KL term, which pulls latents towards N(0, 1)")
-    motion_weight: float = option(5.0, "additional weight of pixels that differ from their frame")
+    motion_weight: float = option(5.0, "extra weight of pixels unlike their frame's median")
     image_steps: int = option(325, "steps of the image stage", low=1)
     image_batch_size: int = option(64, "images per step", low=1)
     image_learning_rate: float = option(2e-3, "learning rate of the image stage")
     video_steps: int = option(1350, "steps of the video stage", low=1)
     video_batch_size: int = option(8, "clips per step", low=1)
     video_learning_rate: float = option(1e-3, "learning rate of the video stage")
-    image_every: int = option(20, "train on images every N steps of the video stage; 0: never")
+    image_every: int = option(20, "train on images every N video steps; 0: never")
     # the temporal variant
     temporal: str = option("shift", "how frames see each other (temporal.py)", choices=VARIANTS)
     shifts: int = option(2, "temporal shifts per ResnetBlock; the paper has 1", low=1, high=2)
-    new_layers_rate: float = option(1.0, "multiplier of the learning rate of temporal layers")
+    new_layers_rate: float = option(1.0, "learning-rate multiplier of temporal layers")
     # diffusion
     prediction_type: str | None = option("v_prediction", "the U-Net's target",
                                          choices=("epsilon", "v_prediction"))
@@ -107,10 +107,10 @@ class TrainOptions(LoopOptions):
         init = given.get("init")
         if init is None:
             return RECIPES[given.get("preset", "tiny")]
-        # A run has a preset; any other model is Stable Diffusion.
+        # A run has a preset; any other model counts as Stable Diffusion 1.
         is_run = (Path(init) / cls.record).exists()
         preset = read_record(init)[0].preset if is_run else "sd1"
-        # prediction_type None: the adopted model's own
+        # With prediction_type None, the adopted model's own is kept.
         return dataclasses.replace(RECIPES[given.get("preset", preset)], init=init,
                                    prediction_type=None)
 
@@ -154,11 +154,11 @@ def check_image_size(image_size, vae_config, unet_config):
 
 
 def read_record(path, kind=TrainOptions):
-    """(options, finished stages) of a run whose options are of that class."""
+    """(options, finished stages) of a run whose options are of class `kind`."""
     where = Path(path) / kind.record
     record = read_json(where)
     if not {"options", "finished"} <= record.keys():
-        raise ValueError(f"{where}: is no record of a run, it has no options or finished stages")
+        raise ValueError(f"{where}: is not a record of a run; it lacks options or finished stages")
     return from_json(kind, record["options"], where), record["finished"]
 
 
@@ -169,7 +169,7 @@ def merge_options(path, given, kind=TrainOptions):
     """
     if not (path / kind.record).exists():
         if path.exists() and any(file.name != ".lock" for file in path.iterdir()):
-            raise ValueError(f"{path}: is not empty and no run of this command; choose a new "
+            raise ValueError(f"{path}: is not empty and not a run of this command; choose a new "
                              "folder")
         return dataclasses.replace(kind.recipe(given), **given), []
     stored, finished = read_record(path, kind)
@@ -197,12 +197,12 @@ def stages_to_run(path, stage, finished):
                          "it again")
     if missing[0] != stage:
         raise ValueError(f"--stage {stage} needs the {missing[0]} stage of {path}, which is not "
-                         "finished; without --stage everything missing is trained")
+                         "finished; leave out --stage to train all that is missing")
     return [stage]
 
 
-# How samples are drawn. The tiny model guides only at high noise, where the text decides, and
-# spends more of its few steps there.
+# How samples are drawn. The tiny and small models guide only at high noise, where the text decides,
+# and spend more of their few steps there.
 SAMPLING = {
     "tiny": Sampling(num_steps=8, guidance_scale=3.5, guidance_max_snr=0.2, timestep_power=0.6),
     "small": Sampling(num_steps=25, guidance_scale=4.0, guidance_max_snr=0.2, timestep_power=0.6),

@@ -32,14 +32,14 @@ try:
 except ImportError:  # on Windows nothing is locked
     fcntl = None
 
-LOCKS = {}  # {path: open file}: a file that is closed loses its lock
+LOCKS = {}  # {path: open file}; closing a file would release its lock
 
 
 class Run:
     """An open run: `path`, `options`, the `finished` stages, and the `device` that it trains on.
 
-    The options' class names the record and the stages, so papers/ have runs of their own. `state`
-    is the training state of an unfinished stage, or None. `checkpointing` says whether U-Nets
+    The options' class names the record and the stages, so papers/ has runs of its own. `state` is
+    the training state of an unfinished stage, or None. `checkpointing` says whether U-Nets
     compute their activations twice to save memory.
     """
 
@@ -47,33 +47,33 @@ class Run:
         self.path, self.options, self.finished = Path(path), options, finished
         self.device, self.state = devices.start(options.device), None
         large = getattr(options, "preset", "tiny") in ("sd1", "sd2")
-        self.checkpointing = large and self.device.type != "cuda"  # a GPU tries it (train.py)
+        self.checkpointing = large and self.device.type != "cuda"  # on a GPU, rehearse() decides
         state_path = self.path / "training_state.pt"
         if resume and not (self.path / options.record).exists():
-            raise ValueError(f"{path}: nothing to resume, it is no run; leave out --resume to "
-                             "start one")
-        barrier()  # until all processes have looked
+            raise ValueError(f"{path}: nothing to resume, because it is not a run; leave out "
+                             "--resume to start one")
+        barrier()  # wait until all processes have looked
         if is_main():
             lock(self.path / ".lock")
         if state_path.exists():
             self.state = read_state(state_path)
-            if self.state["stage"] in finished:  # a kill came just before its removal
+            if self.state["stage"] in finished:  # killed just before removing it
                 self.state = None
             elif not resume:
-                raise ValueError(f"{state_path}: is of an unfinished stage; add --resume to "
+                raise ValueError(f"{state_path}: belongs to an unfinished stage; add --resume to "
                                  "continue it, or remove that file to start the stage again")
         self.save_record()
 
     def save_record(self):
         """Write options and finished stages."""
-        barrier()  # until all processes have read the old ones
+        barrier()  # wait until all processes have read the old ones
         if is_main():
             options = dataclasses.asdict(self.options)
             write_json(self.path / self.options.record,
                        {"options": options, "finished": self.finished})
 
     def save_state(self, state):
-        """Write the training state, everything that the next step needs, as one file."""
+        """Write the training state, which is everything that the next step needs, as one file."""
         if is_main():
             with atomic(self.path / "training_state.pt") as file:
                 torch.save(state, file)
@@ -85,11 +85,11 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
     def forget_later(self, stage, step):
-        """Remove the lines of a stage's later steps from metrics.jsonl; a resume repeats them."""
+        """Remove the lines of a stage's later steps from metrics.jsonl; they will be repeated."""
         path = self.path / "metrics.jsonl"
         if is_main() and path.exists():
             entries = [json.loads(line) for line in path.read_text().splitlines()
-                       if line.endswith("}")]  # a kill may cut the last one short
+                       if line.endswith("}")]  # a kill may cut the last line short
             kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]
             path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -117,10 +117,10 @@ class Run:
         barrier()
 
     def adopt(self):
-        """Take the model that --init names as stages one and two."""
+        """Use the model that --init names as the result of stages one and two."""
         options = self.options
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
-        model.encode_text([""])  # refuse a model without a tokenizer now
+        model.encode_text([""])  # fails now if the model has no tokenizer
         check_image_size(options.image_size, model.vae.config, model.unet.config)
         if is_main():
             for note in model.report.notes:
@@ -130,7 +130,7 @@ class Run:
         self.finish("image")
 
     def draw_previews(self, stage, pipeline, captions):
-        """A function of the step that draws nine captions.
+        """preview(step) for the trainer, which draws nine captions.
 
         Frozen networks stay in CPU memory except while a preview is drawn.
         """
@@ -144,7 +144,7 @@ class Run:
         def preview(step):
             clips = []
             with devices.visit(frozen, self.device), self.precision():
-                for seed, prompt in enumerate(prompts):  # one by one: training fills the memory
+                for seed, prompt in enumerate(prompts):  # one by one; training fills the memory
                     *_, latents = pipeline.sample([prompt], [seed])
                     clips.append(pipeline.decode(latents))
             suffix = ".png" if stage == "image" else ".gif"
@@ -154,7 +154,7 @@ class Run:
         return preview
 
     def preview_vae(self, autoencoder, frames):
-        """A function of the step that draws some frames uint8 (n, 3, h, w) and reconstructions."""
+        """preview(step) for the trainer, which draws frames uint8 (n, 3, h, w) before and after."""
         @torch.no_grad()
         def preview(step):
             some = frames[[i * (len(frames) - 1) // 7 for i in range(8)]]
@@ -171,7 +171,7 @@ class Run:
         return devices.precision(self.device, self.options.precision)
 
     def to_device(self, *tensors):
-        """Tensors on the run's device; from pinned memory, so that no step waits for a copy."""
+        """Tensors on the run's device, copied from pinned memory so that no step waits for them."""
         if self.device.type != "cuda":
             return tuple(x.to(self.device) for x in tensors)
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
@@ -208,12 +208,12 @@ def lock(path):
 
 
 def read_state(path):
-    """A training state. Only tensors and plain values are ever loaded from it."""
+    """A training state. Only loads tensors and plain values. Raises ValueError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler may raise anything for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no training state ({reason}); remove it to start the stage "
+        raise ValueError(f"{path}: not a training state ({reason}); remove it to start the stage "
                          "again") from None
 
 
@@ -224,10 +224,9 @@ def load_vae(path, device, precision):
 
 
 def load_image_model(path, device, precision):
-    """A run's model before it saw a clip: a Pipeline, all of it but the U-Net on a device.
+    """A run's model before it saw a clip, a Pipeline with all of it except the U-Net on a device.
 
-    The U-Net stays mapped from its file, because training copies its weights and then needs it no
-    more.
+    The U-Net stays mapped from its file, because training copies its weights and then drops it.
     """
     unet = weights.load_unet(Path(path) / "image_unet", "none")
     model = weights.load_folder(Path(path), unet=unet)
@@ -240,13 +239,13 @@ def open_data(options):
     """The clips that --data names: a sequence of (frames uint8 (t, 3, h, w), caption)."""
     size = options.num_frames, options.image_size
     if options.data == "shapes":
-        from shapes import MovingShapes  # imported where needed: training reads one data set only
+        from shapes import MovingShapes  # imported here, because only one data set is read
         return MovingShapes(options.num_clips, *size, options.seed)
     from training.data import ClipFolder
     return ClipFolder(options.data, *size, options.stride, options.frame_rate, options.max_frames)
 
 
 def progress(items, title, total=None):
-    """The items behind a bar, which only the first process draws."""
+    """The items, with a progress bar that only the first process draws."""
     return tqdm(items, title, total, unit="clip", leave=False,
                 disable=not is_main() or "TQDM_DISABLE" in os.environ)

@@ -1,17 +1,13 @@
 """File formats of weights: every valid form is read, another file is refused in one line."""
 
 import json
-import os
-import sys
 
 import pytest
 import torch
-from checkpoint_files import WEIGHTS, A, B, holds_weights, save
+from checkpoint_files import WEIGHTS, A, holds_weights, save
 
 from checkpoints.containers import find_weights, read_checkpoint
 from checkpoints.safetensors_file import save_safetensors
-
-# Forms
 
 
 def test_the_format_is_known_by_the_content_not_by_the_suffix(tmp_path):
@@ -19,6 +15,8 @@ def test_the_format_is_known_by_the_content_not_by_the_suffix(tmp_path):
         save_safetensors(tmp_path / name, WEIGHTS)
         assert holds_weights(tmp_path / name)
         assert holds_weights(save(tmp_path / name))
+        torch.save(WEIGHTS, tmp_path / name, _use_new_zipfile_serialization=False)  # before 1.6
+        assert holds_weights(tmp_path / name)
 
 
 def test_a_header_of_128_bytes_is_not_taken_for_a_pickle(tmp_path):
@@ -28,57 +26,26 @@ def test_a_header_of_128_bytes_is_not_taken_for_a_pickle(tmp_path):
     assert read_checkpoint(tmp_path / "x.ckpt")["x"].tolist() == [5]
 
 
-def test_reads_a_torch_file_older_than_1_6(tmp_path):
-    torch.save(WEIGHTS, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    assert holds_weights(tmp_path / "x.bin")
-
-
 @pytest.mark.parametrize("wrap", [
-    lambda x: {"state_dict": x, "epoch": 3, "global_step": torch.tensor(7)},
-    lambda x: {"state_dict": {"state_dict": x}},
+    lambda x: {"state_dict": {"state_dict": x}, "epoch": 3, "global_step": torch.tensor(7)},
     lambda x: {**{name: torch.nn.Parameter(y) for name, y in x.items()}, "epoch": 3, 5: A},
-], ids=["Lightning", "twice", "bare parameters, with others"])
+], ids=["inside state_dict", "beside others"])
 def test_only_the_tensors_of_a_checkpoint_are_read(tmp_path, wrap):
     path = save(tmp_path / "x.ckpt", wrap(WEIGHTS))
     assert holds_weights(path)
     assert not any(tensor.requires_grad for tensor in read_checkpoint(path).values())
 
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_reading_maps_the_file_instead_of_copying_it(tmp_path):
-    save_safetensors(tmp_path / "x.ckpt", {"a": torch.ones(8 * 2**20)})  # 32 MiB
-    before = resident()
-    read = read_checkpoint(tmp_path / "x.ckpt")
-    assert resident() - before < 8 * 2**20
-    assert read["a"][-1] == 1
-
-
-# Files that are not checkpoints
-
-
-REFUSED = {
-    "a web page": (lambda p: p.write_text("\n<!DOCTYPE html><html>"), "not a whole safetensors"),
-    "half a zip": (lambda p: p.write_bytes(save(p).read_bytes()[:500]), "is it complete"),
-    "half a pickle": (lambda p: p.write_bytes(b"\x80\x02"), "is it complete"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(tmp_path, kind):
-    make, message = REFUSED[kind]
-    make(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=message) as caught:
+@pytest.mark.parametrize("data, message", [
+    (b"\n<!DOCTYPE html><html>", "not a whole safetensors file; a web page"),
+    (b"PK\3\4 and no more", r"torch cannot read it \(.*\); is it complete"),
+    (b"\x80\x02", ".*is it complete"),
+], ids=["a web page", "half a zip", "half a pickle"])
+def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(tmp_path, data, message):
+    (tmp_path / "x.ckpt").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.ckpt: {message}") as caught:
         read_checkpoint(tmp_path / "x.ckpt")
-    assert str(caught.value).startswith(str(tmp_path / "x.ckpt: "))
     assert "\n" not in str(caught.value)
-
-
-# Shards
 
 
 def sharded(folder, weight_map, suffix=".safetensors"):
@@ -90,9 +57,9 @@ def sharded(folder, weight_map, suffix=".safetensors"):
     return index
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_reads_shards_by_their_index(tmp_path, suffix):
-    assert holds_weights(sharded(tmp_path, {"a": "a" + suffix, "b": "b" + suffix}, suffix))
+def test_reads_shards_by_their_index(tmp_path):
+    for suffix in (".safetensors", ".bin"):
+        assert holds_weights(sharded(tmp_path, {"a": "a" + suffix, "b": "b" + suffix}, suffix))
 
 
 def test_a_shard_is_never_read_from_outside_the_folder(tmp_path):
@@ -111,8 +78,6 @@ def test_a_wrong_index_is_refused(tmp_path, weight_map, message):
     with pytest.raises(ValueError, match="model.safetensors.index.json: .*" + message):
         read_checkpoint(sharded(tmp_path, weight_map))
 
-
-# Which file of a folder
 
 IN_ORDER = [
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",

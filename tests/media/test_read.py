@@ -13,9 +13,7 @@ from media.read import read_clip
 
 def save_animation(path, frames, duration):
     images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=duration, lossless=True
-    )
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, lossless=True)
 
 
 def encode(path, frames, *options):
@@ -31,23 +29,21 @@ def grays_of(frames):
     return [min(GRAYS, key=lambda gray: abs(gray - frame.mean())) for frame in frames]
 
 
-# Formats
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
-def test_animations_are_read_frame_by_frame(tmp_path, suffix):
-    save_animation(tmp_path / f"a{suffix}", gray_frames(), duration=40)
-    frames, rate = read_clip(tmp_path / f"a{suffix}")
-    assert np.array_equal(frames, gray_frames()) and frames.dtype == np.uint8
-    assert rate == 25.0
+def test_animations_are_read_frame_by_frame(tmp_path):
+    for name in ("a.gif", "a.webp", "a.png"):
+        save_animation(tmp_path / name, gray_frames(), duration=40)
+        frames, rate = read_clip(tmp_path / name)
+        assert np.array_equal(frames, gray_frames()) and frames.dtype == np.uint8 and rate == 25
 
 
 def test_a_folder_of_frames_is_sorted_as_people_count(tmp_path):
+    """It has no frame rate, so it gets the one that is asked for."""
     for number, frame in zip((1, 2, 3, 10, 11, 100), gray_frames(), strict=True):
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
     (tmp_path / ".DS_Store").touch()
-    frames, rate = read_clip(tmp_path)
-    assert grays_of(frames) == list(GRAYS) and rate is None
+    for frame_rate in (None, 8):
+        frames, rate = read_clip(tmp_path, frame_rate=frame_rate)
+        assert grays_of(frames) == list(GRAYS) and rate == frame_rate
 
 
 def test_transparent_pixels_are_black_whatever_colour_they_hide(tmp_path):
@@ -62,31 +58,26 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
     assert read_clip(tmp_path / "a.png")[0][0, 0, :, 0].tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize("more", [
-    {}, {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (16, 8), "gray")]},
-])  # with a second picture, as phones add a preview
-def test_a_photograph_is_its_first_picture_turned_upright(tmp_path, more):
+def test_a_photograph_is_its_first_picture_turned_upright(tmp_path):
+    """Phones add a second picture, a preview."""
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
     photograph = Image.new("RGB", (16, 8))
     photograph.paste("white", (0, 0, 8, 8))  # left; on top when turned
-    photograph.save(tmp_path / "a.jpg", exif=exif, **more)
+    photograph.save(tmp_path / "a.jpg", "MPO", exif=exif, save_all=True,
+                    append_images=[Image.new("RGB", (16, 8), "gray")])
     frames, _ = read_clip(tmp_path / "a.jpg")
     assert frames.shape == (1, 16, 8, 3)
     assert frames[0, :8].min() > 250 and frames[0, 8:].max() < 5
 
 
-# Videos
-
-
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv", ".webm", ".mov"])
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".webm"])
 def test_videos_are_read_frame_by_frame(tmp_path, suffix):
     encode(tmp_path / f"a{suffix}", gray_frames())
     frames, rate = read_clip(tmp_path / f"a{suffix}")
-    assert frames.shape == (6, HEIGHT, WIDTH, 3)
+    assert frames.shape == (6, HEIGHT, WIDTH, 3) and rate == pytest.approx(10)
     assert grays_of(frames) == list(GRAYS)
-    assert rate == pytest.approx(10)
 
 
 @needs_ffmpeg
@@ -96,39 +87,30 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_video_that_is_cut_off_is_an_error_and_not_a_shorter_clip(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
-    encode(tmp_path / f"whole{suffix}", noise)
-    data = (tmp_path / f"whole{suffix}").read_bytes()
-    (tmp_path / f"a{suffix}").write_bytes(data[: len(data) // 2])
+    path = tmp_path / f"a{suffix}"
+    encode(path, noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"a{suffix}: damaged"):
-        read_clip(tmp_path / f"a{suffix}")
+        read_clip(path)
 
 
 @needs_ffmpeg
 def test_leaving_a_video_early_ends_its_ffmpeg(tmp_path, monkeypatch):
-    started = []
-
-    class Recorded(subprocess.Popen):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            started.append(self)
-
     encode(tmp_path / "a.mp4", gray_frames(GRAYS * 100))  # more than a pipe holds
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: (
+        started.append(popen(*args, **options)) or started[-1]))
     assert grays_of(read_clip(tmp_path / "a.mp4", max_frames=2)[0]) == [0, 160]
     assert len(started) == 2 and all(process.returncode is not None for process in started)
 
 
-@pytest.mark.parametrize("installed, missing", [({}, "ffmpeg"), ({"ffmpeg": ""}, "ffprobe")])
-def test_without_ffmpeg_a_video_says_what_to_do(tmp_path, monkeypatch, installed, missing):
-    fake(monkeypatch, tmp_path, **installed)
-    with pytest.raises(ValueError, match=f"a.mp4 needs the {missing} program; install .* to GIF"):
+def test_without_ffprobe_a_video_says_what_to_do(tmp_path, monkeypatch):
+    fake(monkeypatch, tmp_path, ffmpeg="")
+    with pytest.raises(ValueError, match="a.mp4 needs the ffprobe program; install .* to GIF"):
         read_clip(tmp_path / "a.mp4")
-
-
-# Which frames
 
 
 @pytest.mark.parametrize("stride, frame_rate", [(4, None), (8, 20)])
@@ -138,41 +120,27 @@ def test_stride_keeps_every_kth_frame_and_divides_the_rate(tmp_path, stride, fra
     assert grays_of(frames) == [GRAYS[0], GRAYS[4]] and rate == 2.5
 
 
-@pytest.mark.parametrize("frame_rate, order", [
-    (10, [0, 0, 0, 1, 2]), (4, [0, 0]), (20, [0, 0, 0, 0, 0, 0, 1, 2, 2, 2]),
-])
+@pytest.mark.parametrize("frame_rate, order", [(4, [0, 0]), (20, 6 * [0] + [1, 2, 2, 2])])
 def test_a_frame_rate_picks_what_is_on_screen_at_its_times(tmp_path, frame_rate, order):
     save_animation(tmp_path / "a.gif", gray_frames()[:3], duration=[300, 50, 150])
     frames, rate = read_clip(tmp_path / "a.gif", frame_rate=frame_rate)  # until 0.3, 0.35, 0.5 s
     assert grays_of(frames) == [GRAYS[i] for i in order] and rate == frame_rate
 
 
-def test_a_folder_of_images_has_the_frame_rate_that_is_asked_for(tmp_path):
+def test_nothing_is_decoded_after_max_frames(tmp_path):
     for i in range(3):
-        Image.fromarray(gray_frames()[i]).save(tmp_path / f"{i}.png")
-    frames, rate = read_clip(tmp_path, frame_rate=8)
-    assert grays_of(frames) == [0, 160, 40] and rate == 8
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_nothing_is_decoded_after_max_frames(tmp_path, stride):
-    for i in range(1 + stride):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     (tmp_path / "9.png").write_text("not an image")
-    assert len(read_clip(tmp_path, stride, max_frames=2)[0]) == 2
+    assert len(read_clip(tmp_path, stride=2, max_frames=2)[0]) == 2
 
 
-# Sizes
-
-
-@pytest.mark.parametrize("upright", [False, True])
-def test_image_size_cuts_out_the_middle_square(tmp_path, upright):
-    frame = np.zeros((6, 10, 3), np.uint8)
-    frame[:, 2:8] = (10, 200, 30)
-    frame = frame.swapaxes(0, 1).copy() if upright else frame
-    Image.fromarray(frame).save(tmp_path / "a.png")
-    frames, _ = read_clip(tmp_path / "a.png", image_size=6)
-    assert np.array_equal(frames, np.broadcast_to(np.uint8([10, 200, 30]), (1, 6, 6, 3)))
+def test_image_size_cuts_out_the_middle_square(tmp_path):
+    wide = np.zeros((6, 10, 3), np.uint8)
+    wide[:, 2:8] = (10, 200, 30)
+    for frame in (wide, wide.swapaxes(0, 1).copy()):
+        Image.fromarray(frame).save(tmp_path / "a.png")
+        frames, _ = read_clip(tmp_path / "a.png", image_size=6)
+        assert np.array_equal(frames, np.broadcast_to(np.uint8([10, 200, 30]), (1, 6, 6, 3)))
 
 
 def test_resizing_averages_and_does_not_skip_pixels(tmp_path):
@@ -182,7 +150,9 @@ def test_resizing_averages_and_does_not_skip_pixels(tmp_path):
     assert np.abs(read_clip(tmp_path / "a.png", image_size=8)[0].astype(int) - 100).max() <= 6
 
 
-def test_frames_of_two_sizes_are_refused(tmp_path):
+def test_a_folder_without_frames_or_with_two_sizes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: needs frames .*, got no frames"):
+        read_clip(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     Image.new("RGB", (8, 9)).save(tmp_path / "2.png")
     with pytest.raises(ValueError, match=r"one size, got \[\(8, 8\), \(8, 9\)\]"):
@@ -197,23 +167,11 @@ def test_a_clip_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         read_clip(tmp_path / "a.gif")
 
 
-# Bad files
-
-
-@pytest.mark.parametrize("name, data", [
-    ("cut.gif", None), ("text.gif", b"hello"), ("empty.gif", b""), ("a.xyz", b"hello"),
-])
-def test_a_bad_file_is_one_line_with_its_name(tmp_path, name, data):
-    if data is None:
-        noise = np.random.default_rng(0).integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
-        save_animation(tmp_path / name, noise, duration=100)
-        data = (tmp_path / name).read_bytes()[:3000]
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}: cannot be read") as error:
-        read_clip(tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_an_empty_folder_has_no_frames(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}: needs frames .*, got no frames"):
-        read_clip(tmp_path)
+def test_a_bad_file_is_one_line_with_its_name(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
+    save_animation(tmp_path / "a.gif", noise, duration=100)
+    for data in ((tmp_path / "a.gif").read_bytes()[:3000], b"hello", b""):
+        (tmp_path / "a.gif").write_bytes(data)
+        with pytest.raises(ValueError, match="a.gif: cannot be read") as error:
+            read_clip(tmp_path / "a.gif")
+        assert "\n" not in str(error.value)

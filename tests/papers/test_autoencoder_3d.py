@@ -30,9 +30,6 @@ def image_model():
     return fill(vae.AutoencoderKL(OLD)).requires_grad_(False)
 
 
-# Lengths
-
-
 @pytest.mark.parametrize("frames, latents", [(1, 1), (3, 1), (4, 2)])
 def test_a_clip_of_any_length_has_a_latent_frame_for_every_three(network, frames, latents):
     gaussian = network.encode(normal(frames, 3, 4, 6))
@@ -53,9 +50,6 @@ def test_training_computes_what_encode_and_decode_compute_for_each_clip(network)
         alone = network.encode(clip)
         torch.testing.assert_close(mean, alone.mean, **same)
         torch.testing.assert_close(y, network.decode(alone.sample(drawn)[None])[0], **same)
-
-
-# What is seen in time
 
 
 def seen(function, x, position):
@@ -82,9 +76,6 @@ def test_a_time_convolution_is_a_sum_over_three_frames_whose_ends_are_repeated()
     torch.testing.assert_close(layer(x), expected, **same)
 
 
-# Windows
-
-
 def test_windows_give_what_the_whole_clip_gives(network, monkeypatch):
     clip, latents = normal(20, 3, 4, 6), normal(2, 7, 5, 2, 3)
     mean, frames = network.encode(clip).mean, network.decode(latents)
@@ -101,9 +92,6 @@ def test_a_long_clip_is_never_computed_as_a_whole(network):
             lambda _, args, counts=counts: counts.append(args[0].shape[1]))
     network.decode(network.encode(normal(60, 3, 4, 4)).mean[None])
     assert sizes == {"encoder": [30, 36, 18], "decoder": [10, 12, 6]}  # 8, and 2 on each side
-
-
-# Inflation
 
 
 def test_with_all_latents_it_starts_as_the_2d_autoencoder(image_model):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SMALL, call, flags, weights_of
+from helpers import SMALL, call, flags, metrics_of, weights_of
 
 from media.read import read_clip
 from papers.autoencoder_3d import load_autoencoder
@@ -33,6 +33,15 @@ def test_all_stages_leave_a_3d_autoencoder_and_a_unet_with_the_shift(lvdm):
     assert model.vae.config.time_factor == 2
     assert model.unet.config.temporal == "shift" and model.sampling.num_frames == 4
     assert read_record(lvdm, VideoOptions)[1] == ["vae", "image", "video"]
+
+
+def test_the_kl_term_has_its_weight(tmp_path):
+    losses = []
+    for weight in (0.0, 1.0, 3.0):  # a step's loss, from equal weights
+        train(tmp_path / str(weight), "--stage", "vae", vae_steps=1, kl_weight=weight)
+        losses.append(metrics_of(tmp_path / str(weight))[0]["loss"])
+    assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)
+    assert losses[1] > losses[0] + 0.01
 
 
 def test_its_latents_are_standardised_on_the_training_clips(lvdm):

@@ -8,33 +8,19 @@ from helpers import call
 
 pytest.importorskip("diffusers")
 
-
 from studies import beside_diffusers  # noqa: E402
-from studies.beside_diffusers import PARTS  # noqa: E402
-
-CPU = torch.device("cpu")
-SMALL = {
-    "unet": {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1},
-    "vae": {"block_out_channels": (32, 32, 32, 64), "layers_per_block": 1},
-}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for part, (network, config, *rest) in PARTS.items():
-        config = dataclasses.replace(config, **SMALL[part])
-        monkeypatch.setitem(PARTS, part, (network, config, *rest))
+    monkeypatch.setattr(beside_diffusers, "CONFIG", dataclasses.replace(
+        beside_diffusers.CONFIG, block_out_channels=(32, 64, 64, 64), layers_per_block=1))
 
 
-@pytest.mark.parametrize("make_sides", [
-    lambda device: beside_diffusers.unet_job(device, b=2, t=1),
-    lambda device: beside_diffusers.unet_job(device, b=1, t=2, training=True),
-    beside_diffusers.decode_job,
-], ids=["frames", "training", "decode"])
-def test_both_sides_of_a_job_give_the_same_numbers(make_sides, monkeypatch):
-    monkeypatch.setattr(beside_diffusers, "FRAMES", 2)
+@pytest.mark.parametrize("how", [{"b": 2, "t": 1}, {"b": 1, "t": 2, "training": True}])
+def test_both_sides_of_a_job_give_the_same_numbers(how):
     torch.manual_seed(0)
-    ours, theirs = make_sides(CPU)
+    ours, theirs = beside_diffusers.unet_job(torch.device("cpu"), **how)
     a, b = ours().detach(), theirs().detach()
     assert b.std() > 0 and (a - b).abs().max() < 1e-4 * b.abs().max()
 

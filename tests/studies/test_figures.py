@@ -4,20 +4,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import call, flags
+from helpers import call
 from PIL import Image
 
 import layers
 from evaluate import real_clips
 from media.write import side_by_side, write_clip
-from papers import long_video
 from shapes import MovingShapes
 from shift import temporal_shift
 from studies import figures, inside
 from studies.sheets import new_figure, show
 
-LONG = {"num_clips": 3, "clip_frames": 20, "num_frames": 4, "num_known": 2, "long_steps": 1,
-        "long_batch_size": 2, "decoder_steps": 0, "warmup_steps": 1, "device": "cpu"}
 PROMPT = "a red circle moving left"
 
 
@@ -30,14 +27,12 @@ def run(trained):
 def test_the_command_draws_every_picture_1200_pixels_wide_in_few_colours(
         trained, tmp_path, monkeypatch):
     monkeypatch.setattr(inside, "MEASURED", 2)
-    for name, value in {"LOSS_CLIPS": 2, "LOSS_LEVELS": 3, "LONG_FRAMES": 20}.items():
+    for name, value in {"LOSS_CLIPS": 2, "LOSS_LEVELS": 3}.items():
         monkeypatch.setattr(figures, name, value)
-    path, output = tmp_path / "long", tmp_path / "pictures"
-    call(long_video.main, "train", path, *flags(init=trained, **LONG))
-    call(figures.main, trained, "--long", path, "--output", output)
-    assert {file.stem for file in output.iterdir()} == {
+    call(figures.main, trained, "--output", tmp_path)
+    assert {file.stem for file in tmp_path.iterdir()} == {
         picture.__name__ for picture in figures.FIGURES}
-    for file in output.iterdir():
+    for file in tmp_path.iterdir():
         image = Image.open(file)
         assert image.width == 1200 and image.mode == "P" and len(image.getcolors()) > 20
 

@@ -12,7 +12,7 @@ from evaluate import real_clips
 from shapes import COMBINATIONS
 from studies import fvd
 from studies.fvd import (FeatureNet, features_of, frechet_distance, load_feature_net,
-                         measure_features, text_similarity, train_feature_net)
+                         measure_features, train_feature_net)
 
 
 def test_frechet_distance_by_hand():
@@ -30,11 +30,6 @@ def test_a_set_of_low_rank_is_at_no_distance_from_itself():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((40, 3)) @ rng.standard_normal((3, 8))
     assert 0 <= frechet_distance(a, a) < 1e-9
-
-
-def test_text_similarity_is_the_mean_cosine():
-    clips, texts = torch.tensor([[3.0, 4.0], [0.0, -2.0]]), torch.tensor([[6.0, 8.0], [1.0, 1.0]])
-    assert text_similarity(clips, texts) == pytest.approx((1 - math.sqrt(0.5)) / 2)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ def placed_block(name):
 
 
 X = 1 + torch.arange(18.0).view(1, 3, 6, 1, 1)  # b t c 1 1, positive
-FIRST = 2 * F.silu(X)  # behind conv1, without a shift
-SECOND = 3 * F.silu(FIRST)  # behind conv2
+FIRST = 2 * F.silu(X)  # after conv1, without a shift
+SECOND = 3 * F.silu(FIRST)  # after conv2
 
 
 @pytest.mark.parametrize("name, first, second", [
@@ -51,9 +51,9 @@ def test_a_place_shifts_here_and_nowhere_else(name, first, second):
     """A shift moves values and keeps zeros, so it commutes with the SiLU and with Factor."""
     block = placed_block(name)
     branch = block(X, torch.zeros(1, 1)) - X
-    behind_conv1 = 2 * block.conv1.seen.view_as(X)
-    behind_conv2 = 3 * block.conv2.seen.view_as(X)
-    assert torch.allclose(behind_conv1, first) and torch.allclose(behind_conv2, second)
+    after_conv1 = 2 * block.conv1.seen.view_as(X)
+    after_conv2 = 3 * block.conv2.seen.view_as(X)
+    assert torch.allclose(after_conv1, first) and torch.allclose(after_conv2, second)
     assert torch.allclose(branch, temporal_shift(SECOND) if name == "end" else second)
 
 
@@ -65,8 +65,8 @@ def test_the_past_alone_and_a_quarter_by_hand():
 
 @pytest.mark.parametrize("kind", ["default", "scale_shift"])
 @pytest.mark.parametrize("place, shifts", [
-    ({"behind conv1": temporal_shift}, 1),
-    ({"behind conv1": temporal_shift, "behind conv2": temporal_shift}, 2),
+    ({"after conv1": temporal_shift}, 1),
+    ({"after conv1": temporal_shift, "after conv2": temporal_shift}, 2),
 ])
 def test_a_placed_block_computes_what_the_core_does(monkeypatch, kind, place, shifts):
     monkeypatch.setitem(PLACES, "as the core", place)
