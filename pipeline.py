@@ -3,10 +3,8 @@
     text -> tokenizer -> text_encoder -> context (b, n, d)
     noise (b, t, c, h, w), context -> unet, once per step -> latents -> vae -> frames
 
-This is all of text-to-video sampling. checkpoints/weights.py reads the parts from files; sample.py
-is the command and writes clips.
-
-Latent diffusion, Rombach et al. 2022, section 3; Latent-Shift, An et al. 2023, section 3.1.
+This is all of text-to-video sampling; sample.py is the command. Latent diffusion, Rombach et al.
+2022, section 3; Latent-Shift, An et al. 2023, section 3.1.
 """
 
 from dataclasses import dataclass, field

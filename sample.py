@@ -2,8 +2,6 @@
 
     python sample.py runs/demo "a red circle moving left"
     python sample.py v1-5-pruned.safetensors "a red fox in snow" --merges bpe_simple_vocab.txt.gz
-    python sample.py runs/demo --prompts-file prompts.txt --output clips/ --format png
-    python sample.py runs/demo "a cyan triangle" --num-frames 1 --output triangle.png
 
 A clip depends only on its prompt and its seed: prompt i is drawn with seed + i, at any batch size
 and on any device. A folder as --output gets a file per prompt; a file shows all of them in a grid:

@@ -12,9 +12,8 @@
 
 All layers of this file are initialised as the identity, so each variant starts as the image model.
 Their parameters, and no others, have "temporal" in their names. A clip of one frame skips every
-temporal layer, before training and after, so the image model stays whole.
-
-model.py puts these layers at three positions of the U-Net, by the functions at the end.
+temporal layer, before training and after, so the image model stays whole. model.py puts the layers
+at three positions of the U-Net, by the functions at the end.
 """
 
 import torch

@@ -134,10 +134,8 @@ class CLIPTextModel(nn.Module):
         })
 
     def forward(self, ids):
-        """Hidden states (b, n, d) of ids (b, n). Raises ValueError if n exceeds the positions."""
-        positions, embeddings = self.config.max_position_embeddings, self.text_model.embeddings
-        if ids.ndim != 2 or ids.shape[1] > positions:
-            raise ValueError(f"ids needs shape (b, n), n <= {positions}, got {[*ids.shape]}")
+        """Hidden states (b, n, d) of ids (b, n), n at most config.max_position_embeddings."""
+        embeddings = self.text_model.embeddings
         x = embeddings.token_embedding(ids)  # b n -> b n d
         x = x + embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.text_model.encoder.layers:

@@ -6,9 +6,8 @@
             frozen, so each caption is encoded once. This is Latent-Shift (An et al. 2023, section
             3); --temporal chooses another variant (temporal.py).
 
-    python train.py runs/mine --data shapes                 all three, or those still missing
+    python train.py runs/mine --data shapes                 all three; --resume after a stop
     python train.py runs/mine --data my_clips --check       read every clip and list every problem
-    python train.py runs/mine --data my_clips --resume      continue after a stop
     python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
                                                             stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
@@ -35,8 +34,7 @@ from training.options import RECIPES, STAGES, merge_options, stages_to_run
 from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
 
 NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
-# About how many frames and captions serve to standardise latents and text embeddings
-FRAMES, TEXTS = 8192, 256
+FRAMES, TEXTS = 8192, 256  # about how many serve to standardise latents and text embeddings
 CAPTION_DROPOUT = 0.1  # fraction of captions left out, for guidance (Ho & Salimans 2022)
 # Learning-rate multiplier of the text encoder. Images show no direction, so a fast-learning encoder
 # forgets those words.
@@ -218,9 +216,6 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
         trainer.backward(loss)
     run.save(unet=unet, schedule=(diffusion, model.sampling))
     run.finish("video")
-
-
-# The command
 
 
 def rehearse(run, stages, captions):

@@ -8,7 +8,7 @@ RUN has finished its image stage on MovingShapes. Each variant starts as that im
 clips for the same number of steps on the same batches, because everything random in step k follows
 from the seed and k. Then all variants draw the same prompts from the same noise.
 
-report.py writes tables, curves and a sheet of clips; costs.py measures what the variants cost. The
+report.py writes tables and a sheet of clips; costs.py measures what the variants cost. The
 same call again continues a comparison that was stopped; more seeds or variants add to it.
 """
 

@@ -18,8 +18,7 @@ from media.write import enlarge
 from shapes import HELD_OUT, caption_of
 from shift import temporal_shift
 from studies import inside
-from studies.curves import COLOURS
-from studies.sheets import new_figure, save, show
+from studies.sheets import COLOURS, new_figure, save, show
 from support.cli import Parser, run_main
 from vae import encode_clip
 

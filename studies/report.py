@@ -1,8 +1,7 @@
-"""The report of a comparison (compare.py): tables, a plot and a sheet of clips."""
+"""The report of a comparison (compare.py): tables and a sheet of clips."""
 
 import statistics
 
-from studies.curves import plot
 from studies.measuring import table
 from studies.sheets import new_figure, save, show
 from support.files import write_text
@@ -45,17 +44,6 @@ def quality_table(results, references):
     return table(["variant", *columns], *rows)
 
 
-def curves(results):
-    """{variant: [(steps, mean, lowest, highest), ...]} of the clips that are right, in percent."""
-    series = {}
-    for name, runs in results.items():
-        series[name] = []
-        for step in steps_of(runs):
-            values = [run["curve"][step]["all"] for run in runs]
-            series[name].append((int(step), statistics.mean(values), min(values), max(values)))
-    return series
-
-
 def write_sheet(path, prompts, clips):
     """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
     figure = new_figure(len(prompts) * (0.4 + 0.7 * len(clips)))
@@ -65,13 +53,11 @@ def write_sheet(path, prompts, clips):
 
 
 def write_report(output, title, results, references):
-    """Write report.md and steps.png; returns the report's text."""
+    """Write report.md; returns its text."""
     text = "\n\n".join([
         title,
         "Agreement with the text, %: the mean over seeds, and the range.",
         curve_table(results), quality_table(results, references),
     ])
     write_text(output / "report.md", text + "\n")
-    plot(output / "steps.png", curves(results), "Agreement against steps", "training steps",
-         "clips whose colour, shape and direction are right, %")
     return text

@@ -1,13 +1,21 @@
 """Figures as files: PNGs of few colours, and tables of images with names of rows and columns."""
 
 import io
+import sys
 
 import numpy as np
 from PIL import Image
 
 from media.write import SEPARATOR, contact_sheet, to_uint8
-from studies.curves import Figure
 from support.files import atomic
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit("studies need matplotlib; install it with `pip install -r studies/requirements.txt`")
+
+# Okabe and Ito's colours, which colour-blind readers can distinguish
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 
 
 def new_figure(height, dpi=150):

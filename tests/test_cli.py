@@ -1,6 +1,5 @@
 """Flags made from a dataclass, and mistakes that are one line and a status."""
 
-import subprocess
 import sys
 import warnings
 from argparse import ArgumentTypeError
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 
 from support.cli import (Parser, add_flags, given_flags, number, option, out_of_memory,
                          run_main)
@@ -153,10 +151,3 @@ def test_warnings_do_not_precede_an_error(capsys, monkeypatch):
         warnings.simplefilter("always")
         assert end_of(main) == 1
     assert not seen and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_script_ends_a_mistake_with_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "new", "--stage", "video"],
-                          cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1

@@ -85,14 +85,6 @@ def test_bfloat16_is_for_gpus_that_have_it_in_hardware(monkeypatch, device, choi
     assert uses_bf16(device, choice) == expected
 
 
-def test_on_a_cpu_nothing_is_cast():
-    with precision("cpu"):
-        assert nn.Linear(3, 4)(torch.randn(2, 3)).dtype == torch.float32
-    network = freeze(nn.Linear(3, 4).double(), "cpu")
-    assert network.weight.dtype == torch.float64
-    assert not network.training and not network.weight.requires_grad
-
-
 def test_channels_lie_innermost_except_on_a_cpu():
     for device, layout in (("cpu", torch.contiguous_format), ("meta", torch.channels_last)):
         weight = freeze(nn.Conv2d(3, 4, 3), device).weight

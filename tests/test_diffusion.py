@@ -263,12 +263,6 @@ def test_a_whole_run_equals_that_of_diffusers_at_each_of_its_steps(name):
     torch.testing.assert_close(torch.cat(states), expected, atol=1e-4, rtol=0)
 
 
-def test_the_loop_passes_the_power_on_to_its_timesteps():
-    seen = []
-    list(sample_loop(Diffusion(), lambda x, t: seen.append(t) or x, normal(1, 2), 4, power=0.5))
-    assert seen == [999, 865, 706, 499]
-
-
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 2.0, 7.5])
 def test_guidance_is_that_of_the_paper_at_every_scale(scale):
     unconditional, conditional = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 0.0, 4.0])

@@ -9,7 +9,7 @@ from helpers import call, change
 
 import evaluate
 from checkpoints.weights import load_vae
-from evaluate import (agreement, choose_prompts, consistency, crispness, mean_over_clips, psnr,
+from evaluate import (agreement, choose_prompts, consistency, crispness, psnr,
                       rates, real_clips, recognise)
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes
 from shapes import caption_of
@@ -165,12 +165,6 @@ def test_independent_frames_have_nothing_in_common_but_a_colour():
     assert consistency(clips).tolist() == pytest.approx([0, 0], abs=0.03)
 
 
-def test_a_mean_over_clips_is_that_of_all_at_once():
-    a, b = images(0, (4, 3, 3, 12, 13)), images(1, (4, 3, 3, 12, 13))
-    assert mean_over_clips(psnr, a, b) == pytest.approx(
-        psnr(a.flatten(0, 1), b.flatten(0, 1)).mean().item())
-
-
 def test_real_clips_are_those_of_the_data_in_minus_one_to_one():
     clips, data = real_clips(5, 3, 16, 4, SEEN), MovingShapes(5, 3, 16, 4)
     expected = torch.stack([data[i][0] for i in range(5)]).float() / 127.5 - 1
@@ -249,13 +243,6 @@ def test_the_report_is_printed_and_written(run, capsys):
     assert written["sampling"]["num_frames"] == 3
 
 
-def test_columns_are_eleven_wide_or_two_wider_than_their_name(capsys):
-    evaluate.print_table("table", {"a row": {"x": 1, "a long column": 2.5}, "b": {"x": 3}})
-    assert capsys.readouterr().out.splitlines() == [
-        f"{'table':28}          x  a long column", f"{'a row':28}          1            2.5",
-        f"{'b':28}          3              -"]
-
-
 @pytest.mark.parametrize("num_frames", [1, 2])
 def test_a_run_without_a_video_stage_is_measured_on_images(run, num_frames):
     change(run / "sampling.json", num_frames=num_frames)
@@ -274,12 +261,3 @@ def test_a_model_whose_truth_is_unknown_is_refused(run, damage):
     damage(run / "train.json")
     with pytest.raises(ValueError, match="needs a run of train.py on MovingShapes"):
         call(evaluate.main, run)
-
-
-@pytest.mark.parametrize("words", [
-    ("--num-prompts", 1), ("--batch-size", 0), ("--seed", -1), ("--colour", "red"),
-])
-def test_a_wrong_flag_ends_with_status_2(run, words):
-    with pytest.raises(SystemExit) as stop:
-        call(evaluate.main, run, *words)
-    assert stop.value.code == 2

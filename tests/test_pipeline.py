@@ -42,13 +42,6 @@ def last(pipeline, prompts, seeds, **options):
 # Settings
 
 
-def test_other_models_draw_16_frames_at_256_pixels_with_stable_diffusions_steps_and_guidance():
-    assert Sampling() == Sampling(
-        num_frames=16, image_size=256, frames_per_second=8.0, num_steps=50, guidance_scale=7.5,
-        guidance_max_snr=None, timestep_power=1.0, sampler="ddim", eta=0.0,
-    )
-
-
 @pytest.mark.parametrize("name, values", [
     ("num_frames", (1, 10**6)), ("image_size", (1, 10**6)), ("num_steps", (1, 10**6)),
     ("frames_per_second", (0.1, 50.0)), ("eta", (0.0, 1.0)), ("guidance_scale", (0.0, 1e6)),

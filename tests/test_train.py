@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import call, make_clip, metrics_of, train_quickly, train_small, weights_of
 from PIL import Image
-from torch import nn
 
 import train
 import vae
@@ -209,18 +208,6 @@ def test_previews_at_each_quarter_of_a_stage_do_not_touch_the_result(trained, tm
         assert np.array_equal(shown, frames[i].permute(1, 2, 0))
 
 
-def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch):
-    measured, tokenized = [], []
-    monkeypatch.setattr(train, "FRAMES", 12)
-    monkeypatch.setattr(train, "TEXTS", 3)
-    monkeypatch.setattr(vae, "standardise", lambda _, latents: measured.append(latents))
-    monkeypatch.setattr(train.text, "standardise", lambda _, ids: tokenized.append(ids))
-    for stage in ("vae", "image"):
-        train_small(tmp_path / "run", "--stage", stage)
-    # 8 clips of 3 frames, 9 texts: every second frame, every third text
-    assert (len(measured[0]), len(tokenized[0])) == (12, 3)
-
-
 def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
     for name in ("a_dog", "a_cat"):
         make_clip(tmp_path / f"clips/{name}/1.gif")
@@ -254,15 +241,6 @@ def test_a_flag_that_contradicts_the_run_is_refused_and_not_stored(run):
     with pytest.raises(ValueError, match="--image-size 16, not 32"):
         call(train.main, run, "--image-size", 32)
     assert read_record(run) == before
-
-
-def test_with_compile_every_network_that_learns_is_compiled(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile",
-                        lambda module, **options: compiled.append((type(module).__name__, options)))
-    train_small(tmp_path / "run", "--compile", vae_steps=1, image_steps=1, video_steps=1)
-    names = ["AutoencoderKL", "UNet", "CLIPTextModel", "UNet"]
-    assert compiled == [(name, {"dynamic": False}) for name in names]
 
 
 # The rehearsal

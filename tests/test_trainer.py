@@ -9,7 +9,7 @@ from torch import nn
 
 import trainer
 from support import devices
-from support.devices import move_moments, step_in_parts
+from support.devices import step_in_parts
 from trainer import Stopped, Trainer, learning_rate_at, step_generator
 from training.options import TrainOptions
 
@@ -191,17 +191,6 @@ def test_a_step_in_parts_is_the_step(monkeypatch):
     assert [len(group["params"]) for group in optimizers[1].param_groups] == [3, 1]
 
 
-def test_moments_move_and_the_count_of_steps_stays():
-    parameter = nn.Parameter(torch.zeros(3))
-    parameter.grad = torch.ones(3)
-    optimizer = torch.optim.AdamW([parameter])
-    move_moments(optimizer, [parameter], "meta")  # before the first step there are none
-    optimizer.step()
-    move_moments(optimizer, [parameter], "meta")
-    state = optimizer.state[parameter]
-    assert state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta and not state["step"].is_meta
-
-
 def test_offload_leads_to_the_same_weights_in_parts(monkeypatch):
     parts, step = [], trainer.step_in_parts
     monkeypatch.setattr(trainer, "step_in_parts", lambda optimizer: (parts.append(1),
@@ -229,12 +218,6 @@ def test_processes_draw_different_batches(monkeypatch):
 
 
 # Signals
-
-
-def test_the_handlers_of_signals_are_those_from_before_again():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    Line().fit()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,11 +10,9 @@ import pytest
 import torch
 from helpers import RECORDED, TOLERANCE
 from recorded.rule import fill, normal, probe, signature
-from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import vae
-from layers import Downsample
 from vae import PRESETS, AutoencoderKL, DiagonalGaussian, VAEConfig
 
 CONFIG = VAEConfig(
@@ -44,24 +42,6 @@ def difference_from_diffusers(network, case="attention"):
 def test_mean_logvar_and_frames_equal_those_of_diffusers(case, attention):
     network = fill(AutoencoderKL(replace(CONFIG, mid_block_add_attention=attention)))
     assert difference_from_diffusers(network, case) < TOLERANCE
-
-
-MISTAKES = {  # made in every module of a kind
-    "eps": (nn.GroupNorm, lambda x: vars(x).update(eps=1e-5)),
-    "padding": (Downsample, lambda x: [vars(x).update(asymmetric=False),
-                                       vars(x.conv).update(padding=(1, 1))]),
-    "order of mean and logvar": (AutoencoderKL, lambda x: [
-        y.copy_(y.roll(5, 0)) for y in x.quant_conv.parameters()]),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_recorded_numbers_notice_a_wrong(mistake, network):
-    kind, make = MISTAKES[mistake]
-    for module in network.modules():
-        if isinstance(module, kind):
-            make(module)
-    assert difference_from_diffusers(network) > 50 * TOLERANCE
 
 
 def on_meta(name):
