@@ -1,12 +1,12 @@
-# make demo           environment, data, training, clips and scores: a text-to-video model from nothing
-# make long           after it, a model of long video: a clip of 1,000 frames and scores
-# make test           the tests, except those of studies/
+# make demo           environment, data, training, clips, scores, and a page that shows them
+# make long           after make demo: a model of long video, a clip of 1,000 frames, scores
+# make test           the tests, except tests/studies
 # make test-studies   the tests of studies/, with the packages that they need
 # make clean          remove the environment and the demo's run
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# Threads that wait by spinning and stay on their cores: 10 to 15 % faster on an otherwise idle CPU
+# Waiting threads spin and stay on their cores, which is 10 to 15 % faster on an idle CPU.
 FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true
 
 .PHONY: demo long test test-1 test-2 test-3 test-4 test-studies clean
@@ -38,7 +38,7 @@ long: .venv/installed
 		--output runs/long/long.gif
 	$(FAST) $(PY) -m papers.long_video evaluate runs/long
 
-# Tests are small: two processes with a core each are faster than one with two.
+# Tests are small, so two processes with one core each are faster than one process with two.
 test: .venv/installed
 	@$(MAKE) --no-print-directory --jobs 2 test-1 test-2 test-3 test-4 \
 		$(if $(filter output-sync,$(.FEATURES)),--output-sync)

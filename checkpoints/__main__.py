@@ -11,7 +11,7 @@ from support.cli import Parser, run_main
 
 
 def describe(pipeline):
-    """What a model is and which tensors of its file were used, in lines to read."""
+    """Lines that describe a model and say which tensors of its file were used."""
     unet, tokenizer = pipeline.unet.config, pipeline.tokenizer
     ours = unet.class_embed_type or unet.resnet_time_scale_shift != "default"
     version = "2.x" if unet.use_linear_projection else "1.x"

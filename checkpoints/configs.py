@@ -1,8 +1,8 @@
-"""config.json files: from and to the configs of our networks.
+"""Convert config.json files to and from the configs of our networks.
 
 Our configs have the field names of diffusers and transformers. A config.json also holds options
-for which this project has only one value. Another value is an architecture that is not built here,
-so it is refused by name. A field that is absent or null gets the default of diffusers' class.
+for which this project has only one value. Another value means an architecture that this project
+lacks, so it is refused by name. An absent or null field gets the default of diffusers' class.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def from_config(cls, values, constants, where, absent=()):
     """A config dataclass from the values of a JSON file.
 
     A key that is not a field must have its value in `constants`, be null or false, or be in
-    IGNORED. `absent` are the defaults of fields that are absent or null, if they differ from ours.
+    IGNORED. `absent` has those defaults of diffusers that differ from ours.
 
     Raises ValueError naming the file `where` and the key.
     """
@@ -56,7 +56,7 @@ def from_config(cls, values, constants, where, absent=()):
     for name, value in values.items():
         if name not in fields:
             fits = value == constants.get(name, False)
-            problem = f"{name}={value!r:.60} is not built here"
+            problem = f"{name}={value!r:.60} is not supported"
         else:
             kind, about = fields[name].type, fields[name].metadata
             low, high = about.get("low", 0), about.get("high", math.inf)
@@ -147,7 +147,7 @@ def diffusion_from_json(values, where):
     Options of the scheduler's sampler are ignored: the model depends only on the noise.
     """
     names = {"clip_sample", "thresholding", *(f.name for f in dataclasses.fields(Diffusion))}
-    if str(values.get("_class_name")).startswith(("FlowMatch", "EDM")):  # these add other noise
+    if str(values.get("_class_name")).startswith(("FlowMatch", "EDM")):  # their noise differs
         names.add("_class_name")
     values = {k: v for k, v in values.items() if k in names}
     return from_config(Diffusion, values, {"_class_name": None}, where, SCHEDULE_ABSENT)

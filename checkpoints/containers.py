@@ -8,8 +8,8 @@
 A pickle can import and call any Python function, so opening one runs a stranger's program.
 `torch.load(weights_only=True)` allows only tensors, text, numbers and containers, and refuses every
 other name. Checkpoints of PyTorch Lightning also name a few harmless classes, of callbacks and of
-configurations. Here each of them becomes `Inert`, a class that does nothing, and every name that is
-not in the list is refused. So a file cannot import or call anything that it chooses.
+configurations. Each of them becomes `Inert`, a class that does nothing, and every name that is not
+in the list is refused. So a file cannot choose what is imported or called.
 """
 
 import re
@@ -29,7 +29,7 @@ WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>\w+))?"
     r"\.(?P<format>safetensors|bin)(?P<index>\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
-# Attention layers of old autoencoders: {their name: the present one}
+# Names of attention layers in old autoencoders: {old: present}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -50,8 +50,8 @@ class InertDict:
         return OrderedDict()
 
 
-# sd-v1-4.ckpt names ModelCheckpoint (the class itself is the key of that callback's state), numpy's
-# scalar and dtype (its best score); fine-tuned models add configurations and paths.
+# sd-v1-4.ckpt names ModelCheckpoint (the class is the key of that callback's state), and numpy's
+# scalar and dtype (its best score). Fine-tuned models add configurations and paths.
 DICTS = ("collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict",
          "lightning.fabric.utilities.data.AttributeDict",
          "lightning_fabric.utilities.data.AttributeDict")

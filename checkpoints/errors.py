@@ -1,14 +1,14 @@
-"""Report in one line what is wrong with a file of another program."""
+"""One-line errors for files that other programs wrote."""
 
 import contextlib
 
 
 @contextlib.contextmanager
 def naming(path, problem=""):
-    """Make an error in the block a ValueError of one line: the path, the problem, the error.
+    """Turn an error in the block into a one-line ValueError: the path, the problem, the error.
 
     A damaged file can cause any error, from a wrong type to a division by zero. Errors that name
-    the path already, such as an OSError of open(), pass.
+    the path already, such as an OSError of open(), pass unchanged.
     """
     try:
         yield

@@ -4,8 +4,8 @@
     first_stage_model.        the autoencoder
     cond_stage_model.         the text encoder, CLIP (1.x: transformer.) or OpenCLIP (2.x: model.)
 
-Such a file holds tensors only. The configs of the networks are inferred from shapes, and from what
-each version fixes (32 groups, heads, the text encoder's activation, the scaling factor 0.18215).
+Such a file holds tensors only. The networks' configs follow from shapes, and from constants of
+each version (32 groups, heads, the text encoder's activation, the scaling factor 0.18215).
 Sources: the code of CompVis/stable-diffusion, Stability-AI/stablediffusion, open_clip.
 """
 
@@ -19,7 +19,7 @@ from vae import VAEConfig
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
-OTHER_FILES = {  # names of tensors that only other files have: what these files are
+OTHER_FILES = {  # patterns of tensor names that only other files have: what these files are
     r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model; merge it into a model first",
     r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, the embedding of one token",
     r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
@@ -30,7 +30,7 @@ OTHER_FILES = {  # names of tensors that only other files have: what these files
     r"^((encoder|decoder)\.)?(down|up|(down|up|input)_blocks)\.": "a U-Net or an autoencoder alone",
     r"^(text_model\.|embeddings\.token_|token_embedding\.)": "a text encoder alone",
 }
-UNUSED = {  # names of tensors that sampling does not need: what they are
+UNUSED = {  # patterns of tensor names that sampling does not need: what they are
     r"^model_ema\.": "EMA weights and their counters (ema=True or --ema uses them)",
     r"^(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar)$": "the noise schedule",
     r"position_ids$": "position ids",
@@ -67,7 +67,7 @@ def is_openclip(names):
 
 
 def check_known(names, where):
-    """Raise ValueError for a file that is not a whole model, saying what it is if that is known."""
+    """Raise ValueError for a file that is not a whole model, and name its kind if that is known."""
     known = [kind for pattern, kind in OTHER_FILES.items()
              if any(re.search(pattern, name) for name in names)]
     if missing := [f"no {part}" for prefix, part in PARTS.items() if not has(names, prefix)]:
@@ -206,7 +206,7 @@ def names_in_file(part, network, names, ema=False):
 
 
 def view_of(tensor, ours, theirs, ndim):
-    """A file's tensor as our parameter: a third of q, k, v, and 1x1 convolutions as matrices."""
+    """A file's tensor as our parameter: one of joint q, k, v; a 1x1 convolution as a matrix."""
     if ".in_proj_" in theirs:
         tensor = tensor.chunk(3)["qkv".index(ours.rpartition("_proj.")[0][-1])]
     return tensor.flatten(1) if (tensor.ndim, tensor.shape[2:], ndim) == (4, (1, 1), 2) else tensor
@@ -215,7 +215,7 @@ def view_of(tensor, ours, theirs, ndim):
 def convert(tensors, networks, ema, where):
     """({part: {our name: tensor}}, number used, {reason: number ignored}) of a single file.
 
-    networks is {part: our network}. The tensors are views of those in the file; missing ones are
+    networks is {part: our network}. The tensors are views of the file's tensors; missing ones are
     left out. Raises ValueError if the file has tensors that are neither used nor known.
     """
     if ema and not has(tensors, "model_ema.diffusion_model"):

@@ -2,8 +2,8 @@
 
     header length (8 bytes, little-endian) | {name: {"dtype", "shape", "data_offsets"}} | bytes
 
-Unlike a pickle, the file holds nothing to execute, and it can be mapped, so that the system reads
-a tensor when it is used. Format: https://github.com/huggingface/safetensors#format
+Unlike a pickle, the file holds nothing to execute, and it can be mapped into memory, so that the
+system reads a tensor when it is used. Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -35,15 +35,15 @@ def save_safetensors(path, tensors):
     encoded += b" " * (-(8 + len(encoded)) % 64)  # aligned, so weights.fill() copies less
     with atomic(path) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors.values():  # no copy of a contiguous tensor on the CPU
+        for tensor in tensors.values():  # copies nothing if contiguous on the CPU
             flat = tensor.detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_safetensors(path):
-    """{name: tensor} of a safetensors file, mapped: writing into a tensor changes no file.
+    """{name: tensor} of a safetensors file, mapped; writing to a tensor leaves the file unchanged.
 
-    Raises ValueError if the tensors do not follow each other without gaps up to the file's end.
+    Raises ValueError unless the tensors follow each other without gaps up to the file's end.
     """
     problem = "not a whole safetensors file; a web page, a git-lfs pointer or half a download?"
     with open(path, "rb") as file, naming(path, problem):

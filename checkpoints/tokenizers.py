@@ -18,8 +18,8 @@ from tokenizer import END, START, CLIPTokenizer
 def tokenizer_for(path, config):
     """The tokenizer for a text encoder's config, from a merges file or a tokenizer folder.
 
-    Whatever the folder says, CLIP (Stable Diffusion 1) gets the end token as padding and OpenCLIP
-    (2), which its GELU identifies, gets id 0.
+    The config decides about padding, not the folder: CLIP (Stable Diffusion 1) pads with the end
+    token, and OpenCLIP (2), recognised by its GELU, with id 0.
     """
     with naming(path, "is not a whole, undamaged tokenizer"):
         if Path(path).is_dir():
@@ -35,8 +35,8 @@ def load_tokenizer(folder):
     Raises ValueError if the vocabulary does not follow from the merges.
     """
     folder, settings = Path(folder), {}
-    # As in transformers, special_tokens_map.json overrides the other file: in the folders of SD 2
-    # only this file says that padding is id 0, which is the token "!".
+    # As in transformers, special_tokens_map.json overrides the other file. In the folders of SD 2,
+    # only special_tokens_map.json says that padding is id 0, the token "!".
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             settings |= read_json(folder / name)
@@ -51,7 +51,7 @@ def load_tokenizer(folder):
             vocabulary = read_json(folder / "vocab.json")
         pad = settings.get("pad_token")
         pad = pad["content"] if isinstance(pad, dict) else pad
-        length = index(settings.get("model_max_length", 77))  # a whole number
+        length = index(settings.get("model_max_length", 77))  # refuses fractions
         tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad != "!")
         if differing := vocabulary.items() ^ tokenizer.ids.items():
             raise ValueError(f"vocabulary and merges disagree about {min(differing)[0]!r}")

@@ -8,7 +8,7 @@
     scheduler/              scheduler_config.json
     sampling.json           ours: frames, steps and guidance that suit the model
 
-Loading is strict: a tensor is used, or ignored for a reason that the report gives, or an error.
+Loading is strict: every tensor is used, ignored with a reason in the report, or an error.
 Single files of Stable Diffusion 1.x and 2.x are read, never written.
 """
 
@@ -29,13 +29,13 @@ from support.files import read_json, write_json
 from text import CLIPTextModel
 from vae import AutoencoderKL
 
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # also of the autoencoder
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # also for the autoencoder
 TEXT_WEIGHTS = "model.safetensors"
 ASSUMED = ("assumed to predict v, because the file does not say it; Stable Diffusion 2-base needs "
            "prediction_type='epsilon' (--prediction-type epsilon)")
 
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-# For each network: how its config.json is written and read, and the name of its weights' file
+# For each network: the functions that write and read its config.json, and its weights' file name
 FORMS = {
     UNet: (configs.unet_to_json, configs.unet_from_json, UNET_WEIGHTS),
     AutoencoderKL: (configs.vae_to_json, configs.vae_from_json, UNET_WEIGHTS),
@@ -54,8 +54,8 @@ class Report(NamedTuple):
 def save_network(folder, network):
     """Write a network's config.json and its weights.
 
-    A class that FORMS lacks, such as a subclass in papers/, is written with its name and the fields
-    of its config; read it with configs.from_config, build and fill_from.
+    A class that FORMS lacks, such as a subclass in papers/, is written with its name and its
+    config's fields; read it with configs.from_config, build and fill_from.
     """
     to_json, _, weights = FORMS.get(type(network), (None, None, UNET_WEIGHTS))
     plain = {"_class_name": type(network).__name__} | dataclasses.asdict(network.config)
@@ -76,7 +76,7 @@ def fill(network, tensors, dtype, where):
         tensor = tensors.pop(name)  # cast one by one, so that a model is never in memory twice
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         # The sums of CPU kernels depend on where a tensor begins. PyTorch's own begin at multiples
-        # of 64 bytes, and loading must not change the bits of what a model computes.
+        # of 64 bytes, and loading must not change a bit of a model's output.
         state[name] = tensor.clone() if tensor.data_ptr() % 64 else tensor
     with naming(where, "does not fit the network"):
         network.load_state_dict(state, assign=True)
@@ -141,7 +141,7 @@ def save_schedule(folder, diffusion, sampling, has_tokenizer=True):
 
 
 def save_pipeline(pipeline, folder):
-    """Write a whole model as a folder that diffusers opens, too."""
+    """Write a whole model as a folder that diffusers can also open."""
     save_network(Path(folder) / "unet", pipeline.unet)
     save_network(Path(folder) / "vae", pipeline.vae)
     save_text(folder, pipeline.text_encoder, pipeline.tokenizer)
@@ -155,7 +155,7 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
     merges: a merges file (plain or .gz) or a tokenizer folder, for a model without a tokenizer.
     prediction_type: overrides what the model says, or what is assumed for a single file.
-    ema: take the average of the U-Net's weights that a single file holds beside them.
+    ema: use the averaged U-Net weights, which some single files also hold.
     dtype: of the networks; None leaves each tensor as the file has it.
     """
     path = Path(path)
@@ -178,12 +178,12 @@ def check_together(pipeline, where):
     if unet.in_channels != vae.latent_channels:
         raise ValueError(f"{where}: the U-Net needs {unet.in_channels} channels, the autoencoder "
                          f"gives {vae.latent_channels}; models for inpainting (9 channels), "
-                         "InstructPix2Pix (8), upscaling (7) and depth (5) are not built here")
+                         "InstructPix2Pix (8), upscaling (7) and depth (5) are not supported")
     if tokenizer and not (tokenizer.vocab_size == text.vocab_size
                           and 2 < tokenizer.max_length <= positions):
         raise ValueError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and texts of "
-                         f"{tokenizer.max_length}, the text encoder {text.vocab_size} and at most "
-                         f"{positions}")
+                         f"{tokenizer.max_length}, the text encoder {text.vocab_size} tokens and "
+                         f"texts of at most {positions}")
 
 
 def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet=None,
@@ -203,7 +203,7 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     where = path / "sampling.json"
     if where.exists():
         sampling = configs.from_config(Sampling, read_json(where), {}, where)
-    else:  # not ours: it draws images of the size that it was trained on
+    else:  # not ours: draw images of the size that the model was trained on
         size = parts["unet"].config.sample_size * parts["vae"].config.downscale
         sampling = Sampling(num_frames=1, image_size=size)
     used = sum(len(network.state_dict()) for network in parts.values())

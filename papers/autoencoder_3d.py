@@ -7,7 +7,7 @@ not. Here `time_factor` frames share one latent frame:
               channels -> convolutions over space and, separately, over time -> latents
     decode    the same way back; channels become frames again
 
-Convolutions over time are in the middle, because they cost least where frames are small and few.
+Convolutions over time are in the middle, where frames are small and few, so they cost least there.
 The middle holds the channels of 4 frames side by side, so the weights of a trained 2-D autoencoder
 fit there as blocks, and `inflate` starts the 3-D one as the 2-D one, applied to each frame.
 

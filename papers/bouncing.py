@@ -1,6 +1,6 @@
 """BouncingShapes: MovingShapes that never end, so the truth of a long video is known.
 
-With step=1 the first 8 frames equal those of MovingShapes. Then the shape moves on at its constant
+With step=1 the first 8 frames equal a clip of MovingShapes. Then the shape moves on at its constant
 speed, and is reflected where its edge meets the edge of the frame. Colour, shape, size and speed
 stay the same; `laws` says how well a long clip keeps these laws.
 """
@@ -76,7 +76,7 @@ def track(clip, shape):
 
 
 def turns_of(positions, away=1.5):
-    """The farthest points of a path, which it leaves by `away` pixels and more."""
+    """The turning points of a path, from which it moves back by more than `away` pixels."""
     turns, farthest = [], positions[0]
     towards = np.sign(np.diff(positions[:BASE_FRAMES]).sum())
     for x in positions[1:]:
@@ -89,11 +89,11 @@ def turns_of(positions, away=1.5):
 
 
 def step_changes(centres, num_frames, num_new):
-    """How much steps of centres (t, 2) change where windows meet, relative to inside windows.
+    """The change of the step of centres (t, 2) where windows meet, over the change inside windows.
 
     The first window has num_frames frames, later ones have num_new new frames.
     """
-    change = np.abs(np.diff(centres, n=2, axis=0)).sum(1)  # of the step to frame i + 2
+    change = np.abs(np.diff(centres, n=2, axis=0)).sum(1)  # change of the step to frame i + 2
     frame = np.arange(2, len(centres))
     at_joint = (frame >= num_frames) & ((frame - num_frames) % num_new == 0)
     return change[at_joint].mean() / change[~at_joint].mean()
@@ -102,9 +102,9 @@ def step_changes(centres, num_frames, num_new):
 def laws(clip, combination, joints):
     """How well a long clip (t, 3, h, w) in [-1, 1] keeps the laws of its first 8 frames.
 
-    The end is the last PART frames. "speed" is the length of a step over the true one, for every
-    PART frames, and `joints` are the arguments of step_changes(). The clip needs SHORTEST frames
-    or more. A shape that disappears makes some numbers NaN.
+    The end is the last PART frames. "speed" is the length of a step over the true length,
+    for every PART frames, and `joints` are the arguments of step_changes(). The clip needs SHORTEST
+    frames or more. A shape that disappears makes some numbers NaN.
     """
     colour, shape, direction = combination
     size, seen = clip.shape[-1], track(clip, shape)

@@ -1,4 +1,4 @@
-"""Windows one after the other, so that clips become longer than a model's training clips.
+"""Windows one after another, for clips that are longer than a model's training clips.
 
     begin          the first window, from the text alone or with a known first frame
     follow         prediction: the last frames of a window are the first of the next, without end
@@ -19,7 +19,7 @@ import torch
 from papers.known_frames import Guidance, draw
 
 BETWEEN = 3  # frames between two key frames
-WINDOW = 8  # frames from the first to the last of a window of interpolation, as in training
+WINDOW = 8  # steps from the first frame to the last of an interpolation window, as in training
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fill(model, context, chain, seeds, windows, between=BETWEEN):
     chain.frame_rate is the rate of all frames.
     """
     step = between + 1
-    for window, keys in enumerate(windows, 2**19):  # other seeds than the windows of key frames
+    for window, keys in enumerate(windows, 2**19):  # not the seeds of key frames
         b, n, *shape = keys.shape
         latents = keys.new_zeros(b, (n - 1) * step + 1, *shape)
         latents[:, ::step] = keys
@@ -88,7 +88,7 @@ def interpolate(model, context, chain, seeds, keys, between):
 
 
 def in_threes(keys, more):
-    """Yield windows of 3 key frames, of `keys` (b, n, c, h, w) and then of the stream `more`."""
+    """Yield windows of 3 key frames, first of `keys` (b, n, c, h, w), then of the stream `more`."""
     while True:
         while keys.shape[1] < 3:
             keys = torch.cat([keys, next(more)], dim=1)
@@ -99,8 +99,8 @@ def in_threes(keys, more):
 def long_latents(model, contexts, chain, seeds, first=None, clip=None):
     """Yield the latents (b, n, c, h, w) of clips without end.
 
-    contexts are the texts of the first window and of all others. The clips begin with the frame
-    `first` (b, c, h, w) or with `clip` (b, t, c, h, w), if given.
+    contexts are the encoded texts of the first window and of all others. The clips begin
+    with the frame `first` (b, c, h, w) or with `clip` (b, t, c, h, w), if given.
     """
     context, later = contexts
     if not chain.key_frames:

@@ -11,7 +11,7 @@ from support.devices import choose_device
 
 
 def add_commands(parser, options):
-    """Add the commands to a script's parser and return theirs; `train` gets a flag per option."""
+    """Add the commands to a parser and return their parsers; `train` gets a flag per option."""
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train, or continue a training")
     draw = commands.add_parser("sample", help="draw clips")

@@ -8,7 +8,7 @@ from evaluate import agreement, consistency, crispness, mean_over_clips, psnr, r
 
 
 def reconstruct(autoencoder, clips, noise_level=0.0):
-    """Clips (n, t, 3, h, w) in [-1, 1] through their latents, as clips of that shape.
+    """Clips (n, t, 3, h, w) in [-1, 1], encoded to latents and decoded again.
 
     noise_level is the standard deviation of noise added to the latents, which have variance 1.
     """

@@ -7,17 +7,17 @@ Some frames of a clip are known, and the model draws the others. The task decide
     the first k     prediction of the frames that follow
     every n-th      interpolation
 
-Known frames overwrite their own noisy latents, and further input channels of the U-Net show a mask,
-which says if a frame is known (LVDM, He et al. 2022, section 3.3). LVDM stops there (`hold=False`),
+Known frames overwrite their own noisy latents, and a new input channel of the U-Net, a mask, says
+whether a frame is known (LVDM, He et al. 2022, section 3.3). LVDM stops there (`hold=False`),
 because its frames meet in attention. With the shift, whose reach grows by one frame per use, a
 frame far from the known ones would hardly see them. So `hold` also shows each frame
 
-    two known frames: the nearest on each side, or the nearest and the farthest on the only side,
-    and the distances to these two, with a sign.
+    two known frames: the nearest on each side, or, if all are on one side, the nearest and the
+    farthest; and the signed distances to these two.
 
 The weights of the new channels start at zero, so training starts from the plain video model.
 
-The model is told two numbers, in the same way as the timestep: the noise level s of the known
+Two more numbers reach the model in the same way as the timestep: the noise level s of the known
 frames and the frame rate (MagicVideo, Zhou et al. 2022). The noise is LVDM's conditional latent
 perturbation, which is meant to keep the errors of a long clip from adding up.
 
@@ -36,7 +36,7 @@ from layers import sinusoids
 from model import TimeEmbedding, UNet, UNetConfig
 from support.files import read_json
 
-DISTANCE = 8.0  # frames per unit of the distances that a model is shown, a window of the demo
+DISTANCE = 8.0  # frames per unit of the distances shown to a model; 8 is a window of the demo
 
 
 class KnownFramesUNet(UNet):
@@ -81,12 +81,12 @@ def load_model(path):
 
 
 def nearest_known(known, num_frames):
-    """The two known frames that each of num_frames frames is shown, [(i, j), ...]."""
+    """Two known frames to show each of num_frames frames, [(i, j), ...]."""
     pairs = []
     for frame in range(num_frames):
         before, after = [i for i in known if i <= frame], [i for i in known if i >= frame]
-        # One on each side (a known frame is shown itself, twice). If all are on one side, the
-        # nearest and the farthest show the speed best.
+        # One on each side (itself, twice, for a known frame). If all are on one side, the nearest
+        # and the farthest show the speed best.
         pairs.append(((before or after)[-1], (after or before)[0]))
     return pairs
 

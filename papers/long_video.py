@@ -11,9 +11,9 @@ the known frames of the next one, without end. It also learns to draw frames bet
     python -m papers.long_video interpolate runs/long clip.gif --frames-between 3
     python -m papers.long_video evaluate runs/long
 
-With --key-frames 8 every 4th frame comes first, in such a chain, then the frames between: LVDM's
-hierarchical generation (He et al. 2022, section 3.3), with one model for both. With --key-frames 16
---num-frames 57 all key frames are drawn at once, as in MagicVideo (Zhou et al. 2022).
+--key-frames 8 draws every 4th frame first, in such a chain, then the frames between, which is
+LVDM's hierarchical generation (He et al. 2022, section 3.3) with one model for both. --key-frames
+16 --num-frames 57 draws all key frames at once, as MagicVideo does (Zhou et al. 2022).
 
 Windows are written as they are drawn, so memory does not grow with the clip.
 """
@@ -89,8 +89,8 @@ def sample(args):
     if args.continue_clip:
         clip = encode_frames(model, args.continue_clip)
         if not chain.num_known <= clip.shape[1] < args.num_frames:
-            raise ValueError(f"--continue {args.continue_clip}: needs {chain.num_known} frames, "
-                             f"and fewer than --num-frames {args.num_frames}, got {clip.shape[1]}")
+            raise ValueError(f"--continue {args.continue_clip}: needs {chain.num_known} frames or "
+                             f"more, below --num-frames {args.num_frames}, got {clip.shape[1]}")
     stream = long_latents(model, contexts, chain, [args.seed], first, clip)
     write_stream(model, args.output, stream, args.num_frames, chain.frame_rate)
 
@@ -162,11 +162,11 @@ def add_drawing_flags(commands):
                        help="draw N key frames at once, more of them in a chain if needed, then "
                             f"{BETWEEN} frames between any two (default: 0, frame after frame)")
     between.add_argument("clip", type=Path, metavar="CLIP", help="the clip")
-    between.add_argument("--prompt", default="", help="what the clip shows (default: nothing)")
+    between.add_argument("--prompt", default="", help="what the clip shows (default: no text)")
     between.add_argument("--frames-between", type=number(int, 1, 100), default=BETWEEN,
                          help=f"new frames between any two (default: {BETWEEN})")
     measure.add_argument("--num-clips", type=number(int, 2), default=32,
-                         help="long clips (default: 32)")
+                         help="long clips to draw (default: 32)")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""How good a model for known frames is, on BouncingShapes, where the truth is known."""
+"""Scores of a model for known frames, on BouncingShapes, where the truth is known."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ from papers.known_frames import Guidance, draw
 from shapes import caption_of
 from vae import encode_clip
 
-NUM_CLIPS = 64  # clips of each measure, except of long clips
+NUM_CLIPS = 64  # clips per measure, except the long clips
 
 
 def window_error(model, known, num_frames, seed, how):

@@ -3,7 +3,7 @@
     decoder   The autoencoder's decoder learns the frames of the long clips, from latents with noise
               because a sampler's latents are not as exact as an encoder's. The encoder stays.
     long      Each step draws a task: which frames are known, how far apart the frames are, and how
-              much noise the known ones get. The loss counts the other frames.
+              much noise the known ones get. The loss covers the other frames.
 """
 
 import copy
@@ -34,7 +34,7 @@ CLEAN_PART = 0.5  # fraction of the windows whose known frames get no noise
 # so a sampler draws these in one step from pure noise, and training prefers that step. A text or
 # one frame leaves more open and needs all timesteps.
 PREFER_NOISE = {True: 1.0, False: 30.0}
-LARGE = 10**8  # parameters of a U-Net that computes its activations twice on a CPU, to save memory
+LARGE = 10**8  # parameters above which a U-Net on a CPU computes activations twice, to save memory
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def tasks_of(options, base, longest):
         return [stride for stride in strides if 0 < (num_frames - 1) * stride < longest]
 
     t, half, double, fast = options.num_frames, base // 2, 2 * base, 4 * base  # half may be 0
-    # Motion takes longest to learn, so nearly half of the steps are prediction. They cannot come
+    # Motion takes longest to learn, so nearly half of the steps are prediction. It is not trained
     # first, because a U-Net that learns prediction alone forgets what a text means.
     of_text = fitting([half] * 2 + [base] * 3 + [double, fast], t)
     between = fitting([half, base], t + 1)
@@ -196,7 +196,7 @@ def train(run):
     tasks = list(tasks_of(options, base, max(map(len, latents))).values())
     if options.decoder_steps and not run.finished:
         train_decoder(run, autoencoder, cache_frames(run, clips).rows, cache.rows)
-    torch.manual_seed(options.seed)  # of new weights, the same after a resume
+    torch.manual_seed(options.seed)  # for new weights
     unet = widen(model.unet, options.hold, max(2 * options.num_frames, WINDOW + 1))
     unet.to(run.device, memory_format=torch.channels_last)
     large = sum(parameter.numel() for parameter in unet.parameters()) > LARGE

@@ -144,7 +144,7 @@ def train_stages(args):
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
     for stage in stages:
-        torch.manual_seed(options.seed)  # new weights follow from it
+        torch.manual_seed(options.seed)  # for new weights
         if stage == "vae":
             train_vae(run, start_autoencoder(options), clips)
         elif stage == "image":
@@ -165,7 +165,7 @@ def train_stages(args):
 
 
 def evaluate(args):
-    """The command `evaluate`: do clips survive the autoencoder, and do drawn ones match texts?"""
+    """The command `evaluate`: measure reconstructions, and how drawn clips agree with texts."""
     options, finished = read_record(args.run, VideoOptions)
     if options.data != "shapes":
         raise ValueError(f"{args.run}: needs a run on MovingShapes (--data shapes)")

@@ -3,15 +3,15 @@
 The autoencoder decodes a clip frame by frame, so its errors differ from frame to frame and the clip
 flickers. Here the decoder of a trained autoencoder gets temporal layers, by default attention of
 each position to its own frame and earlier ones, and is fine-tuned on clips. The encoder and the
-latents stay as they are, so every U-Net that was trained on these latents profits without training.
+latents stay as they are, so every U-Net that was trained on these latents gains without training.
 
     python -m papers.video_decoder train runs/demo          # writes runs/demo/video_decoder/
     python -m papers.video_decoder sample runs/demo "a red circle moving left"
     python -m papers.video_decoder evaluate runs/demo       # beside the run's own decoder
 
 A sampler's latents are less exact than an encoder's, so the decoder is also trained on latents with
-noise. The noise and the steps on images are ours. --temporal none is the control, which shows what
-the same training gains without temporal layers.
+noise. The noise and the steps on images are our additions. --temporal none is the control, the
+same training without temporal layers.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class VideoVAE(vae.AutoencoderKL):
 
 
 def video_vae(autoencoder, temporal, max_frames):
-    """A VideoVAE that starts as a trained AutoencoderKL; only the shift changes clips at once."""
+    """A trained AutoencoderKL as a VideoVAE; only the shift changes clips before training."""
     values = dataclasses.asdict(autoencoder.config)
     new = VideoVAE(VideoVAEConfig(**values, temporal=temporal, max_frames=max_frames))
     new.load_state_dict(temporal_state(new) | autoencoder.state_dict())
@@ -132,9 +132,9 @@ def train(args):
     old, _ = read_record(args.run)
     options, finished = merge_options(path, given, DecoderOptions)
     if finished:
-        raise ValueError(f"{path}: is trained; remove it to train another decoder")
+        raise ValueError(f"{path}: is trained already; remove it to train another decoder")
     run = Run(path, options, finished, args.resume)
-    torch.manual_seed(options.seed)  # new weights follow from it
+    torch.manual_seed(options.seed)  # for new weights
     model = video_vae(weights.load_vae(args.run / "vae"), options.temporal, old.num_frames)
     train_decoder(run, model, open_data(old), old.num_frames, old.motion_weight)
 

@@ -1,12 +1,12 @@
-"""Beside diffusers: the same weights and inputs, the same numbers, and who is faster.
+"""Compare with diffusers: the same weights and inputs, differences of outputs, and times.
 
-    python -m studies.beside_diffusers                every job
+    python -m studies.beside_diffusers                all jobs
     python -m studies.beside_diffusers --only clip    one of: frame, clip, training
 
 Needs diffusers (studies/requirements.txt) and about 16 GB of memory. The U-Net has random weights
-and Stable Diffusion 1.5's full size. Each job first compares the numbers of both sides, then both take
-turns. On a CPU everything is float32. On a GPU our side is set up as in sample.py and train.py, in
-bfloat16 or under autocast, and diffusers likewise. Both use PyTorch's own attention.
+and Stable Diffusion 1.5's full size. Each job first compares the outputs of both sides, then times
+them in turns. On a CPU everything is float32. On a GPU our side is set up as in sample.py and
+train.py, in bfloat16 or under autocast, and diffusers likewise. Both use PyTorch's own attention.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ CONFIG = dataclasses.replace(model.PRESETS["sd1"], temporal="none")
 
 
 def make(device, training=False):
-    """Our U-Net and theirs, with the same weights; on a CPU in the same memory."""
+    """Our U-Net and theirs, with the same weights, which share memory on a CPU."""
     diffusers.logging.set_verbosity_error()  # it warns of fields that only we have
     theirs = diffusers.UNet2DConditionModel.from_config(configs.unet_to_json(CONFIG))
     theirs.to(device).eval()
@@ -60,7 +60,7 @@ def inputs(ours, b, t):
 
 
 def unet_job(device, b, t, training=False):
-    """For diffusers the frames are a batch of images, each with its own timestep and text."""
+    """A function per side. Diffusers gets frames as images, each with its own timestep and text."""
     ours, theirs = make(device, training)
     latents, timesteps, context = inputs(ours, b, t)
     images, texts = latents.flatten(0, 1), context.repeat_interleave(t, 0)
@@ -84,7 +84,7 @@ def unet_job(device, b, t, training=False):
     )
 
 
-JOBS = {  # what it is, a function that makes both sides, and turns
+JOBS = {  # description, function that makes both sides, turns
     "frame": ("U-Net, one frame with guidance: a batch of two", partial(unet_job, b=2, t=1), 9),
     "clip": (f"U-Net, {FRAMES} frames, which diffusers gets as images with a text each",
              partial(unet_job, b=1, t=FRAMES), 5),

@@ -39,19 +39,19 @@ from vae import encode_clip
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything in which a variant's training differs from the others."""
+    """The options that differ between the trainings of the variants."""
 
     temporal: str
     shifts: int = 1
     new_layers_rate: float = 1.0
-    place: str | None = None  # where else the shift is, a name of PLACES
+    place: str | None = None  # another position of the shift, a name of PLACES
 
 
 VARIANTS = {
     "none": Variant("none"),
     "shift": Variant("shift"),
     "shift-twice": Variant("shift", shifts=2),
-    # With three times the rate, attention's loss falls faster; the losses of others do not.
+    # Three times the rate makes attention's loss fall faster, but not the losses of other variants.
     "attention": Variant("attention", new_layers_rate=3.0),
     "joint": Variant("joint", new_layers_rate=3.0),
     "directed": Variant("directed"),
@@ -66,9 +66,9 @@ class Choices:
     """The size of a comparison."""
 
     variants: str = option("none,shift,shift-twice,attention,joint,directed,conv",
-                           f"some of {', '.join(VARIANTS)}, with commas between them")
-    steps: int = option(3000, "training steps of each", low=1)
-    seeds: int = option(3, "trainings of each", low=1)
+                           f"some of {', '.join(VARIANTS)}, separated by commas")
+    steps: int = option(3000, "training steps per variant", low=1)
+    seeds: int = option(3, "trainings per variant, each with its own seed", low=1)
     checkpoints: int = option(10, "points of a curve", low=1)
     curve_prompts: int = option(96, "clips drawn for a point", low=2)
     num_prompts: int = option(512, "clips drawn at the end", low=2)
@@ -84,7 +84,7 @@ QUICK = Choices(
 
 
 class Comparison:
-    """What all trainings share: the run's image model and clips, and the measures."""
+    """The run's image model and clips, which all trainings share, and the measures."""
 
     def __init__(self, run, output, choices):
         self.output, self.choices = output, choices
@@ -157,7 +157,7 @@ class Comparison:
         else:
             run = Run(folder, options, ["vae", "image"], resume=begun)
             latents, captions = self.data
-            torch.manual_seed(options.seed)  # of new weights
+            torch.manual_seed(options.seed)  # for new weights
             unet = train.video_unet(self.model.unet, options)
             unet = place_shift(unet, VARIANTS[name].place)
             train.train_video(run, dataclasses.replace(self.model, unet=unet), latents, captions,
@@ -214,7 +214,7 @@ def compare(run, output, choices):
 def main():
     parser = Parser(description="Train temporal variants equally, and compare what they draw.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run with a finished image stage")
-    parser.add_argument("--quick", action="store_true", help="defaults of one seed and fewer steps")
+    parser.add_argument("--quick", action="store_true", help="defaults for one seed, fewer steps")
     parser.add_argument("--output", type=Path, help="folder (default: RUN/compare)")
     add_flags(parser, FULL)
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python -m studies.costs                           the tiny preset, in about a minute
     python -m studies.costs --preset sd1              Stable Diffusion's size; on a CPU half an hour
-    python -m studies.costs --preset sd1 --turns 0    only counted, which needs no memory
+    python -m studies.costs --preset sd1 --turns 0    count only, which needs no memory
 
 A row has the parameters and operations of a variant, and the times of a forward pass and of a
 training step (forward and backward), divided by the times of "none".
@@ -34,7 +34,7 @@ def batch_of(options, device):
 
 
 def count(unet, options):
-    """The cost of one clip that needs no measurement, of a U-Net on the meta device."""
+    """Parameters and operations of a U-Net on the meta device, the latter for one clip."""
     options = replace(options, video_batch_size=1)
     x0, _, *conditions = batch_of(options, torch.device("meta"))
     return {
@@ -48,7 +48,7 @@ def share_weights(unets, device):
     """Give U-Nets on the meta device random weights; weights of the same name share memory."""
     shared = {}
     for unet in unets:
-        # The layout in which train.py has the weights; empty_like keeps it.
+        # The memory layout of weights in train.py; empty_like keeps it.
         state = unet.to(memory_format=torch.channels_last).state_dict()
         for name, value in state.items():
             if name not in shared:
@@ -65,7 +65,7 @@ def forward(unet, options, batch):
 
 def training_step(unet, options, batch):
     """The forward and backward pass of a training step."""
-    unet.gradient_checkpointing = options.preset in ("sd1", "sd2")  # as in train.py
+    unet.gradient_checkpointing = options.preset in ("sd1", "sd2")  # as train.py on a CPU
     with precision(batch[0].device, options.precision):
         loss = denoising_loss(unet, options.diffusion(), *batch)
     loss.backward()

@@ -3,7 +3,7 @@
     python -m studies.figures runs/demo
     python -m studies.figures runs/demo --only shift reach --output my_pictures
 
-One function draws one picture; inside.py measures. The same run gives the same pixels again.
+One function draws one picture; inside.py measures. The same run always gives the same pixels.
 """
 
 from pathlib import Path
@@ -22,8 +22,8 @@ from studies.sheets import COLOURS, new_figure, save, show
 from support.cli import Parser, run_main
 from vae import encode_clip
 
-PROMPT = caption_of(*HELD_OUT[2])  # of most pictures; training has never seen it
-SEED = 3  # of its noise
+PROMPT = caption_of(*HELD_OUT[2])  # prompt of most pictures; training has never seen it
+SEED = 3  # seed of the noise
 TITLE = f'"{PROMPT}", always from the same noise; numbers of {inside.MEASURED} other clips'
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
 

@@ -1,4 +1,4 @@
-"""Do clips look like real ones, and do they show what the text says? Two distances of features.
+"""Do clips look like real ones, and do they show what the text says? Two measures of features.
 
     python -m studies.fvd runs/demo --num-prompts 512
 
@@ -7,9 +7,9 @@
                        FVD, Unterthiner et al. 2018)
     text similarity    the cosine of features of clips and texts (CLIPSIM, Wu et al. 2021)
 
-Values of different feature networks do not compare, so the measures here are named FVD-shapes and
-CLIPSIM-shapes after `FeatureNet`, a small CLIP for MovingShapes. The first call trains it, half a
-minute on two cores, and keeps it in RUN/feature_net.safetensors.
+Values of different feature networks are not comparable, so the measures here are named FVD-shapes
+and CLIPSIM-shapes after `FeatureNet`, a small CLIP for MovingShapes. The first call trains it, in
+half a minute on two cores, and keeps it in RUN/feature_net.safetensors.
 """
 
 import math
@@ -34,7 +34,7 @@ WORDS = [*COLOURS, *SHAPES, *DIRECTIONS]
 CAPTIONS = [caption_of(*combination) for combination in COMBINATIONS]
 NUM_FEATURES = 32  # features of a clip; a Frechet distance needs more clips than features
 SEED = 1000  # seed of the first clip drawn, as in evaluate.py
-SHARPNESS = 20.0  # logits per cosine: cosines lie in [-1, 1], too close together for a softmax
+SHARPNESS = 20.0  # logits per cosine, because cosines in [-1, 1] are too close for a softmax
 
 
 def frechet_distance(a, b):
@@ -59,7 +59,7 @@ class FeatureNet(nn.Module):
 
     A clip's feature is the mean of a 3-D convolutional network's output over time and space. A
     text's feature is the sum of one vector for each colour, shape or direction it names. So their
-    similarity says whether these words fit the clip, and nothing about the quality of its images.
+    similarity says whether these words fit the clip, and nothing about the quality of its frames.
     """
 
     def __init__(self):

@@ -52,7 +52,7 @@ class Trained:
 
 
 def load(path):
-    """The Trained of a folder. Raises ValueError if it is no finished run with the shift."""
+    """The Trained of a folder. Raises ValueError if it is not a finished run with the shift."""
     options, finished = read_record(path)
     if "video" not in finished or (options.data, options.temporal) != ("shapes", "shift"):
         raise ValueError(f"{path}: needs a finished video stage with --temporal shift on --data "
@@ -80,7 +80,7 @@ def measure(model):
 
 
 def with_shifts(unet, shifts):
-    """A U-Net of the same weights with 0, 1 or 2 shifts per block."""
+    """A U-Net with the same weights and 0, 1 or 2 shifts per block."""
     fields = {"temporal": "shift", "shifts": shifts} if shifts else {"temporal": "none"}
     other = UNet(dataclasses.replace(unet.config, **fields))
     other.load_state_dict(unet.state_dict())
@@ -123,7 +123,7 @@ def denoise(model, prompt, seed):
 
 
 def shift_without(*thirds):
-    """A context in which the frame keeps its own channels in some thirds: "past", "future"."""
+    """A context in which frames keep their own channels in the thirds named "past" or "future"."""
     def shift(x):
         fold, out = x.shape[2] // 3, temporal_shift(x).clone()
         for third in thirds:
@@ -152,7 +152,7 @@ def previews_of(run):
     prompt = prompts[seed * max(1, len(prompts) // 9)]  # as Run.draw_previews chooses it
     unet = with_shifts(run.image.unet, run.options.shifts)
     clips = {0: draw_prompt(dataclasses.replace(run.video, unet=unet), prompt, seed)}
-    middle = slice(size + SEPARATOR, 2 * size + SEPARATOR)  # of three rows, of three columns
+    middle = slice(size + SEPARATOR, 2 * size + SEPARATOR)  # the middle of three rows and columns
     for path in sorted((run.path / "previews").glob("video-*.gif")):
         frames = torch.from_numpy(read_clip(path)[0]).movedim(-1, 1)  # t h w 3 -> t 3 h w
         clips[int(path.stem.split("-")[1])] = frames[:, :, middle, middle] / 127.5 - 1

@@ -1,9 +1,9 @@
-"""A run as one page, RUN/index.html: it opens from disk, without network and without scripts.
+"""A run as one page, RUN/index.html, which opens from disk and needs no network and no scripts.
 
     python -m studies.page runs/demo
 
 It shows samples with what evaluate.py sees in them, scores, losses, previews and options. page.html
-has the frame. `element` escapes every text, because prompts and file names may hold anything.
+is the template. `element` escapes every text, because prompts and file names may hold anything.
 """
 
 import base64
@@ -112,7 +112,7 @@ def samples(path, options):
     if not clips:
         return missing("There are no samples yet; draw some with", "python", "sample.py", path,
                        "--prompts-file", "prompts.txt")
-    count = f"{sum(results)} of {len(results)} clips are right in all that their prompt names."
+    count = f"{sum(results)} of {len(results)} clips are right in all that their prompts name."
     return (element("p", count) if results else "") + clips
 
 
@@ -136,9 +136,9 @@ def minutes(points):
 def scores(path, found):
     """The two tables of evaluation.json."""
     if not found:
-        return missing("None yet; on MovingShapes, measure with", "python", "evaluate.py", path)
+        return missing("No scores yet; on MovingShapes, run", "python", "evaluate.py", path)
     how = found["sampling"]
-    text = (f"{found['num_prompts']} prompts, noise of seed {found['seed']} and up, "
+    text = (f"{found['num_prompts']} prompts, noise from seed {found['seed']} on, "
             f"{how['num_steps']} denoising steps, guidance {how['guidance_scale']:g}.")
     parts = [element("p", text)]
     for title in ("agreement", "quality"):

@@ -1,7 +1,7 @@
-"""Other positions and amounts of the temporal shift, which compare.py trains beside the core's.
+"""Other positions and amounts of the temporal shift, which compare.py trains beside layers.py's.
 
-The core shifts a third of the channels each way after conv1, as the paper draws it, and optionally
-after conv2 as well. The names of PLACES are:
+layers.py shifts a third of the channels each way after conv1, as the paper draws it, and optionally
+also after conv2. The names of PLACES are:
 
     front1, front2    in front of conv1, in front of conv2
     front             in front of both

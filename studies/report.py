@@ -8,7 +8,7 @@ from support.files import write_text
 
 
 def cell(values, digits=1):
-    """The mean of one value per seed and, of several, their range."""
+    """The mean of one value per seed, and the range if they differ."""
     text = f"{statistics.mean(values):.{digits}f}"
     if len(set(values)) > 1:
         text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -45,7 +45,7 @@ def quality_table(results, references):
 
 
 def write_sheet(path, prompts, clips):
-    """An image of clips {variant: (n, t, 3, h, w)}: a block for each prompt, a row for each."""
+    """An image of clips {variant: (n, t, 3, h, w)}: a block per prompt, a row per variant."""
     figure = new_figure(len(prompts) * (0.4 + 0.7 * len(clips)))
     for i, axes in enumerate(figure.subplots(len(prompts), squeeze=False)[:, 0]):
         show(axes, [drawn[i] for drawn in clips.values()], list(clips), prompts[i])

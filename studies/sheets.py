@@ -19,7 +19,7 @@ COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def new_figure(height, dpi=150):
-    """A figure 8 inches wide: 1,200 pixels, which readers see at 800."""
+    """A figure 8 inches (1,200 pixels) wide, which web pages show at 800 pixels."""
     return Figure(figsize=(8, height), dpi=dpi, layout="constrained")
 
 

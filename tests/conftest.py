@@ -8,12 +8,12 @@ from helpers import train_small
 
 from training.run import Run
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, also where there is a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU, even if there is a GPU
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished run, not to be written into. Beside it, in states/, each state that it saved."""
+    """A finished run, not to be written into. states/ beside it has each state that it saved."""
     path = tmp_path_factory.mktemp("trained") / "run"
     save_state = Run.save_state
 

@@ -24,7 +24,7 @@ from training.run import Run
 
 ROOT = Path(train.__file__).parent
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "diffusers.json").read_text())
-TOLERANCE = 5e-7  # of outputs of about 0.03; float32 rounds them by less than 1e-7
+TOLERANCE = 5e-7  # for outputs of about 0.03, which float32 rounds by less than 1e-7
 
 # Four steps per stage at 16 x 16 pixels. The state is saved every other step, so that a kill can
 # lose a step after the last saved one.
@@ -53,7 +53,7 @@ def build_unet(config=SMALL_UNET, **options):
 
 def unet_inputs(b=2, t=3, h=8, w=12):
     """Latents, timesteps and a text of five tokens."""
-    timesteps = torch.tensor([37, 2])[:b]  # small: float32 knows their sines to seven digits
+    timesteps = torch.tensor([37, 2])[:b]  # small, so float32 has seven digits of their sines
     return normal(b, t, 4, h, w), timesteps, normal(b, 5, 20, seed=2)
 
 

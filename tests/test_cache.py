@@ -105,7 +105,7 @@ def test_workers_read_in_order_and_an_error_stays_one_line(workers):
     got, state = [], torch.get_rng_state()
     with pytest.raises(ValueError) as error:
         got.extend(read(Squares(), workers))
-    assert torch.equal(torch.get_rng_state(), state)  # new weights follow from it
+    assert torch.equal(torch.get_rng_state(), state)  # new weights are drawn from it
     assert [x.item() for x, _ in got] == [0, 1, 4, 9, 16] and got[0][1] == "a square"
     assert str(error.value) == "clip 5: is damaged"
 

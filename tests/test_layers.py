@@ -35,14 +35,14 @@ def test_norms_return_the_dtype_of_autocast_and_otherwise_their_own(norm):
     assert norm(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
-        assert norm.to("meta")(x.to("meta")).dtype == torch.float32  # autocast knows no meta
+        assert norm.to("meta")(x.to("meta")).dtype == torch.float32  # autocast lacks meta
 
 
 # The residual block
 
 
 class Add(nn.Module):
-    """In a norm's position: adds a number, for which SiLU is the identity in float32."""
+    """Replaces a norm: adds a number so large that SiLU after it is the identity in float32."""
 
     def __init__(self, number):
         super().__init__()
@@ -75,7 +75,7 @@ FRAMES = [[1, 2, 3],
     ({"shifts": 1}, [[1 + 110000, 2 + 111102, 3 + 111106],
                      [4 + 111101, 5 + 111105, 6 + 111109],
                      [7 + 111104, 8 + 111108, 9 + 110000]]),
-    # The second shift is the end of the branch, so its zeros leave x alone.
+    # The second shift ends the branch, so x is added to its zeros.
     ({"shifts": 2}, [[1 + 0, 2 + 111102, 3 + 111109],
                      [4 + 110000, 5 + 111105, 6 + 110000],
                      [7 + 111101, 8 + 111108, 9 + 0]]),

@@ -7,12 +7,12 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 from shift import temporal_shift
 
 SHAPE = (2, 3, 7, 5, 6)  # b t c h w, all different
-# torch's own code for forward derivatives warns of a part of torch that will go.
+# torch's own code for forward derivatives uses a deprecated part of torch, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 def numbers(*shape, dtype=torch.float32):
-    """1, 2, 3, ...: every number tells where it came from, and none is a zero of the ends."""
+    """1, 2, 3, ...: every number shows its origin and differs from the zeros at the ends."""
     return torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
 
 

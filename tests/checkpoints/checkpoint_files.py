@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: names, changed files, and a small container."""
+"""Shared by the tests of checkpoints: names, changed files, and a small container."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""config.json files: ours come back, Stable Diffusion's are read to the letter."""
+"""config.json files: ours come back, and each field of Stable Diffusion's is read."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_text_encoder_names_the_ends_of_its_texts():
 
 DOWN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
 UP = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-UNET = {  # what the repositories of Stable Diffusion 1.5 and 2.1 have in unet/config.json
+UNET = {  # unet/config.json of the repositories of Stable Diffusion 1.5 and 2.1
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
     "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
     "center_input_sample": False, "cross_attention_dim": 768, "down_block_types": DOWN,
@@ -83,7 +83,7 @@ def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
     ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
 ])
 def test_the_schedules_of_stable_diffusion_are_read(more, prediction_type):
-    """Whatever sampler the class is, the model depends only on the noise."""
+    """The class may be any sampler, because the model depends only on the noise."""
     values = {
         "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
@@ -106,13 +106,13 @@ def test_an_absent_field_or_null_gets_the_default_of_diffusers():
 
 
 @pytest.mark.parametrize("part, values, message", [
-    ("unet", {"encoder_hid_dim": 8}, "encoder_hid_dim=8 is not built here"),
-    ("unet", {"norm_eps": 1e-6}, "norm_eps=1e-06 is not built here"),
+    ("unet", {"encoder_hid_dim": 8}, "encoder_hid_dim=8 is not supported"),
+    ("unet", {"norm_eps": 1e-6}, "norm_eps=1e-06 is not supported"),
     ("unet", {"attention_head_dim": ["8"]}, r"attention_head_dim needs int \| tuple.* got \['8'\]"),
     ("vae", {"layers_per_block": 2.0}, r"layers_per_block needs int in \[0, inf\], got 2.0"),
     ("vae", {"block_out_channels": [16, -16]}, "block_out_channels needs tuple.* got .16, -16"),
     ("text", {"hidden_size": None}, "hidden_size"),
-    ("diffusion", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.* is not built"),
+    ("diffusion", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.* is not supp"),
 ])
 def test_another_architecture_or_a_wrong_value_is_refused_by_name(part, values, message):
     known = {"unet": configs.unet_to_json(model.PRESETS["tiny"]), "diffusion": {},

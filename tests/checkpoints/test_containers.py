@@ -1,4 +1,4 @@
-"""File formats of weights: every valid form is read, another file is refused in one line."""
+"""File formats of weights: every valid form is read, and any other file is refused in one line."""
 
 import json
 

@@ -25,7 +25,7 @@ def state(pipeline):
 @functools.cache
 def full_size(family):
     """{part: network} of Stable Diffusion without memory, {part: {our name: the file's}}."""
-    autoencoder = dataclasses.replace(vae.PRESETS["sd"], in_channels=1)  # 3 is a kernel's size, too
+    autoencoder = dataclasses.replace(vae.PRESETS["sd"], in_channels=1)  # 3 is also a kernel's size
     with torch.device("meta"):
         networks = {"unet": model.UNet(model.PRESETS[family]),
                     "vae": vae.AutoencoderKL(autoencoder),

@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 
 @torch.no_grad()
 def outputs(pipeline):
-    """What a pipeline computes from the inputs that were recorded."""
+    """A pipeline's outputs for the recorded inputs."""
     *_, latents = pipeline.sample(["a red circle"], [3], Sampling(1, 32, num_steps=20))
     unet = normal(2, 4, 8, 12)[:, None], torch.tensor([37, 2]), normal(2, 12, 128, seed=2)
     return {

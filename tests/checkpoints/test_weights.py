@@ -1,4 +1,4 @@
-"""A model's folder: what was saved comes back, in every form; another folder is refused by name."""
+"""A model's folder: a saved model comes back in every form; other folders are refused by name."""
 
 import dataclasses
 import shutil
@@ -48,7 +48,7 @@ def test_a_saved_model_comes_back_bit_for_bit(saved):
 
 
 def test_a_loaded_model_draws_the_same_clip(saved):
-    """Bit for bit, because no tensor begins elsewhere than in PyTorch's own memory."""
+    """Bit for bit, because loaded tensors are aligned in memory as PyTorch's own are."""
     sampling = Sampling(num_frames=2, image_size=16, num_steps=2)
     *_, a = fresh_pipeline().sample(["a red square"], [3], sampling)
     loaded = load_pipeline(saved)
@@ -70,7 +70,7 @@ def test_arguments_override_what_a_folder_says(saved):
 
 
 def test_a_text_encoder_without_the_prefix_is_the_same(folder):
-    """As transformers 5 writes it; older versions also wrote position ids."""
+    """Transformers 5 writes no prefix; older versions also wrote position ids."""
     path = folder / "text_encoder" / weights.TEXT_WEIGHTS
     tensors = load_safetensors(path)
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
@@ -138,7 +138,7 @@ TEXTS = "model: the tokenizer has .* texts of .*, the text encoder .* at most 9"
     ("text_encoder/config.json", {"num_attention_heads": 0}, "text_encoder/config.json: "),
     ("sampling.json", {"sampler": "euler"}, "sampling.json: sampler needs .* got 'euler'"),
     ("sampling.json", {"num_frames": 0}, r"num_frames needs int in \[1, inf\], got 0"),
-    ("sampling.json", {"speed": 3}, "sampling.json: speed=3 is not built here"),
+    ("sampling.json", {"speed": 3}, "sampling.json: speed=3 is not supported"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, TEXTS),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 0}, TEXTS),
 ])

@@ -21,7 +21,7 @@ def save_images(folder, count):
 
 
 def found(folder):
-    """What find_clips finds, with names relative to the folder."""
+    """The result of find_clips, with names relative to the folder."""
     clips, problems = find_clips(folder)
     named = [(path.relative_to(folder).as_posix(), caption) for path, caption in clips]
     return named, [problem.replace(f"{folder}/", "") for problem in problems]

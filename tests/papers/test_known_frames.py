@@ -1,4 +1,4 @@
-"""What a model is shown, asked and taught about known frames."""
+"""The inputs, the loss and the drawing of a model for known frames."""
 
 import dataclasses
 

@@ -44,8 +44,8 @@ def lose_a_shape(latents):
 
 @pytest.mark.parametrize("draw, least, most", [
     (lambda latents: latents, 0, 0.1), (lose_a_shape, 0, 0.1),
-    # A clip that stands still after its known frames is 1 to 5 steps too late, of about 0.3 * 32/7
-    # pixels, and less where the shape turns.
+    # A clip that stands still after its known frames is 1 to 5 steps of about 0.3 * 32/7 pixels
+    # behind, and less where the shape turns.
     (lambda latents: latents[:, 2:3].expand_as(latents), 2, 3 * 0.35 * 32 / 7),
 ])
 def test_the_error_of_a_window_is_along_the_motion(monkeypatch, draw, least, most):

@@ -78,7 +78,7 @@ def test_it_trains_from_nothing_with_more_channels_and_attention(tmp_path):
 
 
 def test_only_a_2d_autoencoder_is_a_start(lvdm, tmp_path):
-    for init, message in ((lvdm, "_class_name='VideoAutoencoder' is not built here"),
+    for init, message in ((lvdm, "_class_name='VideoAutoencoder' is not supported"),
                           (tmp_path, "has no config.json")):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / "run", init=init)

@@ -98,7 +98,7 @@ def test_a_decoder_gives_the_same_bits_after_it_was_saved_and_loaded(
         image_model, temporal, tmp_path):
     model, z = loud(image_model, temporal), normal(1, 3, 4, 4, 6)
     save_network(tmp_path, model)
-    loaded = load_video_vae(tmp_path).requires_grad_(False)  # products of matrices depend on it
+    loaded = load_video_vae(tmp_path).requires_grad_(False)  # gradients can change last bits
     assert loaded.config == model.config
     assert torch.equal(decode_clips(loaded, z), decode_clips(model, z))
 

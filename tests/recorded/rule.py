@@ -7,15 +7,15 @@ import re
 import numpy as np
 import torch
 
-SMALL = ("conv_in", "conv1", "conv2", "_out")  # parts of the names of matrices that are made small
+SMALL = ("conv_in", "conv1", "conv2", "_out")  # matrices with these in their names are made small
 
 
 def fill(module):
     """Give a network, here or in another library, weights that depend on its names and shapes only.
 
-    RandomState's numbers are frozen by NumPy's promise. Matrices have standard deviation
-    1 / sqrt(fan in). Biases, and what writes into the residual stream, are 30 times smaller: then
-    the variance that a GroupNorm meets is near its eps, and 1e-5 where 1e-6 belongs shows.
+    NumPy promises never to change RandomState's numbers. Matrices have standard deviation
+    1 / sqrt(fan in). Biases and matrices that write into the residual stream are 30 times smaller,
+    so the variance of a GroupNorm's input is near its eps, and a wrong eps changes the output.
     """
     random = np.random.RandomState(0)
     state = module.state_dict()
@@ -31,7 +31,7 @@ def fill(module):
 
 
 def checkpoint(shapes):
-    """{name: tensor} of a single file, made likewise, from {prefix: {name: shape}}."""
+    """{name: tensor} of a single file, by the same rule, from {prefix: {name: shape}}."""
     shapes = {prefix + name: part[name] for prefix, part in shapes.items() for name in part}
     random, tensors = np.random.RandomState(0), {}
     norm = re.compile(r"norm|\.ln_|in_layers\.0|out_layers\.0|\.out\.0\.")

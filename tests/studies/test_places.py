@@ -1,4 +1,4 @@
-"""Each position of the shift by hand values, on a block whose layers only pass values on."""
+"""Each position of the shift against values by hand, on a block of simple layers."""
 
 import dataclasses
 
