@@ -25,9 +25,9 @@ class ResnetBlock(nn.Module):
     """x + conv2(silu(norm2(shift(conv1(silu(norm1(x)))) + time))).
 
     Takes x (..., c, h, w) and the time embedding (b, d) after its SiLU; returns (..., out_channels,
-    h, w). `shifts` counts the temporal shifts: 0 in an image model, 1 after conv1 as in the paper,
-    2 also one after conv2 (ours). With `scale_shift`, the time embedding scales and offsets
-    norm2's output instead of being added to its input.
+    h, w). `shifts` counts the temporal shifts: 0 in an image model, 1 after conv1 as we read the
+    paper (docs/papers.md), 2 also one after conv2. With `scale_shift`, the time embedding scales
+    and offsets norm2's output instead of being added to its input.
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None,

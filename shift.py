@@ -17,7 +17,7 @@ import torch
 
 
 def temporal_shift(x, fold=None):
-    """Shift `fold` channels of x (b, t, c, ...) one frame forward in time, and `fold` backward.
+    """Shift `fold` channels of clips (b, t frames, c, ...) one frame forward, and `fold` backward.
 
     fold is c // 3 unless given. The result has x's shape, dtype and memory layout. A clip of one
     frame, an image, has no neighbours and is returned unchanged.
@@ -35,13 +35,13 @@ def temporal_shift(x, fold=None):
     return shift(x, slice(0, fold), slice(x.shape[2] - fold, x.shape[2]))
 
 
-def move(x, forward, backward):
-    """Move channels `forward`, a slice, to the next frame and `backward` to the one before."""
+def move(x, to_next, to_previous):
+    """Move the channels of slice `to_next` one frame forward in time, `to_previous` backward."""
     out = x.clone()  # torch.cat of three parts would lose the channels_last layout
-    out[:, 1:, forward] = x[:, :-1, forward]  # frame i gets frame i-1's channels
-    out[:, 0, forward] = 0  # nothing comes before the first frame
-    out[:, :-1, backward] = x[:, 1:, backward]  # frame i gets frame i+1's channels
-    out[:, -1, backward] = 0  # and nothing after the last
+    out[:, 1:, to_next] = x[:, :-1, to_next]  # frame i gets frame i-1's channels
+    out[:, 0, to_next] = 0  # nothing comes before the first frame
+    out[:, :-1, to_previous] = x[:, 1:, to_previous]  # frame i gets frame i+1's channels
+    out[:, -1, to_previous] = 0  # and nothing after the last
     return out
 
 
@@ -52,19 +52,19 @@ class Shift(torch.autograd.Function):
     torch.compile removes those copies, so it gets `move` itself.
     """
 
-    generate_vmap_rule = True
+    generate_vmap_rule = True  # torch.vmap maps the functions below
 
     @staticmethod
-    def forward(x, forward, backward):
-        return move(x, forward, backward)
+    def forward(x, to_next, to_previous):
+        return move(x, to_next, to_previous)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.slices = inputs[1:]  # the channels that moved forward, and backward
+        ctx.slices = inputs[1:]
 
     @staticmethod
     def backward(ctx, grad):
-        return Shift.apply(grad, *reversed(ctx.slices)), None, None  # slices have no gradient
+        return Shift.apply(grad, *reversed(ctx.slices)), None, None  # each slice moves back
 
     @staticmethod
     def jvp(ctx, tangent, *_):

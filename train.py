@@ -1,6 +1,6 @@
 """Training in three stages, each built on the one before:
 
-    vae     frames -> latents -> frames. The following stages encode the clips once (cache.py).
+    vae     frames -> latents -> frames. The following stages encode the clips once.
     image   text-to-image: the U-Net on single frames, and with it the text encoder.
     video   text-to-video: the same U-Net with the temporal shift, on clips. The text encoder is
             frozen, so each caption is encoded once. This is Latent-Shift (An et al. 2023, section
@@ -26,6 +26,7 @@ from diffusion import randn
 from model import UNet
 from pipeline import Pipeline
 from support.cli import Parser, add_flags, given_flags, run_main
+from support.devices import rank_and_count
 from temporal import temporal_state
 from tokenizer import CLIPTokenizer
 from trainer import Trainer
@@ -202,11 +203,11 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
     for step, generator in trainer.steps(preview, num_previews):
         t, b = options.latent_frames, options.video_batch_size
         if options.image_every and (step + 1) % options.image_every == 0:
-            t, b = 1, b * t  # images, so that it stays an image model (our addition)
+            t, b = 1, b * t  # images, as a safeguard for drawing images later (our addition)
         x0, texts = random_clips(latents, captions, b, t, generator)  # b t c h w
         noise = randn(x0.shape, generator)  # drawn separately for every frame
-        # The noisiest timesteps decide where a shape goes, so the first half of the training
-        # prefers them. This is a choice of the tiny recipe, not of the paper.
+        # The noisiest timesteps decide where a shape goes, so training prefers them at first, until
+        # its middle. This is a choice of the recipes tiny and small, not of the paper.
         prefer = options.early_noise * max(0.0, 1 - 2 * step / options.video_steps) * (t > 1)
         timesteps = random_timesteps(b, diffusion.num_train_timesteps, generator, prefer)
         context = context_of(drop_captions(texts, CAPTION_DROPOUT, generator))  # b n d
@@ -219,7 +220,7 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
 
 
 def rehearse(run, stages, captions):
-    """Try one step of each stage at full shape. If it does not fit into a GPU's memory, try again
+    """Try two steps of each stage at full shape. If it does not fit into a GPU's memory, try again
     with activations computed twice (run.checkpointing). Raises ValueError if that fails, too."""
     options, size, some = run.options, run.options.image_size, captions[:1]
     model = (load_image_model(run.path, run.device, options.precision) if "image" in run.finished
@@ -230,8 +231,9 @@ def rehearse(run, stages, captions):
     latents = [torch.randn(options.latent_frames, channels, small, small)]
     encoder = model.text_encoder.config
     context = torch.randn(1, encoder.max_position_embeddings, encoder.hidden_size)
+    frames = torch.randint(256, (1, 3, size, size), dtype=torch.uint8)
     trials = {
-        "vae": lambda run: train_vae(run, torch.zeros(1, 3, size, size, dtype=torch.uint8)),
+        "vae": lambda run: train_vae(run, frames),
         "image": lambda run: train_image(run, model.vae, latents, some),
         "video": lambda run: train_video(
             run, dataclasses.replace(model, unet=video_unet(model.unet, options)), latents, some,
@@ -248,7 +250,8 @@ def rehearse(run, stages, captions):
             torch.cuda.empty_cache()
         else:
             raise ValueError(f"the {stage} stage does not fit into the GPU's memory; add --offload,"
-                             f" or lower --{stage}-batch-size, --num-frames or --image-size")
+                             f" lower --{stage}-batch-size, or start a new run with a lower "
+                             "--num-frames or --image-size")
 
 
 def main():
@@ -276,7 +279,8 @@ def main():
     run = Run(args.run, options, finished, args.resume)
     if adopting:
         run.adopt()
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" and rank_and_count()[1] == 1:
+        print("trying two steps of each stage, to see whether the memory suffices")
         rehearse(run, stages, clips.captions)
     for stage in stages:
         torch.manual_seed(options.seed)  # for new weights

@@ -6,9 +6,9 @@ A stage computes its loss and hands it over; the loop does the rest:
         ...
         trainer.backward(loss)
 
-All randomness of a batch comes from that generator, which is seeded with (seed, stage, step,
-process). So no random state has to be saved, and a resumed run sees the batches that it would have
-seen without the stop. The training state is one file, replaced as a whole.
+All randomness of a batch comes from that generator, which is seeded with (seed, stage, step, batch
+of the step, process). So no random state has to be saved, and a resumed run sees the batches that
+it would have seen without the stop. The training state is one file, replaced as a whole.
 """
 
 import hashlib
@@ -124,13 +124,14 @@ class Trainer:
                                   "learning_rate": rate,
                                   "steps_per_second": (self.step - first) / (now - started)})
                     started, first = now, self.step  # of the next interval
-                stopping = received  # with several processes, all stop after the same step
+                stopping = bool(received)  # with several processes, all stop after the same step
                 if rank_and_count()[1] > 1:
                     stopping = mean(torch.tensor(float(len(received)), device=self.run.device))
-                if self.step % options.save_every == 0 or last or stopping:
+                previewing = preview and self.step in previews
+                if self.step % options.save_every == 0 or last or stopping or previewing:
                     self.save_state()
                 # Draw previews after saving, so a failing preview loses nothing.
-                if preview and self.step in previews and is_main():
+                if previewing and is_main():
                     self.swap_average()
                     preview(self.step)
                     self.swap_average()
@@ -185,8 +186,9 @@ class Trainer:
     def check(self, finite):
         if not finite:
             raise ValueError(f"the {self.stage} stage diverged by step {self.step}: its loss or "
-                             "weights are not finite, so they are not saved; start it again with a "
-                             f"lower --{self.stage}-learning-rate")
+                             "weights are not finite, so they are not saved; remove "
+                             "training_state.pt if it exists, and start it again with a lower "
+                             f"--{self.stage}-learning-rate")
 
     def save_state(self):
         """Save everything that the next step needs. Raises ValueError unless weights are finite."""

@@ -25,7 +25,7 @@ def past(x):
     """A third of the channels of x (b, t, c, ...) from the frame before; the others stay."""
     if x.shape[1] == 1:  # an image
         return x
-    return move(x, forward=slice(x.shape[2] // 3), backward=slice(0))
+    return move(x, to_next=slice(x.shape[2] // 3), to_previous=slice(0))
 
 
 PLACES = {  # {name: {position in a block's branch: the shift there}}

@@ -230,7 +230,14 @@ def test_a_signal_stops_after_its_step_with_state_and_preview(number):
     line, seen = Line(draw, num_steps=8, save_every=100), []
     with pytest.raises(Stopped, match="stopped at step 4 of the vae stage; continue with --resu"):
         line.fit(seen.append)
-    assert list(line.states) == [4] and seen == [2, 4]
+    assert list(line.states) == [2, 4] and seen == [2, 4]
+
+
+def test_a_signal_during_a_preview_stops_after_the_next_step():
+    line = Line(num_steps=8, save_every=100)
+    with pytest.raises(Stopped, match="stopped at step 3"):
+        line.fit(lambda step: signal.raise_signal(signal.SIGINT))
+    assert list(line.states) == [2, 3]
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -24,7 +24,7 @@ from checkpoints import weights
 from media.write import contact_sheet, side_by_side, write_clip
 from support import devices
 from support.devices import barrier, is_main
-from support.files import atomic, write_json
+from support.files import atomic, write_json, write_text
 from training.options import check_image_size
 
 try:
@@ -91,7 +91,7 @@ class Run:
             entries = [json.loads(line) for line in path.read_text().splitlines()
                        if line.endswith("}")]  # a kill may cut the last line short
             kept = [e for e in entries if e["stage"] != stage or e["step"] <= step]
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def save(self, unet=None, image_unet=None, vae=None, text=None, schedule=None):
         """Write parts of the model: networks, (encoder, tokenizer), (diffusion, sampling)."""
@@ -178,11 +178,12 @@ class Run:
 
 
 class Rehearsal(Run):
-    """A copy of a run that trains one step and keeps nothing."""
+    """A copy of a run that trains two steps per stage and keeps nothing."""
 
     def __init__(self, run):
-        one = {f"{stage}_steps": 1 for stage in run.options.stages}
-        options = dataclasses.replace(run.options, **one, compile=False)  # compiling takes minutes
+        # AdamW makes its moments in the first step, so only the second one needs all the memory.
+        two = {f"{stage}_steps": 2 for stage in run.options.stages}
+        options = dataclasses.replace(run.options, **two, compile=False)  # compiling takes minutes
         vars(self).update(vars(run), state=None, options=options)
 
     def keep_nothing(self, *_, **__):
