@@ -2,8 +2,8 @@
 
     ids (b, n) from tokenizer.py -> embeddings -> causal transformer -> context (b, n, d)
 
-The context is the hidden states of all tokens. CLIP, Radford et al. 2021, sections 2.4 and 2.5.
-Parameters are named as in transformers' CLIPTextModel; all presets use the same class.
+The context is the hidden states of all tokens; names are from transformers' CLIPTextModel. CLIP,
+Radford et al. 2021, sections 2.4 and 2.5.
 """
 
 from dataclasses import dataclass

@@ -37,12 +37,8 @@ from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
 NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
 FRAMES, TEXTS = 8192, 256  # about how many serve to standardise latents and text embeddings
 CAPTION_DROPOUT = 0.1  # fraction of captions left out, for guidance (Ho & Salimans 2022)
-# Learning-rate multiplier of the text encoder. Images show no direction, so a fast-learning encoder
-# forgets those words.
+# Learning-rate multiplier of the text encoder, which would forget directions: no image shows one
 TEXT_RATE = 0.01
-
-
-# Stage one: the autoencoder
 
 
 def reconstruction_loss(autoencoder, x, noise, motion_weight, kl_weight):
@@ -88,9 +84,6 @@ def train_vae(run, frames):
     vae.standardise(autoencoder, latents)
     run.save(vae=autoencoder)
     run.finish("vae")
-
-
-# Stages two and three: the U-Net
 
 
 def denoising_loss(unet, diffusion, x0, noise, timesteps, context):

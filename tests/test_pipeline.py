@@ -61,6 +61,13 @@ def test_flags_may_take_their_limits_and_no_more(capsys, name, values):
             given(value)
 
 
+def test_other_models_draw_16_frames_at_256_pixels_with_stable_diffusions_steps_and_guidance():
+    assert Sampling() == Sampling(
+        num_frames=16, image_size=256, frames_per_second=8.0, num_steps=50, guidance_scale=7.5,
+        guidance_max_snr=None, timestep_power=1.0, sampler="ddim", eta=0.0,
+    )
+
+
 def test_without_settings_a_model_samples_with_its_own(pipeline):
     steps = list(pipeline.sample(PROMPTS[:1], [0]))  # the settings of fresh_pipeline
     assert len(steps) == 7 and steps[0].shape == (1, 5, 4, 10, 10)

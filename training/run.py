@@ -184,7 +184,7 @@ class Rehearsal(Run):
         # AdamW makes its moments in the first step, so only the second one needs all the memory.
         two = {f"{stage}_steps": 2 for stage in run.options.stages}
         options = dataclasses.replace(run.options, **two, compile=False)  # compiling takes minutes
-        vars(self).update(vars(run), state=None, options=options)
+        vars(self).update(vars(run), state=None, options=options)  # __init__ would write files
 
     def keep_nothing(self, *_, **__):
         pass
