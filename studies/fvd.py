@@ -8,8 +8,8 @@
     text similarity    the cosine of features of clips and texts (CLIPSIM, Wu et al. 2021)
 
 Values of different feature networks are not comparable, so the measures here are named FVD-shapes
-and CLIPSIM-shapes after `FeatureNet`, a small CLIP for MovingShapes. The first call trains it, in
-half a minute on two cores, and keeps it in RUN/feature_net.safetensors.
+and CLIPSIM-shapes after `FeatureNet`, a small CLIP for MovingShapes. Each call trains it first, in
+half a minute on two cores, always from the same seed.
 """
 
 import math
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints.safetensors_file import load_safetensors, save_safetensors
 from checkpoints.weights import load_pipeline
 from evaluate import choose_prompts, draw, print_table, real_clips, references
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, SHAPES, MovingShapes, caption_of
@@ -121,17 +120,6 @@ def train_feature_net(num_frames, image_size, device="cpu", seed=0, num_steps=80
     return net
 
 
-def load_feature_net(path, num_frames, image_size, device="cpu"):
-    """The FeatureNet of a file, which is trained and written if it does not exist."""
-    if not Path(path).exists():
-        net = train_feature_net(num_frames, image_size, device)
-        save_safetensors(path, net.state_dict())
-        return net
-    net = FeatureNet()
-    net.load_state_dict(load_safetensors(path))
-    return net.to(device).eval().requires_grad_(False)
-
-
 def measure_features(net, sources, prompts, seed):
     """{source: {measure: value}} of sources {name: clips (n, t, 3, h, w)} of n combinations.
 
@@ -163,7 +151,7 @@ def main():
     device = choose_device(args.device)
     pipeline = load_pipeline(args.run).to(device)
     size = pipeline.sampling.num_frames, pipeline.sampling.image_size
-    net = load_feature_net(args.run / "feature_net.safetensors", *size, device)
+    net = train_feature_net(*size, device)
     prompts = choose_prompts(args.num_prompts)
     clips = draw(pipeline, prompts, size[0], SEED, batch_size=16)
     sources = {"clips": clips, **references(pipeline, prompts, SEED)}

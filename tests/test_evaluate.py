@@ -155,6 +155,11 @@ def test_consistency_by_hand():
     assert consistency(clip).item() == pytest.approx(1 - 2 / (2 * 2.75))
 
 
+def test_consistency_does_not_depend_on_contrast():
+    clips = torch.rand(1, 5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert consistency(0.001 * clips).item() == pytest.approx(consistency(clips).item())
+
+
 def test_a_frozen_clip_has_consistency_one_and_a_blank_one_too():
     assert consistency(images(0)[:, None].expand(-1, 4, -1, -1, -1)).tolist() == [1, 1]
     assert consistency(torch.full((1, 3, 3, 4, 4), 0.3)).item() == 1

@@ -35,6 +35,15 @@ def test_a_clip_does_not_depend_on_the_size_of_a_batch(pipeline):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_the_bar_counts_every_step_of_every_clip(pipeline, monkeypatch):
+    bars, tqdm = [], sample.tqdm
+    monkeypatch.setattr(sample, "tqdm", lambda **options: (
+        bars.append(tqdm(disable=False, **options)) or bars[0]
+    ))
+    draw(pipeline, PROMPTS, batch_size=2, num_steps=5)
+    assert bars[0].n == bars[0].total == 3 * 5 and not bars[0].leave
+
+
 def test_prompt_i_is_drawn_with_seed_plus_i(pipeline):
     third = draw(pipeline, PROMPTS, seed=5, batch_size=2)[2]
     assert torch.allclose(third, draw(pipeline, PROMPTS[2:], seed=7)[0], atol=1e-5)

@@ -11,8 +11,8 @@ from helpers import call
 from evaluate import real_clips
 from shapes import COMBINATIONS
 from studies import fvd
-from studies.fvd import (FeatureNet, features_of, frechet_distance, load_feature_net,
-                         measure_features, train_feature_net)
+from studies.fvd import (FeatureNet, features_of, frechet_distance, measure_features,
+                         train_feature_net)
 
 
 def test_frechet_distance_by_hand():
@@ -69,14 +69,6 @@ def test_the_seed_alone_decides_the_net():
     torch.manual_seed(2)
     b, c = (train_feature_net(3, 16, seed=seed, num_steps=2) for seed in (4, 5))
     assert torch.equal(a.words, b.words) and not torch.equal(a.words, c.words)
-
-
-def test_a_net_is_trained_once_and_kept(tmp_path, net, monkeypatch):
-    calls = []
-    monkeypatch.setattr(fvd, "train_feature_net", lambda *args: calls.append(args) or net)
-    nets = [load_feature_net(tmp_path / "net.safetensors", 3, 16) for _ in range(2)]
-    clips = real_clips(4, 3, 16, 0)
-    assert calls == [(3, 16, "cpu")] and torch.equal(nets[0](clips), nets[1](clips))
 
 
 def test_a_net_sees_the_direction_of_time():
