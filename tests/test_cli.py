@@ -1,7 +1,6 @@
 """Flags made from a dataclass, and mistakes that are one line and a status."""
 
 import sys
-import warnings
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
@@ -139,15 +138,3 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
 def test_ctrl_c_is_one_line_and_status_130(capsys, error, line):
     assert end_of(fail(error)) == 130
     assert capsys.readouterr().err == f"\n{line}\n"
-
-
-def test_warnings_do_not_precede_an_error(capsys, monkeypatch):
-    def main():
-        warnings.warn("odd", UserWarning, stacklevel=1)
-        raise ValueError("a mistake")
-
-    monkeypatch.setattr(sys, "warnoptions", [])
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        assert end_of(main) == 1
-    assert not seen and capsys.readouterr().err.count("\n") == 1

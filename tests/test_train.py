@@ -208,6 +208,18 @@ def test_previews_at_each_quarter_of_a_stage_do_not_touch_the_result(trained, tm
         assert np.array_equal(shown, frames[i].permute(1, 2, 0))
 
 
+def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch):
+    measured, tokenized = [], []
+    monkeypatch.setattr(train, "FRAMES", 12)
+    monkeypatch.setattr(train, "TEXTS", 3)
+    monkeypatch.setattr(vae, "standardise", lambda _, latents: measured.append(latents))
+    monkeypatch.setattr(train.text, "standardise", lambda _, ids: tokenized.append(ids))
+    for stage in ("vae", "image"):
+        train_small(tmp_path / "run", "--stage", stage)
+    # 8 clips of 3 frames, 9 texts: every second frame, every third text
+    assert (len(measured[0]), len(tokenized[0])) == (12, 3)
+
+
 def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
     for name in ("a_dog", "a_cat"):
         make_clip(tmp_path / f"clips/{name}/1.gif")
