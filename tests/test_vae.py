@@ -176,6 +176,7 @@ def test_frames_that_do_not_fit_are_refused(network, shape):
     ({"block_out_channels": (8, 0)}, r"multiples of norm_num_groups >= 1, got \(8, 0\) and 4"),
     ({"block_out_channels": (8, 10)}, r"multiples of norm_num_groups >= 1, got \(8, 10\) and 4"),
     ({"scaling_factor": float("nan")}, "scaling_factor needs > 0, got nan"),
+    ({"scaling_factor": 0.0}, "scaling_factor needs > 0, got 0"),
 ])
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
