@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints import configs, containers, names
+from checkpoints import configs, containers
 from checkpoints.errors import naming
 from checkpoints.safetensors_file import save_safetensors
 from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_for
@@ -212,6 +212,8 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
 
 
 def _load_file(path, temporal, prediction_type, ema, dtype):
+    from checkpoints import names  # imported here, because a training does not need it
+
     tensors = containers.read_checkpoint(path)
     names.check_known(tensors, path)
     openclip = names.is_openclip(tensors)
