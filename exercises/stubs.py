@@ -51,9 +51,10 @@ def predict_x0(output, x_t, alpha_bar, t, prediction_type):
 
 
 def ddim_step(x0, eps, alpha_bar, t, t_prev, eta, noise):
-    """5. Sampling: from timestep t to the less noisy t_prev; result, x0, eps, noise (b, t, c, h, w).
+    """5. Sampling: a step from timestep t to the less noisy t_prev. Returns (b, t, c, h, w).
 
-    x0 and eps are the model's guesses. With a = alpha_bar at t, a_prev at t_prev (ints),
+    x0 and eps, the model's guesses, and noise have that shape. With a = alpha_bar at t, a_prev at
+    t_prev (ints),
         sigma = eta sqrt((1 - a_prev) / (1 - a)) sqrt(1 - a / a_prev)
         result = sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma noise
     t_prev = -1 is the end, without noise: a_prev = 1. The float eta is 0 for DDIM, 1 for DDPM.
@@ -84,7 +85,7 @@ def kl_divergence(mean, logvar):
 
 
 class AttentionOverTime(nn.Module):
-    """8. The shift's rival: each position of a clip (b, t, c, h, w) attends to itself in all frames.
+    """8. The shift's rival: each position of clips (b, t, c, h, w) attends to itself in all frames.
 
         x + to_out(softmax(q k^T / sqrt(c)) v),  q, k, v = to_q(x), to_k(x), to_v(x)
     For each clip and position q, k, v are (t, c) and the weights (t, t), each row of sum 1. Linear
