@@ -110,7 +110,10 @@ def same(a, b):
 
 
 def show(x):
-    return f"{x.flatten()[0]:.4g}, ... {tuple(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+    if not isinstance(x, torch.Tensor):
+        return repr(x)
+    ends = dict.fromkeys(f"{end:.4g}" for end in (x.min(), x.max()))
+    return f"{' to '.join(ends)} in a tensor {tuple(x.shape)}"
 
 
 def grade(answers, exercise):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 SCRIPTS = {"train", "sample", "evaluate"}
 LAYERS = ["support", "media", "checkpoints", "training"]  # each may import those before it
-FOLDERS = {*LAYERS, "papers", "studies"}
+FOLDERS = {*LAYERS, "papers", "studies", "exercises"}
 
 
 def imports(path):
@@ -40,12 +40,17 @@ def test_a_file_imports_only_files_above_it_in_the_reading_order(order):
 
 
 @pytest.mark.parametrize("folder", ["", *LAYERS])
-def test_nothing_imports_papers_or_studies(folder):
+def test_nothing_imports_papers_studies_or_exercises(folder):
     for path in (ROOT / folder).glob("*.py"):
-        assert not imports(path) & {"papers", "studies"}, path
+        assert not imports(path) & {"papers", "studies", "exercises"}, path
 
 
 @pytest.mark.parametrize("i", range(len(LAYERS)), ids=LAYERS)
 def test_a_folder_imports_no_higher_folder_and_no_script(i):
     for path in (ROOT / LAYERS[i]).glob("*.py"):
         assert not imports(path) & {*LAYERS[i + 1 :], *SCRIPTS}, path
+
+
+def test_the_exercises_need_nothing_of_the_project():
+    for path in (ROOT / "exercises").glob("*.py"):
+        assert imports(path) <= {"exercises"}, path

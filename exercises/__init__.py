@@ -1,1 +1,0 @@
-"""Nine functions of the project to write yourself, and a grader: README.md."""
