@@ -5,8 +5,7 @@ alpha_bar (num_timesteps,) falls from almost 1 (clean) to 0 (noise). At a timest
     x_t = signal x0 + noise_scale eps,  signal = sqrt(alpha_bar),  noise_scale = sqrt(1 - alpha_bar)
 """
 
-import torch
-import torch.nn.functional as F
+import torch  # noqa: F401, your functions may need it
 from torch import nn
 
 
@@ -85,19 +84,19 @@ def kl_divergence(mean, logvar):
 
 
 class AttentionOverTime(nn.Module):
-    """8. The shift's rival: each position of clips (b, t, c, h, w) attends to itself in all frames.
+    """8. The shift's rival: what each position attends to in all frames. A block adds it to x.
 
-        x + to_out(softmax(q k^T / sqrt(c)) v),  q, k, v = to_q(x), to_k(x), to_v(x)
-    For each clip and position q, k, v are (t, c) and the weights (t, t), each row of sum 1. Linear
-    layers need the channels last. Before training the result is x, so the image model stays whole.
-    LVDM, He et al. 2022; lesson "What others do"; temporal.py.
+        to_out(softmax(q k^T / sqrt(c)) v),  q, k, v = to_q(x), to_k(x), to_v(x)
+    x and the result are (b, t, n positions, c). For each clip and position, q, k, v are (t, c) and
+    the weights (t, t), each row of sum 1. Before training the result is 0, so that x plus it is x
+    and the image model stays whole. LVDM, He et al. 2022; lesson "What others do"; temporal.py.
     """
 
     def __init__(self, channels):
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = (
             nn.Linear(channels, channels) for _ in range(4))
-        # Your line or two: the result is x before training, but the layer can learn.
+        # Your line or two: the result is 0 before training, but the layer can learn.
 
     def forward(self, x):
         raise NotImplementedError

@@ -19,7 +19,6 @@ CASES = {"1 the shift": """
     # the gradient should be the opposite shift: from frame 2's first third, to frame 1
     torch.autograd.grad(temporal_shift(LEAF)[:, 2, :2].sum(), LEAF)[0][:, 1, :2] == ONE[:, 1, :2]
     """, "2 how far a frame sees": """
-    frames_seen(4, 9, 0) == 1  # without blocks, a frame sees itself
     frames_seen(4, 9, 1) == 3  # it should see itself and a neighbour on each side
     frames_seen(4, 9, 2) == 5  # each block should add one frame on each side
     frames_seen(0, 9, 2) == 3  # nothing comes before frame 0
@@ -55,18 +54,17 @@ CASES = {"1 the shift": """
     guided_prediction(model, ZERO, 7, TEXT, EMPTY, 0.0) == ONE  # scale 0 should ignore the text
     guided_prediction(model, X, 7, TEXT, EMPTY, 3.5) == X + 8  # go 3.5 times the way from 1 to 3
     """, "7 the KL term": """
-    kl_divergence(ZERO[0], ZERO[0]) == torch.zeros(4)  # N(0, 1) itself should cost nothing
     kl_divergence(ONE[0], ZERO[0]) == torch.full((4,), 21.0)  # sum a half over 42 numbers an image
     kl_divergence(ZERO[0], 2 * ONE[0]) == torch.full((4,), 92.1702)  # logvar is log s^2 already
     """, "8 attention over time": """
-    AttentionOverTime(7)(X) == X  # a new layer should be the identity: to_out has weight and bias
-    learns(AttentionOverTime(7), X) == True  # a layer of zeros can never learn: set only one to 0
+    AttentionOverTime(2)(TOK) == 0 * TOK  # at first it should add 0: to_out has weight and bias
+    learns(AttentionOverTime(2), TOK) == True  # all zeros can never learn: set one linear layer to 0
     # if q = k = v = x, frame 0 of (0, 1) weights both by a half: is the softmax over frames?
-    copying(AttentionOverTime(4))(FRAMES)[0, 0, 0] == torch.full((3, 2), 0.5)
-    # frame 1 weights itself by sigmoid(sqrt(c)) = 0.88; then add x
-    copying(AttentionOverTime(4))(FRAMES)[0, 1, 0] == torch.full((3, 2), 1.8808)
-    # clips and positions should not see each other: the batch is (b h w), the sequence t
-    copying(AttentionOverTime(7))(X)[:1, ..., :1] == copying(AttentionOverTime(7))(X[:1, ..., :1])
+    copying(AttentionOverTime(4))(FRAMES)[0, 0] == torch.full((3, 4), 0.5)
+    # frame 1 should weight itself by sigmoid(sqrt(c))
+    copying(AttentionOverTime(4))(FRAMES)[0, 1] == torch.full((3, 4), 0.8808)
+    # clips and positions should not see each other: the batch is (b n), the sequence t
+    copying(AttentionOverTime(2))(TOK)[:1, :, :1] == copying(AttentionOverTime(2))(TOK[:1, :, :1])
     """, "9 byte pairs": """
     merge_word("low", []) == ["l", "o", "w</w>"]  # begin with letters, the last with its suffix
     merge_word("low", LOW) == ["low</w>"]  # (lo, w</w>) should join what (l, o) has made
@@ -81,10 +79,10 @@ def inputs():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 7, 3, 2)  # b t c h w; w = b, so that no wrong broadcast is an error
     return {"X": x, "ONE": torch.ones_like(x), "ZERO": torch.zeros_like(x),
-            "LEAF": x.clone().requires_grad_(),
+            "LEAF": x.clone().requires_grad_(), "TOK": x.flatten(2, 3),
             "ALPHA_BAR": torch.tensor([0.64, 0.36, 0.0]), "STEPS": torch.tensor([0, 1]),
             "TEXT": torch.full((2, 5, 3), 3.0), "EMPTY": torch.ones(2, 5, 3),
-            "FRAMES": torch.tensor([0.0, 1.0])[:, None, None, None].expand(1, 2, 4, 3, 2),
+            "FRAMES": torch.tensor([0.0, 1.0])[:, None, None].expand(1, 2, 3, 4),
             "LOW": [("l", "o"), ("lo", "w</w>"), ("e", "r</w>")]}
 
 
@@ -93,7 +91,7 @@ def model(x_t, t, context):
 
 
 def learns(layer, x):
-    layer(x).square().sum().backward()
+    layer(x).sum().backward()
     return any(p.grad is not None and p.grad.any().item() for p in layer.parameters() if p.ndim > 1)
 
 

@@ -13,10 +13,9 @@ from diffusion import Diffusion, classifier_free_guidance
 from exercises.test_stubs import CASES, grade
 from layers import ResnetBlock
 from shift import temporal_shift
-from temporal import AttentionOverTime
+from temporal import AttentionOverTime, JointAttention
 from tokenizer import CLIPTokenizer
 from vae import DiagonalGaussian
-
 
 # The grader's ALPHA_BAR, 0.64, 0.36 and 0; eps cannot be predicted at 0
 V = Diffusion(3, prediction_type="v_prediction", trained_betas=(0.36, 0.4375, 1.0))
@@ -36,17 +35,6 @@ def ddim_step(x0, eps, _, t, t_prev, eta, noise):
         return EPS.ddpm_step(*inputs) if eta == 1 else EPS.ddim_step(*inputs, eta)
 
 
-class Attention(AttentionOverTime):
-    def __init__(self, channels, value=None):
-        super().__init__(channels, num_heads=1)
-        for p in self.parameters() if value is not None else ():
-            p.data.fill_(value)
-
-    def forward(self, x):  # b t c h w -> b t (h w) c and back
-        y = super().forward(x.flatten(3).transpose(2, 3)).transpose(2, 3)
-        return x + y.unflatten(3, x.shape[3:])
-
-
 OWN = SimpleNamespace(
     temporal_shift=temporal_shift, frames_seen=frames_seen, ddim_step=ddim_step,
     noise_and_target=lambda x0, eps, a, t: (V.add_noise(x0, eps, t), V.target(x0, eps, t)),
@@ -54,7 +42,7 @@ OWN = SimpleNamespace(
     guided_prediction=lambda model, x, t, text, empty, scale: classifier_free_guidance(
         model(x, t, empty), model(x, t, text), scale),
     kl_divergence=lambda mean, logvar: DiagonalGaussian(mean, logvar).kl(),
-    AttentionOverTime=Attention,
+    AttentionOverTime=lambda channels: AttentionOverTime(channels, 1),
     merge_word=lambda word, merges: [CLIPTokenizer(merges).tokens[i]
                                      for i in CLIPTokenizer(merges).encode(word)])
 MISTAKES = [  # (function, a typical mistake, words of the grader's sentence)
@@ -72,8 +60,8 @@ MISTAKES = [  # (function, a typical mistake, words of the grader's sentence)
     ("guided_prediction", lambda *x: OWN.guided_prediction(*x[:3], x[4], x[3], x[5]), "got 1"),
     ("kl_divergence", lambda *x: OWN.kl_divergence(*x) / 42, "sum a half"),
     ("kl_divergence", lambda mean, logvar: OWN.kl_divergence(mean, 2 * logvar), "already"),
-    ("AttentionOverTime", lambda channels: Attention(channels, 0.1), "be the identity"),
-    ("AttentionOverTime", lambda channels: Attention(channels, 0), "never learn"),
+    ("AttentionOverTime", lambda channels: JointAttention(channels, 1), "not see each other"),
+    ("AttentionOverTime", lambda channels: torch.nn.Linear(channels, channels), "should add 0"),
     ("merge_word", lambda *x: [y.removesuffix("</w>") for y in OWN.merge_word(*x)], "suffix"),
     ("merge_word", lambda word, merges: OWN.merge_word(word, merges[:1]), "has made"),
 ]
