@@ -52,11 +52,10 @@ def predict_x0(output, x_t, alpha_bar, t, prediction_type):
 def ddim_step(x0, eps, alpha_bar, t, t_prev, eta, noise):
     """5. Sampling: a step from timestep t to the less noisy t_prev. Returns (b, t, c, h, w).
 
-    x0 and eps, the model's guesses, and noise have that shape. With a = alpha_bar at t, a_prev at
-    t_prev (ints),
+    x0, eps (the model's guesses) and noise have that shape. a is alpha_bar at t, a_prev at t_prev:
         sigma = eta sqrt((1 - a_prev) / (1 - a)) sqrt(1 - a / a_prev)
         result = sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma noise
-    t_prev = -1 is the end, without noise: a_prev = 1. The float eta is 0 for DDIM, 1 for DDPM.
+    t_prev = -1 is the end, without noise: a_prev = 1. eta is 0 for DDIM, 1 for DDPM; t is an int.
     DDIM, eq. 12 and 16; DDPM, eq. 6 and 7; lesson "Denoising"; diffusion.py.
     """
     raise NotImplementedError

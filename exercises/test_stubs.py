@@ -57,8 +57,8 @@ CASES = {"1 the shift": """
     kl_divergence(ONE[0], ZERO[0]) == torch.full((4,), 21.0)  # sum a half over 42 numbers an image
     kl_divergence(ZERO[0], 2 * ONE[0]) == torch.full((4,), 92.1702)  # logvar is log s^2 already
     """, "8 attention over time": """
-    AttentionOverTime(2)(TOK) == 0 * TOK  # at first it should add 0: to_out has weight and bias
-    learns(AttentionOverTime(2), TOK) == True  # all zeros can never learn: set one linear layer to 0
+    AttentionOverTime(2)(TOK) == TOK - TOK  # at first it should add 0: to_out has weight and bias
+    learns(AttentionOverTime(2), TOK) == True  # all zeros can never learn: set one layer to 0
     # if q = k = v = x, frame 0 of (0, 1) weights both by a half: is the softmax over frames?
     copying(AttentionOverTime(4))(FRAMES)[0, 0] == torch.full((3, 4), 0.5)
     # frame 1 should weight itself by sigmoid(sqrt(c))
