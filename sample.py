@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints.finite import finite_clips
 from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
@@ -43,7 +44,8 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
             seeds = range(seed + start, seed + start + len(batch))  # one per clip
             for latents in pipeline.sample(batch, seeds, sampling):  # b t c h/f w/f
                 bar.update(len(batch))
-            yield from pipeline.decode(latents)  # b t 3 h w, one by one
+            clips = pipeline.decode(latents)  # b t 3 h w
+            yield from finite_clips(clips, pipeline, batch, latents)  # one by one
 
 
 def main():
@@ -74,7 +76,8 @@ def main():
     if not prompts:
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
     device = choose_device(args.device)
-    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
+    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
+                             zero_terminal_snr=args.zero_terminal_snr)
     for note in pipeline.report.notes:
         print(note, file=sys.stderr)
     pipeline.to(device)  # and to bfloat16 on a GPU that has it

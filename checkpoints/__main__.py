@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+from checkpoints.finite import not_finite, require_finite
 from checkpoints.weights import add_checkpoint_flags, load_pipeline, save_pipeline
 from support.cli import Parser, run_main
 
@@ -17,14 +18,15 @@ def describe(pipeline):
     version = "2.x" if unet.use_linear_projection else "1.x"
     lines = [
         "this project's own" if ours else f"Stable Diffusion {version}",
-        f"predicts {pipeline.diffusion.prediction_type}",
+        f"predicts {pipeline.diffusion.prediction_type}"
+        + ", zero terminal SNR" * (pipeline.diffusion.alphas_cumprod[-1].item() == 0),
         f"{tokenizer.vocab_size} tokens" if tokenizer else "no tokenizer; name one with --merges",
     ]
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         dtype = next(network.parameters()).dtype
         lines.append(f"{millions:.1f} M parameters, {dtype}: {network.config}")
-    used, ignored, notes = pipeline.report
+    used, ignored, notes, _ = pipeline.report
     reasons = [f"{count} ignored: {reason}" for reason, count in ignored.items()]
     return "\n".join([*lines, f"{used} tensors used", *reasons, *notes])
 
@@ -40,8 +42,10 @@ def main():
     if target and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"--convert {target}: exists already; name a new folder")
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
-                             dtype=None)
-    print(describe(pipeline))
+                             None, args.zero_terminal_snr)
+    damaged = not_finite(pipeline)
+    print("\n".join([describe(pipeline), *damaged]))
+    require_finite(damaged, args.path)
     if target:
         save_pipeline(pipeline, target)
         print(f"written: {target}")

@@ -9,6 +9,7 @@ system reads a tensor when it is used. Format: https://github.com/huggingface/sa
 import json
 import math
 import mmap
+import os
 import struct
 
 import torch
@@ -18,8 +19,8 @@ from support.files import atomic
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -50,6 +51,14 @@ def load_safetensors(path):
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         (length,) = struct.unpack("<Q", data[:8])
         return _tensors(data, 8 + length)
+
+
+def read_metadata(path):
+    """{key: text} that a safetensors file holds beside its tensors; {} for a pickle."""
+    with open(path, "rb") as file, naming(path):
+        (length,) = struct.unpack("<Q", file.read(8))  # a pickle's first bytes are a huge number
+        header = json.loads(file.read(length)) if length < os.path.getsize(path) else {}
+        return dict(header.get("__metadata__") or {})
 
 
 def _tensors(data, begin):

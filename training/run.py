@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import weights
+from checkpoints import finite, weights
 from media.write import contact_sheet, side_by_side, write_clip
 from support import devices
 from support.devices import barrier, is_main
@@ -120,6 +120,7 @@ class Run:
         """Use the model that --init names as the result of stages one and two."""
         options = self.options
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
+        finite.require_finite(finite.not_finite(model), options.init)
         model.encode_text([""])  # fails now if the model has no tokenizer
         check_image_size(options.image_size, model.vae.config, model.unet.config)
         if is_main():
