@@ -30,8 +30,7 @@ VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_co
                  "use_post_quant_conv": True}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 # Options that do not change the network. Upcasting prevents overflows of SD 2.1 in float16; this
-# project computes in float32 or bfloat16, which do not overflow. EMAModel of diffusers writes the
-# last ones into unet_ema/.
+# project computes in float32 or bfloat16, which do not overflow. The last ones are EMAModel's.
 IGNORED = ("upcast_attention", "force_upcast", "addition_embed_type_num_heads", "_class_name",
            "_diffusers_version", "_name_or_path", "decay", "min_decay", "inv_gamma", "power",
            "optimization_step", "update_after_step", "use_ema_warmup")
@@ -159,21 +158,17 @@ def diffusion_from_json(values, where):
 
 
 def diffusion_from_file(tensors, metadata, is_sd2, given):
-    """(Diffusion, image size, notes) of a single file; `given` overrides fields of the schedule.
-
-    A file may say them in its metadata (modelspec.*) or by ComfyUI's empty tensors v_pred, ztsnr.
-    """
+    """(Diffusion, image size, notes) of a single file; `given` overrides fields of the schedule."""
+    # sd-scripts and ComfyUI write metadata, ComfyUI also the empty tensors v_pred and ztsnr.
     said = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     kind = "v" if "v_pred" in tensors else said.get("prediction_type") or said.get("predict_key")
-    kind = {"v": "v_prediction"}.get(kind, kind)
+    kind = "v_prediction" if kind == "v" else kind
     values = {"prediction_type": kind or ("v_prediction" if is_sd2 else "epsilon")}
     values |= (ZERO_TERMINAL_SNR if "ztsnr" in tensors else {}) | given
-    sizes = [int(number) for number in re.findall(r"\d+", said.get("resolution") or "")]
-    size = min(sizes, default=0) // 64 * 64  # the U-Net needs such multiples
-    told = [] if "prediction_type" in given or kind is None else [kind]
-    told += ["zero terminal SNR"] * ("ztsnr" in tensors) + [f"{size} pixels"] * (size > 0)
-    notes = [f"the file says: {', '.join(told)}"] if told else []
-    if is_sd2 and not (kind or "prediction_type" in given):
+    told = kind, "zero terminal SNR" if "ztsnr" in tensors else None, said.get("resolution")
+    notes = [f"the file says: {fact}" for fact in told if fact]
+    if is_sd2 and not kind and "prediction_type" not in given:
         notes.append(ASSUMED)
-    large = is_sd2 and values["prediction_type"] == "v_prediction"
-    return Diffusion(**values), size or (768 if large else 512), tuple(notes)
+    sizes = [int(number) for number in re.findall(r"\d+", told[2] or "")]  # width and height
+    default = 768 if is_sd2 and values["prediction_type"] == "v_prediction" else 512
+    return Diffusion(**values), min(sizes, default=0) // 64 * 64 or default, tuple(notes)

@@ -62,10 +62,9 @@ HARMLESS = {  # {packages: names in them that become Inert}
                  "nodes.AnyNode nodes.StringNode nodes.IntegerNode nodes.FloatNode "
                  "nodes.BooleanNode",
     "numpy.core.multiarray numpy._core.multiarray": "scalar _reconstruct",
-    "torch.nn.modules.container": "ParameterDict",  # of a textual inversion
     "pathlib pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
     "argparse": "Namespace", "typing": "Any", "numpy": "dtype ndarray",
-    "builtins": "bool dict float int list str tuple",
+    "builtins": "bool dict float int list str tuple", "torch.nn.modules.container": "ParameterDict",
 }
 STUBS = [(InertDict, name) for name in DICTS]
 STUBS += [(Inert, f"{package}.{name}") for packages, names in HARMLESS.items()

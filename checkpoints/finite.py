@@ -1,32 +1,22 @@
-"""NaN and infinity: which tensors of a model hold them, and which network gives them."""
-
-from checkpoints.weights import PARTS
+"""NaN and infinity: which tensors of a model hold them, and which network's output does."""
 
 
-def not_finite(pipeline):
-    """A line for each tensor of a loaded model that holds NaN or infinity; reads all weights."""
-    lines, names = {}, pipeline.report.names
-    for part in PARTS:
-        for name, tensor in getattr(pipeline, part).state_dict().items():
-            if count := int((~tensor.float().isfinite()).sum()):
-                name = names.get((part, name), f"{part}/{name}")
-                lines[name] = f"{name} holds NaN or infinity ({count:,} of {tensor.numel():,})"
-    return list(lines.values())  # tensors of a single file may be several of ours
+def require_finite(pipeline, path):
+    """Raise ValueError that names the tensors of a model from `path` that hold NaN or infinity."""
+    damaged = {name: None for (part, ours), name in pipeline.report.used.items()
+               if not getattr(pipeline, part).get_parameter(ours).float().isfinite().all()}
+    if damaged:
+        raise ValueError(f"{path}: {len(damaged)} tensors hold NaN or infinity: "
+                         f"{', '.join(damaged)}; use another copy or version of the model")
 
 
-def require_finite(lines, path):
-    """Raise ValueError if there are lines of not_finite()."""
-    if lines:
-        raise ValueError(f"{path}: {len(lines)} tensors are damaged: {'; '.join(lines[:3])}; "
-                         f"`python -m checkpoints {path}` lists all")
-
-
-def finite_clips(clips, pipeline, prompts, latents):
-    """The clips drawn. Raises ValueError that names the first network whose output is not finite."""
+def decode_finite(pipeline, prompts, latents):
+    """pipeline.decode(latents). Raises ValueError that names the network that gave NaN."""
+    clips = pipeline.decode(latents)  # b t 3 h w
     if clips.isfinite().all():
         return clips
-    part = "autoencoder" if latents.isfinite().all() else "U-Net"
-    if not pipeline.encode_text([*prompts, ""]).isfinite().all():
-        part = "text encoder"
-    raise ValueError(f"the output of the {part} is not finite; `python -m checkpoints PATH` names "
-                     "the tensors of a model that hold NaN or infinity")
+    context = pipeline.encode_text([*prompts, ""])
+    outputs = {"text encoder": context, "U-Net": latents, "autoencoder": clips}
+    part = next(name for name, output in outputs.items() if not output.isfinite().all())
+    raise ValueError(f"the {part} gives NaN or infinity; `python -m checkpoints MODEL` shows "
+                     "whether the model's file is damaged")

@@ -21,11 +21,9 @@ PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
 OTHER_FILES = {  # patterns of tensor names that only other files have: what these files are
     r"^ip_adapter|^image_proj": "an IP-Adapter, an addition to a model",
-    r"lora[_.]|lycoris_|hada_w|lokr_w|oft_": "a LoRA or its relative (LyCORIS, OFT), an addition "
-                                             "to a model; merge it into a model first",
+    r"lora[_.]|lycoris_|hada_w|lokr_w|oft_": "a LoRA, LyCORIS or OFT; merge it into a model first",
     r"^(320|640|768|1024|1280)$": "a hypernetwork, an addition to a model",
-    r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, the embedding of one token",
-    r"^clip_[lg]$": "a textual inversion for Stable Diffusion XL",
+    r"^string_to_|^(emb_.+|<.+>|\*|clip_.)$": "a textual inversion, the embedding of one token",
     r"time_stack\.|time_mixer\.": "Stable Video Diffusion",
     r"^noise_augmentor\.|^embedder\.": "Stable unCLIP",
     r"^scaled_fp8$|\.scale_weight$": "fp8 weights with scales; use the fp16 file",
@@ -221,9 +219,9 @@ def view_of(tensor, ours, theirs, ndim):
 
 
 def convert(tensors, networks, ema, where):
-    """({part: {our name: tensor}}, names used, {reason: number ignored}) of a single file.
+    """({part: {our name: tensor}}, {(part, our name): the file's}, {reason: number ignored}).
 
-    networks is {part: our network}, names used {(part, our name): the file's name}. The tensors are views of the file's tensors; missing ones are
+    networks is {part: our network}. The tensors are views of the file's tensors; missing ones are
     left out. Raises ValueError if the file has tensors that are neither used nor known.
     """
     if ema and not has(tensors, "model_ema.diffusion_model"):

@@ -32,8 +32,6 @@ UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # also for the autoencoder
 TEXT_WEIGHTS = "model.safetensors"
 
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-# Parts in the model_index.json of Stable Diffusion XL and unCLIP; other models lack some of PARTS
-OTHER_PARTS = {"text_encoder_2", "image_normalizer"}
 # For each network: the functions that write and read its config.json, and its weights' file name
 FORMS = {
     UNet: (configs.unet_to_json, configs.unet_from_json, UNET_WEIGHTS),
@@ -43,15 +41,11 @@ FORMS = {
 
 
 class Report(NamedTuple):
-    """How many of a checkpoint's tensors were used, and {reason: how many} were ignored.
+    """{(part, our name): the file's} of the tensors used, and {reason: how many} were ignored."""
 
-    names has {(part, our name): a single file's name}.
-    """
-
-    used: int
+    used: dict[tuple[str, str], str]
     ignored: dict[str, int]
     notes: tuple[str, ...] = ()
-    names: dict[tuple[str, str], str] = {}
 
 
 def save_network(folder, network):
@@ -157,10 +151,9 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
 
     temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
     merges: a merges file (plain or .gz) or a tokenizer folder, for a model without a tokenizer.
-    prediction_type: overrides what the model says, or what is assumed for a single file.
+    prediction_type, zero_terminal_snr: override what the model says or what is assumed.
     ema: use the averaged U-Net weights, which some single files also hold.
     dtype: of the networks; None leaves each tensor as the file has it.
-    zero_terminal_snr: rescale the noise schedule so that its last timestep is pure noise.
     """
     path, given = Path(path), {"prediction_type": prediction_type} if prediction_type else {}
     given |= configs.ZERO_TERMINAL_SNR if zero_terminal_snr else {}
@@ -192,15 +185,13 @@ def check_together(pipeline, where):
 
 
 def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None, vae=None):
-    """load_pipeline for a folder, unchecked; a given `unet` or `vae` replaces the folder's part.
-
-    given: {field: value} that override the folder's noise schedule.
-    """
+    """load_pipeline for a folder, unchecked; `unet`, `vae` and `given`, fields of the schedule,
+    replace the folder's own."""
     path, parts, ignored = Path(path), {"unet": unet, "vae": vae}, 0
-    index = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-    if index and (OTHER_PARTS & index.keys() or not PARTS.keys() <= index.keys()):
-        raise ValueError(f"{path}: needs a model of Stable Diffusion 1 or 2, got "
-                         f"{index.get('_class_name')}")
+    if (where := path / "model_index.json").exists():
+        index, others = read_json(where), {"text_encoder_2", "image_normalizer"}  # of XL, unCLIP
+        if others & index.keys() or not PARTS.keys() <= index.keys():
+            raise ValueError(f"{path}: needs Stable Diffusion 1 or 2, got {index['_class_name']}")
     for name, kind in PARTS.items():
         if parts.get(name) is None:
             variant = temporal if name == "unet" else None
@@ -215,7 +206,8 @@ def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None,
     else:  # not ours: draw images of the size that the model was trained on
         size = parts["unet"].config.sample_size * parts["vae"].config.downscale
         sampling = Sampling(num_frames=1, image_size=size)
-    used = sum(len(network.state_dict()) for network in parts.values())
+    used = {(part, name): f"{part}/{name}" for part, network in parts.items()
+            for name in network.state_dict()}
     return Pipeline(**parts, tokenizer=tokenizer, diffusion=diffusion, sampling=sampling,
                     report=Report(used, {"position ids": ignored} if ignored else {}))
 
@@ -238,7 +230,7 @@ def _load_file(path, temporal, given, ema, dtype):
     parts = {name: fill(network, state[name], dtype, path) for name, network in parts.items()}
     return Pipeline(**parts, tokenizer=None, diffusion=diffusion,
                     sampling=Sampling(num_frames=1, image_size=image_size),
-                    report=Report(len(set(used.values())), ignored, notes, used))
+                    report=Report(used, ignored, notes))
 
 
 def add_checkpoint_flags(parser):

@@ -126,7 +126,7 @@ def test_every_unused_tensor_is_counted_with_its_reason(files, tmp_path):
                    lambda tensors: tensors | dict.fromkeys(schedule + more, torch.ones(1)))
     used, ignored, _ = load_pipeline(path).report
     total = sum(len(part) for part in RECORDED["sd1"]["shapes"].values())
-    assert used == total - 1  # every file of SD 1 has position ids
+    assert len(set(used.values())) == total - 1  # every file of SD 1 has position ids
     assert ignored["the noise schedule"] == len(schedule)
     assert sorted(ignored.values()) == [1, 1, 1, 1, len(schedule)]
 
