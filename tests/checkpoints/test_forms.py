@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, same
+from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, same, tell
 
 import model
 import text
@@ -86,10 +86,11 @@ def test_a_file_that_differs_only_there_is_the_same_model(files, loaded, tmp_pat
     assert same(state(other), state(loaded[family]))  # `loaded` is without the shift
 
 
-def test_a_ckpt_of_halves_becomes_float32_or_stays(files, loaded, tmp_path):
-    halves = {name: tensor.half() for name, tensor in load_safetensors(files["sd1"]).items()}
-    torch.save({"state_dict": halves}, tmp_path / "x.ckpt")
-    expected = {name: tensor.half() for name, tensor in state(loaded["sd1"]).items()}
+@pytest.mark.parametrize("dtype", [torch.half, torch.float8_e4m3fn])
+def test_a_ckpt_of_small_numbers_becomes_float32_or_stays(files, loaded, tmp_path, dtype):
+    small = {name: tensor.to(dtype) for name, tensor in load_safetensors(files["sd1"]).items()}
+    torch.save({"state_dict": small}, tmp_path / "x.ckpt")
+    expected = {name: tensor.to(dtype) for name, tensor in state(loaded["sd1"]).items()}
     assert same(state(load_pipeline(tmp_path / "x.ckpt", dtype=None)), expected)
     assert same(state(load_pipeline(tmp_path / "x.ckpt")),
                 {name: tensor.float() for name, tensor in expected.items()})
@@ -140,3 +141,35 @@ def test_the_prediction_type_of_sd2_is_assumed_and_the_report_says_so(files, loa
     old = loaded["sd1"]
     assert old.diffusion.prediction_type == "epsilon" and not old.report.notes + chosen.report.notes
     assert old.sampling == Sampling(num_frames=1, image_size=512)
+
+
+SPEC = "modelspec.prediction_type"
+ZERO = {"zero_terminal_snr": True}
+
+
+@pytest.mark.parametrize("family, metadata, signs, given, expected, told", [
+    ("sd1", {SPEC: "v", "modelspec.resolution": "768x832"}, (), {}, ("v_prediction", False, 768),
+     ["v_prediction", "768x832"]),
+    ("sd2", {SPEC: "epsilon", "author": "v"}, (), {}, ("epsilon", False, 512), ["epsilon"]),
+    ("sd1", {"modelspec.predict_key": "v"}, (), {}, ("v_prediction", False, 512), ["v_prediction"]),
+    ("sd1", {SPEC: "v"}, (), {"prediction_type": "epsilon"}, ("epsilon", False, 512),
+     ["v_prediction"]),
+    ("sd2", {SPEC: "epsilon"}, ("v_pred",), {}, ("v_prediction", False, 768), ["v_prediction"]),
+    ("sd1", {}, ("v_pred", "ztsnr"), {}, ("v_prediction", True, 512),
+     ["v_prediction", "zero terminal SNR"]),
+    ("sd1", {}, (), ZERO | {"prediction_type": "v_prediction"}, ("v_prediction", True, 512), []),
+])
+def test_a_file_says_its_schedule_and_arguments_override_it(
+        files, tmp_path, family, metadata, signs, given, expected, told):
+    path = changed(tmp_path / "x", files[family], lambda x: x | dict.fromkeys(signs, torch.ones(0)))
+    pipeline = load_pipeline(tell(path, metadata), **given)
+    diffusion, zero = pipeline.diffusion, expected[1]
+    assert (diffusion.prediction_type, diffusion.alphas_cumprod[-1] == 0,
+            pipeline.sampling.image_size) == expected
+    assert diffusion.timestep_pairs(10)[0][0] == (999 if zero else 901)  # Lin et al., table 2
+    assert list(pipeline.report.notes) == [f"the file says: {fact}" for fact in told]
+
+
+def test_zero_terminal_snr_needs_a_model_that_predicts_v(files):
+    with pytest.raises(ValueError, match="sd1: .*cannot start from zero terminal SNR; use 'v_pre"):
+        load_pipeline(files["sd1"], **ZERO)

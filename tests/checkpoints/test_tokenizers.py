@@ -59,6 +59,18 @@ def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
     assert torch.equal(load_tokenizer(folder)(TEXTS), trained()(TEXTS))
 
 
+def test_an_added_token_is_named(folder):
+    (folder / "added_tokens.json").write_text('{"<cat>": 600}')
+    with pytest.raises(ValueError, match="has the added token '<cat>', as after textual inversion"):
+        load_tokenizer(folder)
+    tokenizer_json(folder, [*trained().ranks])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    added = [{"content": "<|endoftext|>"}, {"content": "<cat>"}]
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": added}))
+    with pytest.raises(ValueError, match="has the added token '<cat>'"):
+        load_tokenizer(folder)
+
+
 def test_only_the_first_merges_of_clips_file_are_used(tmp_path):
     (tmp_path / "bpe.txt").write_text('"bpe.txt#version: 0.2\na b\nb c</w>\nnot used at all\n')
     config = dataclasses.replace(PRESETS["sd1"], vocab_size=2 * 256 + 2 + 2)
