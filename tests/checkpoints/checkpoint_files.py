@@ -38,12 +38,3 @@ def holds_weights(path):
 def save(path, value=WEIGHTS):
     torch.save(value, path)
     return path
-
-
-def tell(path, metadata):
-    """Write metadata into the header of a safetensors file."""
-    raw = path.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.dumps(json.loads(raw[8:end]) | {"__metadata__": metadata}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
-    return path

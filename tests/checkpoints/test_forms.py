@@ -5,11 +5,12 @@ import functools
 
 import pytest
 import torch
-from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, same, tell
+from checkpoint_files import RECORDED, TEXT, UNET, VAE, changed, same
 
 import model
 import text
 import vae
+from checkpoints import weights
 from checkpoints.names import configs_of, names_in_file
 from checkpoints.safetensors_file import load_safetensors
 from checkpoints.weights import load_pipeline
@@ -143,29 +144,27 @@ def test_the_prediction_type_of_sd2_is_assumed_and_the_report_says_so(files, loa
     assert old.sampling == Sampling(num_frames=1, image_size=512)
 
 
-SPEC = "modelspec.prediction_type"
-ZERO = {"zero_terminal_snr": True}
+SPEC, V, ZERO = "modelspec.prediction_type", "v_prediction", {"zero_terminal_snr": True}
 
 
 @pytest.mark.parametrize("family, metadata, signs, given, expected, told", [
-    ("sd1", {SPEC: "v", "modelspec.resolution": "768x832"}, (), {}, ("v_prediction", False, 768),
-     ["v_prediction", "768x832"]),
+    ("sd1", {SPEC: "v", "modelspec.resolution": "832x768"}, (), {}, (V, False, 768),
+     [V, "832x768"]),
     ("sd2", {SPEC: "epsilon", "author": "v"}, (), {}, ("epsilon", False, 512), ["epsilon"]),
-    ("sd1", {"modelspec.predict_key": "v"}, (), {}, ("v_prediction", False, 512), ["v_prediction"]),
-    ("sd1", {SPEC: "v"}, (), {"prediction_type": "epsilon"}, ("epsilon", False, 512),
-     ["v_prediction"]),
-    ("sd2", {SPEC: "epsilon"}, ("v_pred",), {}, ("v_prediction", False, 768), ["v_prediction"]),
-    ("sd1", {}, ("v_pred", "ztsnr"), {}, ("v_prediction", True, 512),
-     ["v_prediction", "zero terminal SNR"]),
-    ("sd1", {}, (), ZERO | {"prediction_type": "v_prediction"}, ("v_prediction", True, 512), []),
+    ("sd1", {"modelspec.predict_key": "v"}, (), {}, (V, False, 512), [V]),
+    ("sd1", {SPEC: "v"}, (), {"prediction_type": "epsilon"}, ("epsilon", False, 512), [V]),
+    ("sd2", {SPEC: "epsilon"}, ("v_pred",), {}, (V, False, 768), [V]),
+    ("sd1", {}, ("v_pred", "ztsnr"), {}, (V, True, 512), [V, "zero terminal SNR"]),
+    ("sd1", {}, (), ZERO | {"prediction_type": V}, (V, True, 512), []),
 ])
 def test_a_file_says_its_schedule_and_arguments_override_it(
-        files, tmp_path, family, metadata, signs, given, expected, told):
+        files, tmp_path, monkeypatch, family, metadata, signs, given, expected, told):
+    monkeypatch.setattr(weights, "read_metadata", lambda _: metadata)
     path = changed(tmp_path / "x", files[family], lambda x: x | dict.fromkeys(signs, torch.ones(0)))
-    pipeline = load_pipeline(tell(path, metadata), **given)
-    diffusion, zero = pipeline.diffusion, expected[1]
-    assert (diffusion.prediction_type, diffusion.alphas_cumprod[-1] == 0,
-            pipeline.sampling.image_size) == expected
+    pipeline = load_pipeline(path, **given)
+    diffusion, size = pipeline.diffusion, pipeline.sampling.image_size
+    zero = bool(diffusion.alphas_cumprod[-1] == 0)
+    assert (diffusion.prediction_type, zero, size) == expected
     assert diffusion.timestep_pairs(10)[0][0] == (999 if zero else 901)  # Lin et al., table 2
     assert list(pipeline.report.notes) == [f"the file says: {fact}" for fact in told]
 

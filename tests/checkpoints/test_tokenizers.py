@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import change
 
 from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_for
 from text import PRESETS
@@ -60,13 +61,11 @@ def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
 
 
 def test_an_added_token_is_named(folder):
-    (folder / "added_tokens.json").write_text('{"<cat>": 600}')
-    with pytest.raises(ValueError, match="has the added token '<cat>', as after textual inversion"):
+    (folder / "added_tokens.json").write_text('{"<|endoftext|>": 500, "<dog>": 600}')
+    with pytest.raises(ValueError, match="has the added token '<dog>', as after textual inversion"):
         load_tokenizer(folder)
     tokenizer_json(folder, [*trained().ranks])
-    content = json.loads((folder / "tokenizer.json").read_text())
-    added = [{"content": "<|endoftext|>"}, {"content": "<cat>"}]
-    (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": added}))
+    change(folder / "tokenizer.json", added_tokens=[{"content": "<cat>"}])
     with pytest.raises(ValueError, match="has the added token '<cat>'"):
         load_tokenizer(folder)
 
