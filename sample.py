@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints.finite import decode_finite
 from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
@@ -43,7 +44,7 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
             seeds = range(seed + start, seed + start + len(batch))  # one per clip
             for latents in pipeline.sample(batch, seeds, sampling):  # b t c h/f w/f
                 bar.update(len(batch))
-            yield from pipeline.decode(latents)  # b t 3 h w, one by one
+            yield from decode_finite(pipeline, batch, latents)  # b t 3 h w, one by one
 
 
 def main():
@@ -65,8 +66,7 @@ def main():
     parser.add_argument("--batch-size", type=number(int, 1), default=8,
                         help="clips at a time (default: 8)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the U-Net; takes minutes at full size, then steps are faster")
+    parser.add_argument("--compile", action="store_true", help="takes minutes, then draws faster")
     add_flags(parser, Sampling(), show_defaults=False)
     add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args()
@@ -74,9 +74,9 @@ def main():
     if not prompts:
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
     device = choose_device(args.device)
-    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
-    for note in pipeline.report.notes:
-        print(note, file=sys.stderr)
+    pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
+                             zero_terminal_snr=args.zero_terminal_snr)
+    sys.stderr.writelines(f"{note}\n" for note in pipeline.report.notes)
     pipeline.to(device)  # and to bfloat16 on a GPU that has it
     if args.compile:
         compile_for_sampling(pipeline.unet, device)

@@ -1,4 +1,4 @@
-"""Convert config.json files to and from the configs of our networks.
+"""Convert config.json files to and from the configs of our networks, and read schedules.
 
 Our configs have the field names of diffusers and transformers. A config.json also holds options
 for which this project has only one value. Another value means an architecture that this project
@@ -8,6 +8,7 @@ lacks, so it is refused by name. An absent or null field gets the default of dif
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 
@@ -29,17 +30,19 @@ VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_co
                  "use_post_quant_conv": True}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 # Options that do not change the network. Upcasting prevents overflows of SD 2.1 in float16; this
-# project computes in float32 or bfloat16, which do not overflow.
+# project computes in float32 or bfloat16, which do not overflow. The last ones are EMAModel's.
 IGNORED = ("upcast_attention", "force_upcast", "addition_embed_type_num_heads", "_class_name",
-           "_diffusers_version", "_name_or_path")
+           "_diffusers_version", "_name_or_path", "decay", "min_decay", "inv_gamma", "power",
+           "optimization_step", "update_after_step", "use_ema_warmup")
 
 # Defaults of diffusers' classes that differ from ours
 UNET_ABSENT = {"cross_attention_dim": 1280}
 VAE_ABSENT = {"block_out_channels": [64], "layers_per_block": 1}
-# Defaults of DDIMScheduler, except two that StableDiffusionPipeline replaces: an absent
-# steps_offset becomes 1, our default, and an absent clip_sample becomes false.
 SCHEDULE_ABSENT = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-                   "set_alpha_to_one": True}
+                   "set_alpha_to_one": True}  # of DDIMScheduler
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ASSUMED = ("assumed to predict v, because the file does not say it; Stable Diffusion 2-base needs "
+           "prediction_type='epsilon' (--prediction-type epsilon)")
 
 
 def from_config(cls, values, constants, where, absent=()):
@@ -144,10 +147,28 @@ def diffusion_to_json(diffusion):
 def diffusion_from_json(values, where):
     """A Diffusion from the scheduler_config.json of any scheduler that adds noise as DDPM does.
 
-    Options of the scheduler's sampler are ignored: the model depends only on the noise.
+    Options of the scheduler's sampler are ignored: the model depends only on the noise. So are
+    steps_offset and clip_sample, which StableDiffusionPipeline always sets to 1 and false.
     """
-    names = {"clip_sample", "thresholding", *(f.name for f in dataclasses.fields(Diffusion))}
+    names = {"thresholding", *(f.name for f in dataclasses.fields(Diffusion))} - {"steps_offset"}
     if str(values.get("_class_name")).startswith(("FlowMatch", "EDM")):  # their noise differs
         names.add("_class_name")
     values = {k: v for k, v in values.items() if k in names}
     return from_config(Diffusion, values, {"_class_name": None}, where, SCHEDULE_ABSENT)
+
+
+def diffusion_from_file(tensors, metadata, is_sd2, given):
+    """(Diffusion, image size, notes) of a single file; `given` overrides fields of the schedule."""
+    # sd-scripts and ComfyUI write metadata, ComfyUI also the empty tensors v_pred and ztsnr.
+    said = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
+    kind = "v" if "v_pred" in tensors else said.get("prediction_type") or said.get("predict_key")
+    kind = "v_prediction" if kind == "v" else kind
+    values = {"prediction_type": kind or ("v_prediction" if is_sd2 else "epsilon")}
+    values |= (ZERO_TERMINAL_SNR if "ztsnr" in tensors else {}) | given
+    told = kind, "zero terminal SNR" if "ztsnr" in tensors else None, said.get("resolution")
+    notes = [f"the file says: {fact}" for fact in told if fact]
+    if is_sd2 and not kind and "prediction_type" not in given:
+        notes.append(ASSUMED)
+    sizes = [int(number) for number in re.findall(r"\d+", told[2] or "")]  # width and height
+    default = 768 if is_sd2 and values["prediction_type"] == "v_prediction" else 512
+    return Diffusion(**values), min(sizes, default=0) // 64 * 64 or default, tuple(notes)

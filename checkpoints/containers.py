@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.errors import naming
+from checkpoints.errors import DAMAGED, naming
 from checkpoints.safetensors_file import load_safetensors
 from support.files import read_json
 
@@ -64,7 +64,7 @@ HARMLESS = {  # {packages: names in them that become Inert}
     "numpy.core.multiarray numpy._core.multiarray": "scalar _reconstruct",
     "pathlib pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
     "argparse": "Namespace", "typing": "Any", "numpy": "dtype ndarray",
-    "builtins": "bool dict float int list str tuple",
+    "builtins": "bool dict float int list str tuple", "torch.nn.modules.container": "ParameterDict",
 }
 STUBS = [(InertDict, name) for name in DICTS]
 STUBS += [(Inert, f"{package}.{name}") for packages, names in HARMLESS.items()
@@ -122,9 +122,11 @@ def _read_file(path):
     for _ in range(2):  # the tensors may be inside one "state_dict" or two
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
             checkpoint = checkpoint["state_dict"]
-    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
-    return {name: tensor.detach() for name, tensor in items
-            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    tensors = {name: tensor.detach() for name, tensor in checkpoint.items()
+               if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+    # A file without tensors at this level is no model, but its keys tell what it is.
+    return tensors or {str(key): torch.empty(0) for key in checkpoint}
 
 
 def _unpickle(path):
@@ -132,7 +134,7 @@ def _unpickle(path):
     try:
         with torch.serialization.safe_globals(STUBS), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler may raise anything for a damaged file
+    except DAMAGED as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             problem = (f"refuses to load {refused[1]}: weights do not need it, and a pickle may "
                        "run any program; use a .safetensors file")

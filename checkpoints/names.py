@@ -20,8 +20,13 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
 PARTS = {UNET: "U-Net", VAE: "autoencoder", TEXT: "text encoder"}
 
 OTHER_FILES = {  # patterns of tensor names that only other files have: what these files are
-    r"lora[_.]|hada_w|lokr_w": "a LoRA, an addition to a model; merge it into a model first",
-    r"^string_to_|^emb_params$|^<.+>$": "a textual inversion, the embedding of one token",
+    r"^ip_adapter|^image_proj": "an IP-Adapter, an addition to a model",
+    r"lora[_.]|lycoris_|hada_w|lokr_w|oft_": "a LoRA, LyCORIS or OFT; merge it into a model first",
+    r"^(320|640|768|1024|1280)$": "a hypernetwork, an addition to a model",
+    r"^string_to_|^(emb_.+|<.+>|\*|clip_.)$": "a textual inversion, the embedding of one token",
+    r"time_stack\.|time_mixer\.": "Stable Video Diffusion",
+    r"^noise_augmentor\.|^embedder\.": "Stable unCLIP",
+    r"^scaled_fp8$|\.scale_weight$": "fp8 weights with scales; use the fp16 file",
     r"^control_model\.|controlnet_cond_embedding|input_hint_block": "a ControlNet",
     r"conditioner\.embedders\.|add_embedding\.": "Stable Diffusion XL",
     r"(^|\.)joint_blocks\.": "Stable Diffusion 3",
@@ -34,6 +39,7 @@ UNUSED = {  # patterns of tensor names that sampling does not need: what they ar
     r"^model_ema\.": "EMA weights and their counters (ema=True or --ema uses them)",
     r"^(betas|\w*alphas_cumprod(_prev)?|posterior_\w+|lvlb_weights|logvar)$": "the noise schedule",
     r"position_ids$": "position ids",
+    r"^(v_pred|ztsnr)$": "signs of the noise schedule",
     r"^cond_stage_model\.(.*\.)?(logit_scale|text_projection(\.weight)?|attn_mask)$":
         "parts of CLIP that Stable Diffusion does not use",
     r"^(first_stage_model\.)?loss\.": "the autoencoder's training loss",
@@ -213,28 +219,29 @@ def view_of(tensor, ours, theirs, ndim):
 
 
 def convert(tensors, networks, ema, where):
-    """({part: {our name: tensor}}, number used, {reason: number ignored}) of a single file.
+    """({part: {our name: tensor}}, {(part, our name): the file's}, {reason: number ignored}).
 
     networks is {part: our network}. The tensors are views of the file's tensors; missing ones are
     left out. Raises ValueError if the file has tensors that are neither used nor known.
     """
     if ema and not has(tensors, "model_ema.diffusion_model"):
         raise ValueError(f"{where}: holds no EMA weights (model_ema.*); load it without --ema")
-    parts, used = {part: {} for part in networks}, set()
+    parts, used = {part: {} for part in networks}, {}
     for part, network in networks.items():
         state = network.state_dict()
         for ours, theirs in names_in_file(part, network, tensors, ema).items():
             if theirs in tensors:
                 parts[part][ours] = view_of(tensors[theirs], ours, theirs, state[ours].ndim)
-                used.add(theirs)
+                used[part, ours] = theirs
     last = networks["text_encoder"].config.num_hidden_layers
     unused = UNUSED | {rf"^cond_stage_model\.model\.transformer\.resblocks\.{last}\.":
                        "the text encoder's last layer, which Stable Diffusion 2 skips"}
     if ema:
         unused[r"^model\.diffusion_model\."] = "the U-Net's weights beside their average"
-    reasons = {name: reason for name in tensors.keys() - used
+    unused_names = tensors.keys() - set(used.values())
+    reasons = {name: reason for name in unused_names
                for pattern, reason in unused.items() if re.search(pattern, name)}
-    if unknown := sorted(tensors.keys() - used - reasons.keys()):
+    if unknown := sorted(unused_names - reasons.keys()):
         raise ValueError(f"{where}: {len(unknown)} tensors are not part of Stable Diffusion: "
                          f"{', '.join(unknown[:5])}")
-    return parts, len(used), dict(Counter(reasons.values()))
+    return parts, used, dict(Counter(reasons.values()))

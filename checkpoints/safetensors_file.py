@@ -9,7 +9,6 @@ system reads a tensor when it is used. Format: https://github.com/huggingface/sa
 import json
 import math
 import mmap
-import struct
 
 import torch
 
@@ -18,8 +17,8 @@ from support.files import atomic
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -34,7 +33,7 @@ def save_safetensors(path, tensors):
     encoded = json.dumps(header).encode()
     encoded += b" " * (-(8 + len(encoded)) % 64)  # aligned, so weights.fill() copies less
     with atomic(path) as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():  # copies nothing if contiguous on the CPU
             flat = tensor.detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
@@ -48,8 +47,15 @@ def load_safetensors(path):
     problem = "not a whole safetensors file; a web page, a git-lfs pointer or half a download?"
     with open(path, "rb") as file, naming(path, problem):
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        (length,) = struct.unpack("<Q", data[:8])
-        return _tensors(data, 8 + length)
+        return _tensors(data, 8 + int.from_bytes(data[:8], "little"))
+
+
+def read_metadata(path):
+    """{key: text} that a safetensors file holds beside its tensors; {} for a pickle."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # a pickle's first bytes are a huge number
+        header = json.loads(file.read(length)) if length < 2**32 else {}
+    return header.get("__metadata__") or {}
 
 
 def _tensors(data, begin):

@@ -24,8 +24,8 @@ def tokenizer_for(path, config):
     with naming(path, "is not a whole, undamaged tokenizer"):
         if Path(path).is_dir():
             merges = load_tokenizer(path).ranks
-        else:  # CLIP's bpe_simple_vocab_16e6.txt has more merges than CLIP uses
-            merges = read_merges(path)[: config.vocab_size - 2 * 256 - 2]
+        else:  # CLIP's bpe_simple_vocab_16e6.txt has more merges than CLIP uses for its 49,408 ids
+            merges = read_merges(path)[: min(config.vocab_size, 49408) - 2 * 256 - 2]
         return CLIPTokenizer(merges, config.max_position_embeddings, config.hidden_act != "gelu")
 
 
@@ -34,7 +34,7 @@ def load_tokenizer(folder):
 
     Raises ValueError if the vocabulary does not follow from the merges.
     """
-    folder, settings = Path(folder), {}
+    folder, settings, added = Path(folder), {}, []
     # As in transformers, special_tokens_map.json overrides the other file. In the folders of SD 2,
     # only special_tokens_map.json says that padding is id 0, the token "!".
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -42,19 +42,25 @@ def load_tokenizer(folder):
             settings |= read_json(folder / name)
     with naming(folder, "is not a whole, undamaged tokenizer"):
         if (folder / "tokenizer.json").exists() and not (folder / "merges.txt").exists():
-            model = read_json(folder / "tokenizer.json")["model"]
+            content = read_json(folder / "tokenizer.json")
+            model, added = content["model"], [x["content"] for x in content.get("added_tokens", ())]
             # "a b" up to transformers 4.44, ["a", "b"] in later versions
             merges = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
             vocabulary = model["vocab"]
         else:
             merges = read_merges(folder / "merges.txt")
             vocabulary = read_json(folder / "vocab.json")
+            if (folder / "added_tokens.json").exists():
+                added = [*read_json(folder / "added_tokens.json")]
         pad = settings.get("pad_token")
         pad = pad["content"] if isinstance(pad, dict) else pad
         length = index(settings.get("model_max_length", 77))  # refuses fractions
         tokenizer = CLIPTokenizer(merges, length, pad_with_end=pad != "!")
         if differing := vocabulary.items() ^ tokenizer.ids.items():
             raise ValueError(f"vocabulary and merges disagree about {min(differing)[0]!r}")
+    if new := sorted(set(added) - tokenizer.ids.keys()):
+        raise ValueError(f"{folder}: has the added token {new[0]!r}, as after textual inversion; "
+                         "added tokens are not supported")
     return tokenizer
 
 

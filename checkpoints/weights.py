@@ -20,9 +20,8 @@ import torch
 
 from checkpoints import configs, containers
 from checkpoints.errors import naming
-from checkpoints.safetensors_file import save_safetensors
+from checkpoints.safetensors_file import read_metadata, save_safetensors
 from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_for
-from diffusion import Diffusion
 from model import UNet
 from pipeline import Pipeline, Sampling
 from support.files import read_json, write_json
@@ -31,8 +30,6 @@ from vae import AutoencoderKL
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"  # also for the autoencoder
 TEXT_WEIGHTS = "model.safetensors"
-ASSUMED = ("assumed to predict v, because the file does not say it; Stable Diffusion 2-base needs "
-           "prediction_type='epsilon' (--prediction-type epsilon)")
 
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 # For each network: the functions that write and read its config.json, and its weights' file name
@@ -44,9 +41,9 @@ FORMS = {
 
 
 class Report(NamedTuple):
-    """How many of a checkpoint's tensors were used, and {reason: how many} were ignored."""
+    """{(part, our name): the file's} of the tensors used, and {reason: how many} were ignored."""
 
-    used: int
+    used: dict[tuple[str, str], str]
     ignored: dict[str, int]
     notes: tuple[str, ...] = ()
 
@@ -149,22 +146,23 @@ def save_pipeline(pipeline, folder):
 
 
 def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=False,
-                  dtype=torch.float32):
+                  dtype=torch.float32, zero_terminal_snr=False):
     """Read a whole model: a run's folder, a diffusers folder or a single file.
 
     temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
     merges: a merges file (plain or .gz) or a tokenizer folder, for a model without a tokenizer.
-    prediction_type: overrides what the model says, or what is assumed for a single file.
+    prediction_type, zero_terminal_snr: override what the model says or what is assumed.
     ema: use the averaged U-Net weights, which some single files also hold.
     dtype: of the networks; None leaves each tensor as the file has it.
     """
-    path = Path(path)
+    path, given = Path(path), {"prediction_type": prediction_type} if prediction_type else {}
+    given |= configs.ZERO_TERMINAL_SNR if zero_terminal_snr else {}
     if not path.is_dir():
-        pipeline = _load_file(path, temporal, prediction_type, ema, dtype)
+        pipeline = _load_file(path, temporal, given, ema, dtype)
     elif ema:
         raise ValueError(f"{path}: only single files hold EMA weights beside the others")
     else:
-        pipeline = load_folder(path, temporal, prediction_type, dtype)
+        pipeline = load_folder(path, temporal, given, dtype)
     if merges is not None:
         pipeline.tokenizer = tokenizer_for(merges, pipeline.text_encoder.config)
     check_together(pipeline, path)
@@ -186,19 +184,21 @@ def check_together(pipeline, where):
                          f"texts of at most {positions}")
 
 
-def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, unet=None,
-                vae=None):
-    """load_pipeline for a folder, unchecked; a given `unet` or `vae` replaces the folder's part."""
+def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None, vae=None):
+    """load_pipeline for a folder, unchecked; `unet`, `vae` and `given`, fields of the schedule,
+    replace the folder's own."""
     path, parts, ignored = Path(path), {"unet": unet, "vae": vae}, 0
+    if (where := path / "model_index.json").exists():
+        index, others = read_json(where), {"text_encoder_2", "image_normalizer"}  # of XL, unCLIP
+        if others & index.keys() or not PARTS.keys() <= index.keys():
+            raise ValueError(f"{path}: needs Stable Diffusion 1 or 2, got {index['_class_name']}")
     for name, kind in PARTS.items():
         if parts.get(name) is None:
             variant = temporal if name == "unet" else None
             parts[name], count = load_network(path / name, kind, variant, dtype)
             ignored += count
     where = path / "scheduler" / "scheduler_config.json"
-    diffusion = configs.diffusion_from_json(read_json(where), where)
-    if prediction_type is not None:
-        diffusion = dataclasses.replace(diffusion, prediction_type=prediction_type)
+    diffusion = configs.diffusion_from_json(read_json(where) | (given or {}), where)
     tokenizer = load_tokenizer(path / "tokenizer") if (path / "tokenizer").is_dir() else None
     where = path / "sampling.json"
     if where.exists():
@@ -206,20 +206,20 @@ def load_folder(path, temporal=None, prediction_type=None, dtype=torch.float32, 
     else:  # not ours: draw images of the size that the model was trained on
         size = parts["unet"].config.sample_size * parts["vae"].config.downscale
         sampling = Sampling(num_frames=1, image_size=size)
-    used = sum(len(network.state_dict()) for network in parts.values())
+    used = {(part, name): f"{part}/{name}" for part, network in parts.items()
+            for name in network.state_dict()}
     return Pipeline(**parts, tokenizer=tokenizer, diffusion=diffusion, sampling=sampling,
                     report=Report(used, {"position ids": ignored} if ignored else {}))
 
 
-def _load_file(path, temporal, prediction_type, ema, dtype):
+def _load_file(path, temporal, given, ema, dtype):
     from checkpoints import names  # imported here, because a training does not need it
 
     tensors = containers.read_checkpoint(path)
     names.check_known(tensors, path)
-    openclip = names.is_openclip(tensors)
-    notes = (ASSUMED,) if openclip and prediction_type is None else ()
-    kind = prediction_type or ("v_prediction" if openclip else "epsilon")
-    image_size = 768 if kind == "v_prediction" else 512
+    with naming(path):
+        diffusion, image_size, notes = configs.diffusion_from_file(
+            tensors, read_metadata(path), names.is_openclip(tensors), given)
     with naming(path, "is not Stable Diffusion, or not complete"):
         found = names.configs_of(tensors, image_size)
         if temporal is not None:
@@ -228,7 +228,7 @@ def _load_file(path, temporal, prediction_type, ema, dtype):
         state, used, ignored = names.convert(tensors, parts, ema, path)
     tensors.clear()
     parts = {name: fill(network, state[name], dtype, path) for name, network in parts.items()}
-    return Pipeline(**parts, tokenizer=None, diffusion=Diffusion(prediction_type=kind),
+    return Pipeline(**parts, tokenizer=None, diffusion=diffusion,
                     sampling=Sampling(num_frames=1, image_size=image_size),
                     report=Report(used, ignored, notes))
 
@@ -239,4 +239,6 @@ def add_checkpoint_flags(parser):
                         help="a merges file (plain or .gz) or a tokenizer folder")
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
                         help="what the U-Net predicts, if the file does not say")
+    parser.add_argument("--zero-terminal-snr", action="store_true",
+                        help="the U-Net was trained with pure noise at the last timestep")
     parser.add_argument("--ema", action="store_true", help="use the average of the U-Net's weights")

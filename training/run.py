@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import weights
+from checkpoints import finite, weights
 from media.write import contact_sheet, side_by_side, write_clip
 from support import devices
 from support.devices import barrier, is_main
@@ -120,11 +120,11 @@ class Run:
         """Use the model that --init names as the result of stages one and two."""
         options = self.options
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
+        finite.require_finite(model, options.init)
         model.encode_text([""])  # fails now if the model has no tokenizer
         check_image_size(options.image_size, model.vae.config, model.unet.config)
         if is_main():
-            for note in model.report.notes:
-                print(note, file=sys.stderr)
+            sys.stderr.writelines(f"{note}\n" for note in model.report.notes)
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
         self.finish("image")

@@ -46,7 +46,12 @@ UNET_2 = UNET | {
 }
 
 
-@pytest.mark.parametrize("values, preset", [(UNET, "sd1"), (UNET_2, "sd2")], ids=["1.5", "2.1"])
+AVERAGE = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 9,
+           "power": 0.7, "update_after_step": 0, "use_ema_warmup": True}
+
+
+@pytest.mark.parametrize("values, preset", [
+    (UNET, "sd1"), (UNET_2, "sd2"), (UNET | AVERAGE, "sd1")], ids=["1.5", "2.1", "unet_ema"])
 def test_the_unet_configs_of_stable_diffusion_are_read(values, preset):
     assert configs.unet_from_json(values, "here") == model.PRESETS[preset]
 
@@ -81,6 +86,7 @@ def test_the_text_encoder_configs_of_stable_diffusion_are_read(name, shape):
 @pytest.mark.parametrize("more, prediction_type", [
     ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "epsilon"),
     ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
+    ({"steps_offset": 0, "clip_sample": True}, "epsilon"),  # StableDiffusionPipeline mends both
 ])
 def test_the_schedules_of_stable_diffusion_are_read(more, prediction_type):
     """The class may be any sampler, because the model depends only on the noise."""

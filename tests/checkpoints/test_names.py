@@ -55,6 +55,11 @@ def without(word):
 @pytest.mark.parametrize("change, message", [
     (add("conditioner.embedders.0.x", 1), "got Stable Diffusion XL"),
     (lambda _: {"lora_unet_mid.lora_up.weight": torch.zeros(2, 2)}, "got a LoRA"),
+    *[(add(name, 2), f"got {kind}") for name, kind in {
+        "ip_adapter.1.to_k_ip.weight": "an IP-Adapter", "clip_g": "a textual inversion",
+        "oft_unet_mid.oft_blocks": "a LoRA, LyCORIS or OFT", "scaled_fp8": "fp8 weights with",
+        UNET + "input_blocks.1.0.time_mixer.mix_factor": "Stable Video Diffusion",
+        "noise_augmentor.data_mean": "Stable unCLIP"}.items()],
     (lambda x: {name.removeprefix(VAE): y for name, y in only(VAE)(x).items()},
      "got a U-Net or an autoencoder alone"),
     (only(UNET), "got no autoencoder and no text encoder, only model.diff"),

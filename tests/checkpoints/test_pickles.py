@@ -13,6 +13,7 @@ import torch
 from checkpoint_files import WEIGHTS, A, holds_weights, save
 
 from checkpoints.containers import read_checkpoint
+from checkpoints.weights import load_pipeline
 
 # Classes that Lightning leaves in a checkpoint
 
@@ -57,6 +58,17 @@ def test_reads_a_configuration_beside_the_weights(tmp_path):
         value.__dict__ |= {"_content": {"width": leaf}, "_parent": value}
         save(tmp_path / "x.ckpt", {**WEIGHTS, "config": value, "hparams": attributes(lr=1e-4)})
     assert holds_weights(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("value, kind", [
+    ({"string_to_param": torch.nn.ParameterDict({"*": A})}, "a textual inversion"),
+    ({"string_to_param": {"*": A}, "name": "style"}, "a textual inversion"),
+    ({768: ({"linear.0.weight": A}, {"linear.0.weight": A}), "step": 5}, "a hypernetwork"),
+    ({"image_proj": {"latents": A}, "ip_adapter": {"1.to_k_ip.weight": A}}, "an IP-Adapter"),
+])
+def test_an_addition_to_a_model_is_named(tmp_path, value, kind):
+    with pytest.raises(ValueError, match=f"x.pt: needs a whole model of .*, got {kind}"):
+        load_pipeline(save(tmp_path / "x.pt", value))
 
 
 # Pickles that would run a program. Each would create the file that `made` names.

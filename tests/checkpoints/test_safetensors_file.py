@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_files import same
 
-from checkpoints.safetensors_file import DTYPES, load_safetensors, save_safetensors
+from checkpoints.safetensors_file import DTYPES, load_safetensors, read_metadata, save_safetensors
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def test_reads_a_file_written_by_hand(path):
     write(path, header, b"\x01\x00\x00\x01\xff\xff" + b"\x00\x00\x80\x3f\x00\x00\x00\xc0")
     read = {name: (x.dtype, x.tolist()) for name, x in load_safetensors(path).items()}
     assert read == {"a": (torch.int16, [[1], [256], [-1]]), "b": (torch.float32, [1.0, -2.0])}
+    assert read_metadata(path) == {"from": "here"}
 
 
 def test_writes_the_bytes_of_the_specification(path):

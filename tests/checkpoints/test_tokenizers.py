@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import change
 
 from checkpoints.tokenizers import load_tokenizer, save_tokenizer, tokenizer_for
 from text import PRESETS
@@ -57,6 +58,16 @@ def tokenizer_json(folder, merges):
 def test_a_folder_with_only_tokenizer_json_gives_the_same_ids(folder, join):
     tokenizer_json(folder, [join(pair) for pair in trained().ranks])
     assert torch.equal(load_tokenizer(folder)(TEXTS), trained()(TEXTS))
+
+
+def test_an_added_token_is_named(folder):
+    (folder / "added_tokens.json").write_text('{"<|endoftext|>": 500, "<dog>": 600}')
+    with pytest.raises(ValueError, match="has the added token '<dog>', as after textual inversion"):
+        load_tokenizer(folder)
+    tokenizer_json(folder, [*trained().ranks])
+    change(folder / "tokenizer.json", added_tokens=[{"content": "<cat>"}])
+    with pytest.raises(ValueError, match="has the added token '<cat>'"):
+        load_tokenizer(folder)
 
 
 def test_only_the_first_merges_of_clips_file_are_used(tmp_path):

@@ -58,11 +58,13 @@ def test_a_loaded_model_draws_the_same_clip(saved):
     assert not any(p.data_ptr() % 64 for network in networks for p in network.parameters())
 
 
-def test_arguments_override_what_a_folder_says(saved):
+def test_arguments_override_what_a_folder_says(saved, folder):
     loaded = load_pipeline(saved, temporal="shift", dtype=torch.bfloat16)
     assert loaded.unet.config == dataclasses.replace(fresh_pipeline().unet.config, temporal="shift")
     assert {p.dtype for p in loaded.unet.parameters()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="cannot start from zero terminal SNR"):
+    change(folder / "scheduler/scheduler_config.json", rescale_betas_zero_snr=False)
+    assert load_pipeline(folder, zero_terminal_snr=True).diffusion == loaded.diffusion
+    with pytest.raises(ValueError, match="config.json: .*cannot start from zero terminal SNR"):
         load_pipeline(saved, prediction_type="epsilon")
 
 
@@ -125,6 +127,17 @@ def test_a_model_without_our_settings_draws_an_image_of_its_size(folder):
 def test_a_missing_file_is_named(folder, file, message):
     (folder / file).unlink()
     with pytest.raises((ValueError, OSError), match=message):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("StableDiffusionXLPipeline", {"text_encoder_2": ["transformers", "CLIPTextModel"]}),
+    ("StableVideoDiffusionPipeline", {"text_encoder": None}),
+    ("StableUnCLIPPipeline", {"image_normalizer": ["diffusers", "Normalizer"]}),
+])
+def test_a_folder_of_another_model_is_named(folder, name, parts):
+    change(folder / "model_index.json", _class_name=name, **parts)
+    with pytest.raises(ValueError, match=f"model: needs Stable Diffusion 1 or 2, got {name}$"):
         load_pipeline(folder)
 
 
