@@ -19,7 +19,7 @@ from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
-from support.devices import choose_device, compile_for_sampling
+from support.devices import add_device_flags, choose_device, compile_for_sampling, precision_notes
 
 
 def read_prompts(path):
@@ -64,7 +64,7 @@ def main():
                         help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=8,
                         help="clips at a time (default: 8)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_device_flags(parser)
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net; takes minutes at full size, then steps are faster")
     add_flags(parser, Sampling(), show_defaults=False)
@@ -75,9 +75,9 @@ def main():
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
-    for note in pipeline.report.notes:
+    for note in pipeline.report.notes + precision_notes(pipeline.unet, device, args.precision):
         print(note, file=sys.stderr)
-    pipeline.to(device)  # and to bfloat16 on a GPU that has it
+    pipeline.to(device, args.precision)
     if args.compile:
         compile_for_sampling(pipeline.unet, device)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))

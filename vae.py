@@ -173,6 +173,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion, for frames of any size that is a multiple of f."""
 
+    overflows_float16 = True  # as Stable Diffusion's may, so freeze() leaves it in float32
+
     def __init__(self, config):
         super().__init__()
         self.config = config
