@@ -128,9 +128,8 @@ class Trainer:
                                   "learning_rate": rate,
                                   "steps_per_second": (self.step - first) / (now - started)})
                     started, first = now, self.step  # of the next interval
-                # Processes ask each other at every step, because torchrun waits 30 s for them.
-                stopping = bool(received)  # with several processes, all stop after the same step
-                if rank_and_count()[1] > 1:
+                stopping = bool(received)
+                if rank_and_count()[1] > 1:  # all stop after the same step; torchrun waits 30 s
                     stopping = mean(torch.tensor(float(len(received)), device=self.run.device))
                 previewing = preview and self.step in previews
                 if self.step % options.save_every == 0 or last or stopping or previewing:
@@ -216,7 +215,6 @@ class Trainer:
             raise ValueError("training_state.pt: belongs to a model of another configuration")
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
-        # In another precision the run had no scale.
         self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
         if self.options.offload:
             move_moments(self.optimizer, self.parameters, "cpu")

@@ -74,16 +74,14 @@ def precision_notes(network, device, choice):
 def precision(device, choice="auto"):
     """A context in which networks with float32 weights compute in `compute_dtype`."""
     dtype = compute_dtype(device, choice)
-    kind = torch.device(device).type
-    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype)
+    autocast = dtype != torch.float32
+    return torch.autocast(torch.device(device).type, dtype) if autocast else nullcontext()
 
 
 def loss_scaler(device, choice="auto"):
-    """The scaler of losses, which only changes anything where networks compute in float16.
-
-    float16 rounds gradients below 3e-8 to 0. The scaler multiplies the loss, and so all gradients,
-    by a large scale, and divides the gradients by it before the optimizer's step.
-    """
+    """The scaler of losses, for networks that compute in float16; without effect for others."""
+    # float16 rounds gradients below 3e-8 to 0. The scaler multiplies the loss, and so all
+    # gradients, by a large scale, and divides the gradients by it before the optimizer's step.
     half = compute_dtype(device, choice) == torch.float16
     return torch.amp.GradScaler(torch.device(device).type, enabled=half)
 
@@ -139,11 +137,8 @@ def step_in_parts(optimizer):
 
 
 def move_moments(optimizer, parameters, device):
-    """Move AdamW's moments of some parameters, if they exist yet.
-
-    The CPU may read them only after it has waited for the device, as save_state() does when it
-    looks for weights that are not finite. Copies back to the device are queued behind these.
-    """
+    """Move AdamW's moments of some parameters, if they exist yet. The CPU may read them only after
+    it has waited for the device, as save_state() does when it looks for weights not finite."""
     for parameter in parameters:
         state = optimizer.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):

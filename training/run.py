@@ -169,11 +169,10 @@ class Run:
 
     @property
     def layout(self):
-        """The memory layout of networks that learn."""
+        """The memory layout in which convolutions of networks that learn are fastest."""
         dtype = devices.compute_dtype(self.device, self.options.precision)
-        if self.device.type == "cpu" and dtype != torch.float32:
-            return torch.contiguous_format
-        return torch.channels_last  # otherwise convolutions are faster with channels innermost
+        half_on_cpu = self.device.type == "cpu" and dtype != torch.float32
+        return torch.contiguous_format if half_on_cpu else torch.channels_last
 
     def precision(self):
         """A context in which networks that learn compute in the run's --precision."""
