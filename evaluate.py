@@ -22,7 +22,7 @@ from sample import generate
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes
 from shapes import caption_of, coverage
 from support.cli import Parser, number, run_main
-from support.devices import choose_device
+from support.devices import add_device_flags, choose_device
 from support.files import write_json
 from training.options import read_record
 from vae import encode_clip
@@ -246,13 +246,13 @@ def main():
                         help="seed of the first clip (default: 1000)")
     parser.add_argument("--batch-size", type=number(int, 1), default=16,
                         help="clips at a time (default: 16)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_device_flags(parser)
     args = parser.parse_args()
     if not (args.run / "train.json").exists() or read_record(args.run)[0].data != "shapes":
         raise ValueError(f"{args.run}: needs a run of train.py on MovingShapes (--data shapes), "
                          "because only its clips' truth is known")
     torch.set_flush_denormal(True)
-    pipeline = load_pipeline(args.run).to(choose_device(args.device))
+    pipeline = load_pipeline(args.run).to(choose_device(args.device), args.precision)
     result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size)
     print_table("agreement with the text, %", result["agreement"])
     print()

@@ -110,7 +110,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
+        frames = x.flatten(0, -4)  # b t c h w -> (b t) c h w
+        # A GPU interpolates to fewer than 2**31 numbers, 127 frames of 256x256 in SD's decoder.
+        parts = frames.split(max(1, (2**31 - 1) // (4 * frames[0].numel())))
+        y = [self.conv(F.interpolate(part, scale_factor=2.0)) for part in parts]
+        return torch.cat(y).unflatten(0, x.shape[:-3])
 
 
 def sinusoids(positions, channels):

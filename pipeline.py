@@ -50,10 +50,10 @@ class Pipeline:
     sampling: Sampling = field(default_factory=Sampling)
     report: object = None  # which tensors of a file were used (checkpoints/weights.py)
 
-    def to(self, device):
-        """Move the networks to a device and set them up for sampling there."""
+    def to(self, device, precision="auto"):
+        """Move the networks to a device and set them up for sampling there (support/devices.py)."""
         for network in (self.unet, self.vae, self.text_encoder):
-            freeze(network, device)
+            freeze(network, device, precision)
         return self
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class Pipeline:
         if scale != 1:
             guided = torch.cat([self.encode_text([""]).expand_as(context), context])  # 2b n d
 
-        def model(x_t, t):  # the U-Net may compute in bfloat16; everything around it is float32
+        def model(x_t, t):  # the U-Net may compute in 16 bits; everything around it is float32
             x = x_t.to(context.dtype)
             timesteps = torch.full((len(x),), t, device=x.device)  # b, all the same
             # The text decides at high noise. Later, guidance would only exaggerate edges, at twice

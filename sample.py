@@ -20,7 +20,7 @@ from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
-from support.devices import choose_device, compile_for_sampling
+from support.devices import add_device_flags, choose_device, compile_for_sampling, precision_notes
 
 
 def read_prompts(path):
@@ -65,8 +65,9 @@ def main():
                         help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=8,
                         help="clips at a time (default: 8)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--compile", action="store_true", help="takes minutes, then draws faster")
+    add_device_flags(parser)
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the U-Net; takes minutes, then steps are faster")
     add_flags(parser, Sampling(), show_defaults=False)
     add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args()
@@ -76,8 +77,9 @@ def main():
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
                              zero_terminal_snr=args.zero_terminal_snr)
-    sys.stderr.writelines(f"{note}\n" for note in pipeline.report.notes)
-    pipeline.to(device)  # and to bfloat16 on a GPU that has it
+    for note in pipeline.report.notes + precision_notes(pipeline.unet, device, args.precision):
+        print(note, file=sys.stderr)
+    pipeline.to(device, args.precision)
     if args.compile:
         compile_for_sampling(pipeline.unet, device)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))

@@ -21,6 +21,7 @@ from torch import nn
 
 from layers import Attention, LayerNorm, sinusoids
 
+MAX_SEQUENCES = 2**15  # at a time; some attention kernels of GPUs take at most 65,535
 VARIANTS = ("none", "shift", "attention", "joint", "directed", "conv")
 
 
@@ -81,7 +82,8 @@ class AttentionOverTime(Attention):
     def forward(self, x, mask=None):
         b, t, n, _ = x.shape
         # Attention mixes the second axis, so move frames there and positions into the batch.
-        x = super().forward(x.transpose(1, 2).flatten(0, 1), mask=mask)  # b t n c -> (b n) t c
+        x = x.transpose(1, 2).flatten(0, 1).split(MAX_SEQUENCES)  # b t n c -> (b n) t c, in parts
+        x = torch.cat([Attention.forward(self, part, mask=mask) for part in x])
         return x.unflatten(0, (b, n)).transpose(1, 2)  # (b n) t c -> b t n c
 
 

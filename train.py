@@ -65,7 +65,7 @@ def reconstruction_error(reconstruction, x, motion_weight):
 def train_vae(run, frames):
     """Stage one: the autoencoder on frames (n, 3, h, w) uint8 of all clips."""
     options, batch_size = run.options, run.options.vae_batch_size
-    autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=torch.channels_last)
+    autoencoder = vae.AutoencoderKL(options.vae()).to(run.device, memory_format=run.layout)
     size = options.image_size // autoencoder.config.downscale
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
@@ -149,7 +149,7 @@ def train_image(run, autoencoder, latents, captions):
     """
     options, model = run.options, new_image_model(run.options, autoencoder, captions)
     unet, encoder, diffusion = model.unet, model.text_encoder, model.diffusion
-    unet.to(run.device, memory_format=torch.channels_last)
+    unet.to(run.device, memory_format=run.layout)
     encoder.to(run.device)
     unet.gradient_checkpointing = run.checkpointing
     trainer = Trainer(run, "image", [(unet.parameters(), 1.0), (encoder.parameters(), TEXT_RATE)])
@@ -184,7 +184,7 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
     replaces the usual previews.
     """
     options, unet, diffusion = run.options, model.unet, model.diffusion
-    unet.to(run.device, memory_format=torch.channels_last)
+    unet.to(run.device, memory_format=run.layout)
     unet.gradient_checkpointing = run.checkpointing
     model.sampling = options.sampling(options.num_frames)
     new = temporal_state(unet)

@@ -21,12 +21,13 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from support.devices import (is_main, mean, move_moments, rank_and_count, step_in_parts,
-                             wrap)
+from support.devices import (is_main, loss_scaler, mean, move_moments, rank_and_count,
+                             step_in_parts, wrap)
 
 WEIGHT_DECAY = 0.01  # AdamW's, PyTorch's default
 GRADIENT_CLIP = 1.0  # largest norm of the gradient of all parameters
 LOG_EVERY = 50  # steps between lines of metrics.jsonl
+MAX_TRIES = 40  # of a step in float16, each with half the loss scale of the one before
 
 
 class Stopped(KeyboardInterrupt):
@@ -84,7 +85,8 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if options.ema_decay else []
         self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.99),
                                            weight_decay=WEIGHT_DECAY, fused=True)
-        self.loss_sum, self.loss_count = torch.zeros((), device=run.device), 0
+        self.losses, self.skipped = [], 0  # batches since the last report; skipped in this step
+        self.scaler = loss_scaler(run.device, options.precision)  # has an effect in float16 only
         if run.state is not None:
             self.load_state(run.state)
             run.state = None  # the following stages start from their beginning
@@ -112,9 +114,11 @@ class Trainer:
         ) as bar:
             started, first = time.perf_counter(), self.step
             while self.step < self.num_steps:
-                for micro in range(options.accumulate):
+                for micro in range(self.skipped, self.skipped + options.accumulate):
                     yield self.step, step_generator(options.seed, self.stage, self.step, micro)
                 rate = self.optimise()  # optimizer.step() is in here
+                if self.skipped:  # float16 overflowed, so try this step again with other batches
+                    continue
                 bar.update()
                 last = self.step == self.num_steps  # of the stage
                 if self.step % LOG_EVERY == 0 or last:
@@ -124,8 +128,8 @@ class Trainer:
                                   "learning_rate": rate,
                                   "steps_per_second": (self.step - first) / (now - started)})
                     started, first = now, self.step  # of the next interval
-                stopping = bool(received)  # with several processes, all stop after the same step
-                if rank_and_count()[1] > 1:
+                stopping = bool(received)
+                if rank_and_count()[1] > 1:  # all stop after the same step; torchrun waits 30 s
                     stopping = mean(torch.tensor(float(len(received)), device=self.run.device))
                 previewing = preview and self.step in previews
                 if self.step % options.save_every == 0 or last or stopping or previewing:
@@ -142,16 +146,24 @@ class Trainer:
 
     def backward(self, loss):
         """Add the gradients of a batch's loss to the step's gradients."""
-        loss = loss / self.options.accumulate
-        loss.backward()  # adds to the gradients of the batches before
-        self.loss_sum += loss.detach()  # stays on the device; reading it would stall the step
+        self.scaler.scale(loss / self.options.accumulate).backward()
+        self.losses.append(loss.detach())  # stays on the device; reading it would stall the step
 
     def optimise(self):
-        """One step of AdamW and of the average. Returns the learning rate."""
+        """One step of AdamW and of the average, unless skipped. Returns the learning rate."""
         rate = learning_rate_at(self.step, self.num_steps, self.peak, self.options.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["multiplier"]
-        torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+        self.scaler.update()  # halves the scale after an overflow, doubles it after 2,000 steps
+        if self.scaler.is_enabled() and not norm.isfinite():  # the one wait for the device
+            self.optimizer.zero_grad()
+            del self.losses[-self.options.accumulate :]
+            self.skipped += self.options.accumulate
+            self.check(self.skipped < MAX_TRIES * self.options.accumulate)
+            return rate
+        self.skipped = 0
         if self.options.offload:
             step_in_parts(self.optimizer)
         else:
@@ -163,7 +175,6 @@ class Trainer:
             decay = min(self.options.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
-        self.loss_count += 1  # steps since the last report
         self.step += 1
         return rate
 
@@ -177,18 +188,17 @@ class Trainer:
 
     def mean_loss(self):
         """The mean loss since the last call. Raises ValueError if it is not finite."""
-        loss = mean(self.loss_sum) / self.loss_count
-        self.loss_sum.zero_()
-        self.loss_count = 0
+        loss = mean(torch.stack(self.losses).mean())
+        self.losses.clear()
         self.check(math.isfinite(loss))
         return loss
 
     def check(self, finite):
         if not finite:
-            raise ValueError(f"the {self.stage} stage diverged by step {self.step}: its loss or "
-                             "weights are not finite, so they are not saved; remove "
+            raise ValueError(f"the {self.stage} stage diverged by step {self.step}: its loss, "
+                             "gradients or weights are not finite, so they are not saved; remove "
                              "training_state.pt if it exists, and start it again with a lower "
-                             f"--{self.stage}-learning-rate")
+                             f"--{self.stage}-learning-rate or with --precision fp32")
 
     def save_state(self):
         """Save everything that the next step needs. Raises ValueError unless weights are finite."""
@@ -196,7 +206,7 @@ class Trainer:
         self.run.save_state({
             "stage": self.stage, "step": self.step,
             "parameters": [p.detach() for p in self.parameters], "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         })
 
     def load_state(self, state):
@@ -205,6 +215,7 @@ class Trainer:
             raise ValueError("training_state.pt: belongs to a model of another configuration")
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
         if self.options.offload:
             move_moments(self.optimizer, self.parameters, "cpu")
         with torch.no_grad():

@@ -70,9 +70,9 @@ class DiagonalGaussian:
     """A Gaussian over latents; `mean` and `logvar` are (n, c, h, w)."""
 
     def __init__(self, mean, logvar):
-        self.mean = mean
+        self.mean = mean.float()
         # An untrained encoder may return any number, and exp(logvar) must be finite in float32.
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.logvar = logvar.float().clamp(-30.0, 20.0)
 
     def sample(self, noise):
         """Latents (n, c, h, w), drawn with N(0, 1) noise of that shape."""
@@ -173,6 +173,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion, for frames of any size that is a multiple of f."""
 
+    overflows_float16 = True  # as Stable Diffusion's may, so freeze() leaves it in float32
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -221,7 +223,7 @@ def encode_clip(vae, frames):
     parameter = next(vae.parameters())
     x = frames.to(parameter.device).float() / 127.5 - 1  # 0..255 -> -1..1
     # The mean, not a sample, because diffusion adds noise that is far stronger than a sample's.
-    return vae.encode(x.to(parameter.dtype)).mean.float() * vae.config.scaling_factor
+    return vae.encode(x.to(parameter.dtype)).mean * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -29,8 +29,9 @@ UNET_CONSTANTS = {
 VAE_CONSTANTS = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": True,
                  "use_post_quant_conv": True}
 TEXT_CONSTANTS = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-# Options that do not change the network. Upcasting prevents overflows of SD 2.1 in float16; this
-# project computes in float32 or bfloat16, which do not overflow. The last ones are EMAModel's.
+# Options that do not change the network. Upcasting prevents overflows of SD 2.1 in float16; there
+# this project keeps autoencoders in float32, and PyTorch's fused attention adds up in float32.
+# The last ones are EMAModel's.
 IGNORED = ("upcast_attention", "force_upcast", "addition_embed_type_num_heads", "_class_name",
            "_diffusers_version", "_name_or_path", "decay", "min_decay", "inv_gamma", "power",
            "optimization_step", "update_after_step", "use_ema_warmup")

@@ -128,7 +128,7 @@ def random_windows(task, stride, latents, count, generator):
 def train_decoder(run, autoencoder, frames, latents):
     """Stage one: all frames uint8 (n, 3, h, w), from their latents (n, c, h/f, w/f) with noise."""
     b = run.options.decoder_batch_size
-    autoencoder.to(run.device, memory_format=torch.channels_last)
+    autoencoder.to(run.device, memory_format=run.layout)
     autoencoder.requires_grad_(False).decoder.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(autoencoder.decoder.parameters(), 1.0)])
     decoder = trainer.wrap(autoencoder.decoder)
@@ -198,7 +198,7 @@ def train(run):
         train_decoder(run, autoencoder, cache_frames(run, clips).rows, cache.rows)
     torch.manual_seed(options.seed)  # for new weights
     unet = widen(model.unet, options.hold, max(2 * options.num_frames, WINDOW + 1))
-    unet.to(run.device, memory_format=torch.channels_last)
+    unet.to(run.device, memory_format=run.layout)
     large = sum(parameter.numel() for parameter in unet.parameters()) > LARGE
     unet.gradient_checkpointing = large and run.device.type != "cuda"
     train_unet(run, unet, model.diffusion, tasks, latents, captions, context_of,

@@ -114,7 +114,7 @@ def train_vae(run, autoencoder, clips):
     b, size = options.vae_batch_size, options.image_size // config.downscale
     shape = b, options.latent_frames, config.latent_channels, size, size
     frames_of = cache_frames(run, clips)  # per clip t 3 h w
-    autoencoder.to(run.device, memory_format=torch.channels_last)
+    autoencoder.to(run.device, memory_format=run.layout)
     trainer = Trainer(run, "vae", [(autoencoder.parameters(), 1.0)])
     forward = trainer.wrap(autoencoder)
     for _, generator in trainer.steps():

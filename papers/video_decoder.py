@@ -142,7 +142,7 @@ def train(args):
 def train_decoder(run, model, clips, num_frames, motion_weight):
     """Fine-tune a VideoVAE's decoder on windows of num_frames frames of clips."""
     options, frames_of = run.options, cache_frames(run, clips)  # per clip t 3 h w
-    model.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
+    model.requires_grad_(False).to(run.device, memory_format=run.layout)
     model.decoder.requires_grad_(True)
     trainer = Trainer(run, "decoder", [(model.decoder.parameters(), 1.0)])
     decode = trainer.wrap(model.decoder)

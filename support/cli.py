@@ -6,6 +6,7 @@ becomes --learning-rate, a boolean becomes --flag / --no-flag.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import math
 import re
@@ -85,8 +86,18 @@ def out_of_memory(error):
     return f"out of memory{f' when asked for {asked[1]} more' if asked else ''}; lower {flags}"
 
 
+def keep_memory():
+    """Let glibc keep freed memory. By default it gives large blocks back to Linux after every
+    operation of torch, and the next operation waits for new, cleared pages."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets pages of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def run_main(main):
     """Call main() and exit. A user's mistake is one line; `python -X dev` shows the traceback."""
+    keep_memory()
     program = Path(sys.argv[0].removesuffix("/__main__.py")).name  # python -m checkpoints
     try:
         with warnings.catch_warnings():

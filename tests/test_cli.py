@@ -1,5 +1,7 @@
 """Flags made from a dataclass, and mistakes that are one line and a status."""
 
+import ctypes
+import subprocess
 import sys
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
@@ -138,3 +140,17 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
 def test_ctrl_c_is_one_line_and_status_130(capsys, error, line):
     assert end_of(fail(error)) == 130
     assert capsys.readouterr().err == f"\n{line}\n"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc only")
+def test_freed_memory_stays_in_the_heap_for_the_next_operation():
+    code = ("import ctypes, sys; from support.cli import run_main\n"
+            "class Info(ctypes.Structure): _fields_ = [(c, ctypes.c_int) for c in 'abcdefghij']\n"
+            "def main():\n"
+            "    len(bytes(2**26))  # 64 MiB, freed at once\n"
+            "    mallinfo = ctypes.CDLL(None).mallinfo; mallinfo.restype = Info\n"
+            "    print(mallinfo().a)  # bytes of the heap\n"
+            "run_main(main) if sys.argv[1:] else main()")
+    without, kept = (int(subprocess.check_output([sys.executable, "-c", code, *words]))
+                     for words in ([], ["kept"]))
+    assert without < 2**26 <= kept

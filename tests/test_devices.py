@@ -1,7 +1,7 @@
 """Where networks compute, in which precision, and with how many processes; all on a CPU."""
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +11,11 @@ from torch import nn
 
 from diffusion import Diffusion
 from support import devices
-from support.devices import choose_device, freeze, precision, uses_bf16, visit
+from support.devices import (choose_device, compute_dtype, freeze, loss_scaler, precision,
+                             precision_notes, visit)
 from train import denoising_loss
 
 ROUNDING = 2**-8  # of a bfloat16, relative
-
-
-@pytest.fixture
-def bf16(monkeypatch):
-    """As on a GPU that has bfloat16."""
-    monkeypatch.setattr(devices, "uses_bf16", lambda device, choice="auto": True)
 
 
 def error(a, b):
@@ -73,16 +68,48 @@ def test_compiling_for_sampling_suits_the_device(device, options):
 # Precision
 
 
-@pytest.mark.parametrize("device, choice, ampere, expected", [
-    ("cpu", "auto", True, False), ("cpu", "bf16", True, False), ("cuda", "auto", True, True),
-    ("cuda", "auto", False, False), ("cuda", "bf16", False, True), ("cuda", "fp32", True, False),
+@pytest.mark.parametrize("device, choice, expected", [
+    ("cpu", "auto", torch.float32), ("cpu", "bf16", torch.bfloat16), ("cpu", "fp16", torch.float16),
+    ("cuda:0", "auto", torch.bfloat16), ("cuda:1", "auto", torch.float16),
+    ("cuda:1", "bf16", torch.bfloat16), ("cuda:0", "fp16", torch.float16),
+    ("cuda:0", "fp32", torch.float32), ("mps", "auto", torch.float32),
 ])
-def test_bfloat16_is_for_gpus_that_have_it_in_hardware(monkeypatch, device, choice, ampere,
-                                                       expected):
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported",  # earlier GPUs emulate it
-                        lambda including_emulation=True: ampere or including_emulation)
-    assert uses_bf16(device, choice) == expected
+def test_auto_asks_the_device_that_is_named_whether_it_has_bfloat16(monkeypatch, device, choice,
+                                                                    expected):
+    @contextmanager
+    def on(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",  # the second GPU is from before Ampere
+                        lambda including_emulation=True: current[-1] == 0 or including_emulation)
+    assert compute_dtype(device, choice) == expected
+
+
+@pytest.mark.parametrize("hardware, choice, size, count", [
+    (True, "auto", 10, 1), (False, "auto", 10, 0), (True, "fp32", 10, 0), (True, "auto", 1, 0),
+])
+def test_a_large_model_on_a_cpu_with_bfloat16_is_told_of_the_flag(monkeypatch, hardware, choice,
+                                                                  size, count):
+    monkeypatch.setattr(devices, "LARGE", 50)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    notes = precision_notes(nn.Linear(size, size), torch.device("cpu"), choice)
+    assert ["--precision bf16" in note for note in notes] == [True] * count
+
+
+def test_in_float16_a_pipeline_keeps_its_autoencoder_in_float32():
+    exact, rounded = fresh_pipeline(), fresh_pipeline().to("cpu", "fp16")
+    networks = rounded.unet, rounded.vae, rounded.text_encoder
+    assert [next(network.parameters()).dtype for network in networks] == [
+        torch.float16, torch.float32, torch.float16]
+    sampling = dataclasses.replace(exact.sampling, num_steps=3, image_size=16, num_frames=2)
+    (*_, a), (*_, b) = (pipeline.sample(["a red circle"], [1], sampling)
+                        for pipeline in (exact, rounded))
+    assert b.dtype == torch.float32 and 0 < error(b, a) < ROUNDING
+    assert torch.equal(rounded.decode(a), exact.decode(a))
 
 
 def test_channels_lie_innermost_except_on_a_cpu():
@@ -91,9 +118,8 @@ def test_channels_lie_innermost_except_on_a_cpu():
         assert weight.is_contiguous(memory_format=layout)
 
 
-def test_a_pipeline_in_bfloat16_draws_what_float32_draws(bf16):
-    exact, rounded = fresh_pipeline(), fresh_pipeline()
-    rounded.to("cpu")
+def test_a_pipeline_in_bfloat16_draws_what_float32_draws():
+    exact, rounded = fresh_pipeline(), fresh_pipeline().to("cpu", "bf16")
     for network in (rounded.unet, rounded.vae, rounded.text_encoder):
         assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
     sampling = dataclasses.replace(exact.sampling, num_steps=3, image_size=16, num_frames=2)
@@ -103,18 +129,21 @@ def test_a_pipeline_in_bfloat16_draws_what_float32_draws(bf16):
     assert 0 < error(rounded.decode(a), exact.decode(a)) < 8 * ROUNDING
 
 
+@pytest.mark.parametrize("choice, rounding", [("bf16", ROUNDING), ("fp16", ROUNDING / 8)])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loss_under_autocast_has_the_gradients_of_float32(bf16, prediction_type):
+def test_the_loss_under_autocast_has_the_gradients_of_float32(prediction_type, choice, rounding):
     unet, diffusion = build_unet(), Diffusion(prediction_type=prediction_type)
     x0, timesteps, context = unet_inputs()
     noise, gradients = x0.flip(1), []
-    for mode in (precision("cpu"), torch.autocast("cpu", enabled=False)):
-        with mode:
+    for dtype in (choice, "fp32"):
+        with precision("cpu", dtype):
             loss = denoising_loss(unet, diffusion, x0, noise, timesteps, context)
         unet.zero_grad()
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
-    assert 0 < error(*gradients) < 8 * ROUNDING
+        scaler = loss_scaler("cpu", dtype)  # without it, float16 loses the small gradients
+        scaler.scale(loss).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in unet.parameters()])
+                         / scaler.get_scale())
+    assert 0 < error(*gradients) < 8 * rounding
 
 
 # Several processes (tests/test_resume.py has two)

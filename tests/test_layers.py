@@ -169,6 +169,13 @@ def test_upsampling_by_hand():
     assert torch.equal(out, torch.tensor([[4.0, 8, 10, 8]]).expand(2, 3, 1, 2, 4))
 
 
+def test_upsampling_stays_below_two_to_the_31_numbers_at_once():
+    layer, sizes = Upsample(256).to("meta"), []
+    layer.conv.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    assert layer(torch.empty(2, 64, 256, 128, 128, device="meta")).shape == (2, 64, 256, 256, 256)
+    assert sizes == [127 * 2**24, 2**24]
+
+
 # Attention and transformers
 
 

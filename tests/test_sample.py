@@ -8,9 +8,11 @@ import torch
 from helpers import call
 from PIL import Image
 
+import evaluate
 import sample
 from checkpoints.weights import load_pipeline
 from media.read import read_clip
+from pipeline import Pipeline
 from sample import generate
 
 PROMPTS = ["a red circle moving left", "a blue square moving up", "a green triangle moving down"]
@@ -121,3 +123,13 @@ def test_compile_compiles_the_unet_with_frozen_weights(trained, tmp_path, monkey
     call(sample.main, trained, "a red circle", "--num-frames", 1, "--compile", "--output",
          tmp_path / "x.png")
     assert compiled == [("UNet", {"options": {"freezing": True}, "dynamic": False})]
+
+
+@pytest.mark.parametrize("command, words", [(sample, ["a red circle"]),
+                                            (evaluate, ["--num-prompts", 2])])
+def test_the_networks_compute_in_the_precision_asked_for(run, monkeypatch, command, words):
+    dtypes, decode = [], Pipeline.decode
+    monkeypatch.setattr(Pipeline, "decode", lambda pipeline, latents: (
+        dtypes.append(next(pipeline.unet.parameters()).dtype) or decode(pipeline, latents)))
+    call(command.main, run, *words, "--precision", "bf16")
+    assert set(dtypes) == {torch.bfloat16}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from recorded.rule import fill, normal
 
+import temporal
 from model import PRESETS, UNet, UNetConfig
 from temporal import (VARIANTS, AttentionOverTime, DirectedAttention, FrameAdaptor, JointAttention,
                       TemporalAttention, TemporalConvolution, temporal_state)
@@ -160,15 +161,20 @@ def attention_by_loops(attention, tokens, directed=False):
     return out @ attention.to_out[0].weight.T + attention.to_out[0].bias
 
 
-@pytest.mark.parametrize("max_frames", [4, None])  # None: no positions, any number of frames
+@pytest.mark.parametrize("max_frames, sizes", [  # None: no positions, any number of frames
+    (4, [40]), (None, [16, 16, 8])])  # 2 clips of 5 x 4 positions
 @torch.no_grad()
-def test_temporal_attention_equals_attention_position_by_position(max_frames):
+def test_temporal_attention_equals_attention_position_by_position(monkeypatch, max_frames, sizes):
+    monkeypatch.setattr(temporal, "MAX_SEQUENCES", sizes[0])
     layer, x = fill(TemporalAttention(6, AttentionOverTime(6, 2), max_frames)), normal(*SHAPE)
+    seen = []
+    layer.attention.to_q.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     tokens = layer.norm(x.permute(0, 1, 3, 4, 2).flatten(2, 3))
     y = attention_by_loops(
         layer.attention, tokens + (layer.positions[:3, None] if max_frames else 0))
     expected = x + y.unflatten(2, (5, 4)).permute(0, 1, 4, 2, 3)
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=0)
+    assert seen == sizes
 
 
 def test_positions_tell_every_frame_from_every_other():

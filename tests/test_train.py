@@ -9,6 +9,7 @@ from PIL import Image
 import train
 import vae
 from checkpoints.weights import load_pipeline, load_unet
+from pipeline import Pipeline
 from shapes import MovingShapes
 from support.files import read_json, write_json
 from temporal import temporal_state
@@ -206,6 +207,20 @@ def test_previews_at_each_quarter_of_a_stage_do_not_touch_the_result(trained, tm
     for column, i in enumerate((0, 3, 6, 9, 13, 16, 19, 23)):  # i: 23 / 7 of the column, cut off
         shown = rows[:16, 18 * column : 18 * column + 16]
         assert np.array_equal(shown, frames[i].permute(1, 2, 0))
+
+
+def test_only_a_preview_of_latents_is_drawn_in_the_precision_of_training(tmp_path, monkeypatch):
+    """Stable Diffusion's autoencoder would overflow in float16, so it has its own."""
+    seen = {"sample": [], "decode": []}
+    for name, method in [(name, getattr(Pipeline, name)) for name in seen]:
+        monkeypatch.setattr(Pipeline, name, lambda *args, name=name, method=method: (
+            seen[name].append(torch.is_autocast_enabled("cpu")) or method(*args)))
+    layouts, wrap = [], train.Trainer.wrap
+    monkeypatch.setattr(train.Trainer, "wrap", lambda trainer, network: (
+        layouts.extend(p.is_contiguous() for p in network.parameters()) or wrap(trainer, network)))
+    train_small(tmp_path / "run", previews=True, precision="bf16", video_steps=1)
+    assert set(seen["sample"]) == {True} and set(seen["decode"]) == {False}
+    assert all(layouts)  # a CPU's kernels for bfloat16 prefer that
 
 
 def test_scales_are_measured_on_a_bounded_part_of_the_data(tmp_path, monkeypatch):

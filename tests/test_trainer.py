@@ -1,5 +1,6 @@
 """The training loop by itself, on a line y = a x + b that takes no time to fit."""
 
+import itertools
 import math
 import signal
 
@@ -168,6 +169,40 @@ def test_a_loss_that_is_not_finite_ends_the_stage_before_it_is_saved():
     assert list(line.states) == [2]
 
 
+# float16
+
+
+@pytest.mark.parametrize("accumulate, bad, batches", [(1, (2, 3), 2), (2, (3,), 2)])
+def test_a_step_that_overflows_float16_is_no_step_but_tried_again_with_other_batches(
+        accumulate, bad, batches):
+    def overflowing(generator):
+        tries.append(0)
+        x, y = points(generator)
+        return x, y + (math.inf if len(tries) in bad else 0)
+
+    def expected(generator):  # the second step's batches come after those that overflowed
+        micros.append(line.trainer.step)
+        again = step_generator(0, "vae", 1, batches + micros.count(1) - 1)
+        return points(again if micros[-1] == 1 else generator)
+
+    tries, micros = [], []
+    half = Line(overflowing, precision="fp16", accumulate=accumulate).fit()
+    line = Line(expected, accumulate=accumulate)
+    assert half.weights() == line.fit().weights()
+    assert half.states[6]["parameters"] == line.states[6]["parameters"]
+    assert [entry["loss"] for entry in half.metrics] == [entry["loss"] for entry in line.metrics]
+    assert half.states[6]["scaler"]["scale"] == 2.0 ** (16 - len(bad))
+
+
+def test_a_run_whose_every_step_overflows_float16_ends_and_names_the_way_out(monkeypatch):
+    monkeypatch.setattr(trainer, "MAX_TRIES", 3)
+    line = Line(lambda generator: (torch.ones(4), torch.tensor(math.inf)), precision="fp16",
+                accumulate=2)
+    with pytest.raises(ValueError, match="diverged by step 0: .* or with --precision fp32"):
+        line.fit()
+    assert len(line.losses) == 6 and not line.states and line.weights() == (0.5, 0.0)
+
+
 # Offloading
 
 
@@ -191,11 +226,12 @@ def test_a_step_in_parts_is_the_step(monkeypatch):
     assert [len(group["params"]) for group in optimizers[1].param_groups] == [3, 1]
 
 
-def test_offload_leads_to_the_same_weights_in_parts(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_offload_leads_to_the_same_weights_in_parts(monkeypatch, precision):
     parts, step = [], trainer.step_in_parts
     monkeypatch.setattr(trainer, "step_in_parts", lambda optimizer: (parts.append(1),
                                                                      step(optimizer)))
-    assert Line().fit().weights() == Line(offload=True).fit().weights()
+    assert Line().fit().weights() == Line(offload=True, precision=precision).fit().weights()
     assert len(parts) == 6
 
 
@@ -261,12 +297,15 @@ def test_a_signal_to_another_process_stops_this_one(monkeypatch):
 # Continuing
 
 
-def test_a_resume_goes_on_bit_for_bit(tmp_path):
-    whole = Line(save_every=100).fit()
-    stopped, saved = Line(), tmp_path / "state.pt"
+@pytest.mark.parametrize("before, after", [*itertools.product(["fp32", "fp16"], repeat=2)])
+def test_a_resume_goes_on_bit_for_bit_in_any_precision(tmp_path, before, after):
+    whole = Line(save_every=100, precision=after).fit()
+    stopped, saved = Line(precision=before), tmp_path / "state.pt"
     stopped.save_state = lambda state: torch.save(state, saved) if state["step"] == 4 else None
     stopped.fit()
-    resumed = Line(state=torch.load(saved, weights_only=True)).fit()
+    resumed = Line(state=torch.load(saved, weights_only=True), precision=after).fit()
+    if before == after:  # the scaler counts the steps since its scale changed
+        assert resumed.trainer.scaler.state_dict() == whole.trainer.scaler.state_dict()
     assert resumed.weights() == whole.weights() and len(resumed.losses) == 2
     assert resumed.state is None  # the next stage starts from its beginning
 

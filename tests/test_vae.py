@@ -104,9 +104,10 @@ def test_a_sample_by_hand():
     torch.testing.assert_close(sample, torch.tensor([[[[8.0, -1.0]]]]))  # 5 + 3, 5 - 6
 
 
-def test_extreme_variances_are_clamped_to_what_float32_can_hold():
-    gaussian = DiagonalGaussian(torch.zeros(1, 1, 1, 2), torch.tensor([[[[-1e4, 1e4]]]]))
-    assert gaussian.logvar.tolist() == [[[[-30, 20]]]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_extreme_variances_are_clamped_to_what_float32_can_hold(dtype):
+    gaussian = DiagonalGaussian(*torch.tensor([[[[[0, 0]]]], [[[[-1e4, 1e4]]]]], dtype=dtype))
+    assert gaussian.logvar.tolist() == [[[[-30, 20]]]] and gaussian.kl().isfinite()
 
 
 def test_a_forward_pass_decodes_a_sample_of_the_latents(network):

@@ -15,6 +15,7 @@ import vae
 from diffusion import schedule_for
 from pipeline import Sampling
 from support.cli import option
+from support.devices import DTYPES, PRECISION
 from support.files import from_json, read_json
 from temporal import VARIANTS
 
@@ -38,8 +39,7 @@ class LoopOptions:
     accumulate: int = option(1, "batches whose gradients make one step", low=1)
     device: str = option("auto", "cpu, cuda, cuda:1, ...", **FREE)
     offload: bool = option(False, "keep AdamW's moments in CPU memory", **FREE)
-    precision: str = option("auto", "on CUDA, bf16 or fp32 with TF32; auto: the faster", **FREE,
-                            choices=("auto", "bf16", "fp32"))
+    precision: str = option("auto", PRECISION, choices=("auto", *DTYPES), **FREE)
     compile: bool = option(False, "torch.compile the networks", **FREE)
     workers: int = option(0, "processes that read clips ahead; 0: none", high=256, **FREE)
     save_every: int = option(250, "save the training state every N steps", low=1, **FREE)

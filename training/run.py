@@ -143,10 +143,11 @@ class Run:
 
         def preview(step):
             clips = []
-            with devices.visit(frozen, self.device), self.precision():
+            with devices.visit(frozen, self.device):
                 for seed, prompt in enumerate(prompts):  # one by one; training fills the memory
-                    *_, latents = pipeline.sample([prompt], [seed])
-                    clips.append(pipeline.decode(latents))
+                    with self.precision():
+                        *_, latents = pipeline.sample([prompt], [seed])
+                    clips.append(pipeline.decode(latents))  # in the autoencoder's own precision
             suffix = ".png" if stage == "image" else ".gif"
             path = self.path / "previews" / f"{stage}-{step:06d}{suffix}"
             write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)
@@ -166,8 +167,15 @@ class Run:
 
         return preview
 
+    @property
+    def layout(self):
+        """The memory layout in which convolutions of networks that learn are fastest."""
+        dtype = devices.compute_dtype(self.device, self.options.precision)
+        half_on_cpu = self.device.type == "cpu" and dtype != torch.float32
+        return torch.contiguous_format if half_on_cpu else torch.channels_last
+
     def precision(self):
-        """A context in which networks that learn compute in bfloat16 on a GPU that has it."""
+        """A context in which networks that learn compute in the run's --precision."""
         return devices.precision(self.device, self.options.precision)
 
     def to_device(self, *tensors):
