@@ -116,6 +116,8 @@ def start(name):
     """Join the processes that torchrun started, if any. Returns this one's torch.device."""
     if "RANK" not in os.environ:
         return choose_device(name)
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("RANK is set without LOCAL_RANK; start with torchrun, or unset RANK")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process has its own GPU
         torch.cuda.set_device(name)

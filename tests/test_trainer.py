@@ -43,7 +43,7 @@ class Line:
     def log(self, entry):
         self.metrics.append(entry)
 
-    def forget_later(self, stage, step):
+    def begin(self, stage, step):
         pass
 
     def fit(self, preview=None, num_previews=4):
