@@ -21,7 +21,7 @@ from checkpoints.weights import load_pipeline
 from sample import generate
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes
 from shapes import caption_of, coverage
-from support.cli import Parser, number, run_main
+from support.cli import Parser, add_drawing_flags, number, run_main
 from support.devices import choose_device
 from support.files import write_json
 from training.options import read_record
@@ -242,11 +242,7 @@ def main():
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     parser.add_argument("--num-prompts", type=number(int, 2), default=128,
                         help="clips to draw (default: 128)")
-    parser.add_argument("--seed", type=number(int, 0, 2**62), default=1000,
-                        help="seed of the first clip (default: 1000)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16,
-                        help="clips at a time (default: 16)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_drawing_flags(parser, seed=1000, batch_size=16)
     args = parser.parse_args()
     if not (args.run / "train.json").exists() or read_record(args.run)[0].data != "shapes":
         raise ValueError(f"{args.run}: needs a run of train.py on MovingShapes (--data shapes), "

@@ -104,9 +104,10 @@ class Trainer:
         is saved.
         """
         options = self.options
-        due = {self.num_steps * i // num_previews for i in range(1, num_previews + 1) if preview}
+        due = {self.num_steps * i // num_previews for i in range(1, num_previews + 1)}
+        due = due - {0} if preview else ()
 
-        def draw():  # only the first process
+        def draw():
             if self.step in due and is_main():
                 self.swap_average()
                 preview(self.step)
@@ -117,8 +118,7 @@ class Trainer:
             total=self.num_steps, initial=self.step, desc=f"{self.stage:5}", unit="step",
             disable=not is_main() or "TQDM_DISABLE" in os.environ, dynamic_ncols=True, smoothing=0.1
         ) as bar:
-            if self.step:
-                draw()  # a kill may have prevented it after its state was saved
+            draw()  # at a resume, because a kill may have prevented it after its state was saved
             started, first = time.perf_counter(), self.step
             while self.step < self.num_steps:
                 for micro in range(options.accumulate):

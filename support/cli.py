@@ -62,6 +62,15 @@ def add_flags(parser, options, show_defaults=True):
         parser.add_argument(flag, help=text, type=kind, choices=about.get("choices"))
 
 
+def add_drawing_flags(parser, seed, batch_size):
+    """Add --seed, --batch-size and --device of commands that draw clips."""
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=seed,
+                        help=f"seed of the first clip (default: {seed})")
+    parser.add_argument("--batch-size", type=number(int, 1), default=batch_size,
+                        help=f"clips at a time (default: {batch_size})")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+
+
 def given_flags(args, options):
     """{field: value} of the fields of `options` that the command line sets."""
     names = [field.name for field in dataclasses.fields(options)]

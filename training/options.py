@@ -20,7 +20,9 @@ from temporal import VARIANTS
 
 STAGES = ("vae", "image", "video")
 FREE = {"free": True}  # a resumed run may change it, because it only concerns the machine
-VIDEO = {"stage": "video"}  # the first stage that uses the option
+# The first stage that uses an option, besides each stage's steps, batch size and learning rate
+STAGE_OF = {"kl_weight": "vae", "motion_weight": "vae", "max_tokens": "image", **dict.fromkeys(
+    ("temporal", "shifts", "new_layers_rate", "image_every", "early_noise"), "video")}
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,19 @@ class TrainOptions(LoopOptions):
     vae_steps: int = option(1000, "steps of the vae stage", low=1)
     vae_batch_size: int = option(32, "frames per step", low=1)
     vae_learning_rate: float = option(3e-3, "learning rate of the vae stage")
-    kl_weight: float = option(2e-2, "weight of the KL term, which pulls latents towards N(0, 1)",
-                              stage="vae")
-    motion_weight: float = option(5.0, "extra weight of pixels unlike their frame's median",
-                                  stage="vae")
+    kl_weight: float = option(2e-2, "weight of the KL term, which pulls latents towards N(0, 1)")
+    motion_weight: float = option(5.0, "extra weight of pixels unlike their frame's median")
     image_steps: int = option(325, "steps of the image stage", low=1)
     image_batch_size: int = option(64, "images per step", low=1)
     image_learning_rate: float = option(2e-3, "learning rate of the image stage")
     video_steps: int = option(1350, "steps of the video stage", low=1)
     video_batch_size: int = option(8, "clips per step", low=1)
     video_learning_rate: float = option(1e-3, "learning rate of the video stage")
-    image_every: int = option(20, "train on images every N video steps; 0: never", **VIDEO)
+    image_every: int = option(20, "train on images every N video steps; 0: never")
     # the temporal variant
-    temporal: str = option("shift", "how frames see each other (temporal.py)", choices=VARIANTS,
-                           **VIDEO)
-    shifts: int = option(2, "temporal shifts per ResnetBlock; the paper has 1", low=1, high=2,
-                         **VIDEO)
-    new_layers_rate: float = option(1.0, "learning-rate multiplier of temporal layers", **VIDEO)
+    temporal: str = option("shift", "how frames see each other (temporal.py)", choices=VARIANTS)
+    shifts: int = option(2, "temporal shifts per ResnetBlock; the paper has 1", low=1, high=2)
+    new_layers_rate: float = option(1.0, "learning-rate multiplier of temporal layers")
     # diffusion
     prediction_type: str | None = option("v_prediction", "the U-Net's target",
                                          choices=("epsilon", "v_prediction"))
@@ -104,9 +102,8 @@ class TrainOptions(LoopOptions):
     snr_divisor: float | None = option(4.0, "divide signal-to-noise ratios: small latents need "
                                        "more noise", low=1e-3)
     early_noise: float = option(3.0, "preference for noisy timesteps in the first half of the "
-                                "video stage; 0: uniform", **VIDEO)
-    max_tokens: int = option(16, "tokens of a caption, with start and end", low=3, high=65536,
-                             stage="image")
+                                "video stage; 0: uniform")
+    max_tokens: int = option(16, "tokens of a caption, with start and end", low=3, high=65536)
 
     def __post_init__(self):
         if self.init is None:  # otherwise shapes and schedule are the adopted model's
@@ -130,8 +127,7 @@ class TrainOptions(LoopOptions):
 
     def unused(self):
         folder, adopted = self.data != "shapes", self.init is not None
-        is_run = adopted and (Path(self.init) / self.record).exists()
-        early = [field.name for field in dataclasses.fields(self) if stage_of(field) in STAGES[:2]]
+        early = [name for name in vars(self) if stage_of(name) in ("vae", "image")]
         return {name: why for true, why, names in (
             (folder, "all clips of a folder are used", ["num_clips"]),
             (not folder, "shapes are drawn", ["stride", "frame_rate", "max_frames"]),
@@ -139,7 +135,6 @@ class TrainOptions(LoopOptions):
             (self.temporal in ("none", "shift"), "it needs other --temporal", ["new_layers_rate"]),
             (not adopted, "the tokenizer is trained", ["merges"]),
             (adopted, "--init brings an image model", early),
-            (is_run, "--init names a run, which has one", ["preset"]),
         ) if true for name in names}
 
     def vae(self):
@@ -166,17 +161,16 @@ class TrainOptions(LoopOptions):
 
     def diffusion(self, own=None):
         """The noise schedule of the run, or an adopted model's `own` with the options' changes."""
-        zero, divisor = self.zero_terminal_snr, self.snr_divisor
+        kind, zero, divisor = self.prediction_type, self.zero_terminal_snr, self.snr_divisor
         if own is None:
-            return schedule_for(self.prediction_type, zero, divisor)
-        kind = self.prediction_type or own.prediction_type
-        has_zero = own.alphas_cumprod[-1].item() == 0
-        if divisor is None and zero in (None, has_zero):
-            return dataclasses.replace(own, prediction_type=kind)
+            return schedule_for(kind, zero, divisor)
+        if zero is divisor is None:
+            return dataclasses.replace(own, prediction_type=kind or own.prediction_type)
         if own.trained_betas is not None:
             raise ValueError(f"--init {self.init}: has a noise schedule of its own, which is kept; "
                              "leave out --zero-terminal-snr and --snr-divisor")
-        return schedule_for(kind, has_zero if zero is None else zero, divisor or 1.0, own)
+        zero = own.rescale_betas_zero_snr if zero is None else zero
+        return schedule_for(kind or own.prediction_type, zero, divisor or 1.0, own)
 
     def sampling(self, num_frames):
         """The defaults of sample.py for the run."""
@@ -191,11 +185,10 @@ def check_image_size(image_size, vae_config, unet_config):
         raise ValueError(f"--image-size needs a multiple of {factor}, got {image_size}")
 
 
-def stage_of(field):
+def stage_of(name):
     """The first stage that uses an option: image_steps has one, image_size has none."""
-    stage, _, what = field.name.partition("_")
-    stage = stage if what in ("steps", "batch_size", "learning_rate") else None
-    return field.metadata.get("stage", stage)
+    stage, _, what = name.partition("_")
+    return stage if what in ("steps", "batch_size", "learning_rate") else STAGE_OF.get(name)
 
 
 def read_record(path, kind=TrainOptions):
@@ -223,11 +216,12 @@ def merge_options(path, given, kind=TrainOptions):
         stored = kind.recipe(given)
     for field in dataclasses.fields(stored) if begun else ():
         name, old = field.name, getattr(stored, field.name)
-        later = stage_of(field) in kind.stages and stage_of(field) not in begun
+        later = stage_of(name) in kind.stages and stage_of(name) not in begun
         if given.get(name, old) != old and not (later or field.metadata.get("free")):
-            further = f" (--init {path} trains it further)" if name == "video_steps" else ""
+            further = kind is TrainOptions and name == "video_steps"
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
-                             f"{given[name]}; choose a new folder for other options{further}")
+                             f"{given[name]}; choose a new folder for other options"
+                             + further * f" (--init {path} trains it further)")
     options = dataclasses.replace(stored, **given)
     for name, why in options.unused().items():
         if name in given:

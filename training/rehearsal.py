@@ -23,12 +23,9 @@ class Rehearsal(Run):
 
 
 def random_data(options, model):
-    """(frames, latents, a function from captions to their context) of full shape, for a Pipeline.
-
-    The frozen networks move to CPU memory, where they are while the U-Net learns.
-    """
+    """(frames, latents, a function from captions to their context), of full shape."""
     model.vae.to("cpu")
-    model.text_encoder.to("cpu")
+    model.text_encoder.to("cpu")  # where they are while the U-Net learns
     size, config, encoder = options.image_size, model.vae.config, model.text_encoder.config
     frames = torch.randint(256, (1, 3, size, size), dtype=torch.uint8)
     small = size // config.downscale
@@ -38,11 +35,8 @@ def random_data(options, model):
 
 
 def try_stages(run, trials):
-    """Call trials {stage: function of a run} with rehearsals.
-
-    If a stage does not fit, it is tried again with activations computed twice, and
-    run.checkpointing says so. Raises ValueError if it does not fit even then.
-    """
+    """Call trials {stage: function of a run}; one that does not fit, with activations computed
+    twice (run.checkpointing). Raises ValueError if it does not fit even then."""
     print("trying two steps of each stage, to see whether the memory suffices")
     for stage, train in trials.items():
         for checkpointing in (run.checkpointing, True):

@@ -28,6 +28,7 @@ from model import UNet
 from support import devices
 from support.devices import barrier, is_main
 from support.files import atomic, read_json, write_json, write_text
+from temporal import temporal_state
 from training.options import check_image_size
 
 try:
@@ -73,9 +74,8 @@ class Run:
         self.clips = hashlib.sha256(repr(versions).encode()).hexdigest()
         before = read_json(path) if self.finished or self.state else {"clips": self.clips}
         if before.get("clips") != self.clips and before["options"]["data"] != options.data:
-            raise ValueError(f"--data {options.data}: is not what {self.path} was trained on; it "
-                             f"needs the clips of {before['options']['data']}, with their names, "
-                             "sizes and times")
+            raise ValueError(f"--data {options.data}: has other clips than "
+                             f"{before['options']['data']}, on which {self.path} was trained")
         with self.precision():
             kind, size = torch.float32, options.image_size
             if torch.is_autocast_enabled(self.device.type):
@@ -106,7 +106,7 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
     def begin(self, stage, step):
-        """Save the record, because the data have been read; a start that fails leaves none.
+        """Save the record, now that the data have been read, so that a failed start leaves none.
 
         The lines of a stage's later steps in metrics.jsonl are removed; they will be repeated.
         """
@@ -250,10 +250,9 @@ def load_image_model(path, device, precision, temporal="none"):
     it began as a video model (--init RUN), it keeps temporal layers only of the variant `temporal`.
     """
     unet = weights.load_unet(Path(path) / "image_unet")
-    if unet.config.temporal != temporal:
-        image = weights.build(UNet, dataclasses.replace(unet.config, temporal="none"), path)
-        state = unet.state_dict()
-        unet = weights.fill(image, {name: state[name] for name in image.state_dict()}, None, path)
+    if temporal_state(unet) and unet.config.temporal != temporal:
+        state, unet = unet.state_dict(), UNet(dataclasses.replace(unet.config, temporal="none"))
+        unet.load_state_dict({name: state[name] for name in unet.state_dict()})
     model = weights.load_folder(Path(path), unet=unet)
     devices.freeze(model.vae.to(memory_format=torch.channels_last), device, precision)
     devices.freeze(model.text_encoder, device, precision)
