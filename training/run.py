@@ -76,14 +76,14 @@ class Run:
         if before.get("clips") != self.clips and before["options"]["data"] != options.data:
             raise ValueError(f"--data {options.data}: has other clips than "
                              f"{before['options']['data']}, on which {self.path} was trained")
+        device, size = self.device.type, options.image_size
         with self.precision():
-            kind, size = torch.float32, options.image_size
-            if torch.is_autocast_enabled(self.device.type):
-                kind = torch.get_autocast_dtype(self.device.type)
+            low = torch.is_autocast_enabled(device)
+            kind = str(torch.get_autocast_dtype(device) if low else torch.float32)[6:]
         steps = ", ".join(f"{stage} {getattr(options, f'{stage}_steps')}" for stage in stages)
         if is_main():
             print(f"training on {options.data}: {len(clips)} clips, {options.num_frames} frames of "
-                  f"{size} x {size}; steps: {steps}; on {self.device} in {str(kind)[6:]}")
+                  f"{size} x {size}; steps: {steps}; on {self.device} in {kind}")
 
     def save_record(self):
         """Write options, finished stages and the digest of the clips."""
@@ -153,6 +153,7 @@ class Run:
         check_image_size(options.image_size, model.vae.config, model.unet.config)
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
+        self.save_record()  # a kill while the model is written leaves a run
         if is_main():
             for note in model.report.notes:
                 print(note, file=sys.stderr)
