@@ -95,7 +95,8 @@ def test_every_option_is_used_or_refused(files, tmp_path, monkeypatch, folder, a
     used, get = set(), object.__getattribute__
 
     def spy(self, name):
-        if "dataclasses" not in sys._getframe(1).f_code.co_filename:  # replace() and asdict()
+        file = Path(sys._getframe(1).f_code.co_filename).name
+        if file not in ("dataclasses.py", "cli.py"):  # these read all options
             used.add(name)
         return get(self, name)
 
