@@ -22,7 +22,7 @@ et al. 2023. Latent-Shift changes none of this, and adds noise to each frame as 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -183,22 +183,24 @@ def sample_loop(diffusion, model, x_t, num_steps, sampler="ddim", eta=0.0, gener
 # Noise schedules
 
 
-def schedule_for(prediction_type, zero_terminal_snr=False, snr_divisor=1.0):
-    """Stable Diffusion's schedule, or one with pure noise at its end or lower SNRs everywhere.
+def schedule_for(prediction_type, zero_terminal_snr=False, snr_divisor=1.0, base=None):
+    """Stable Diffusion's schedule or another, with pure noise at its end or lower SNRs everywhere.
 
     Small latents need more noise, because each of their numbers shows more of the image.
     """
-    if not zero_terminal_snr and snr_divisor == 1:
-        return Diffusion(prediction_type=prediction_type)
-    base = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=zero_terminal_snr)
+    base = replace(base or Diffusion(), prediction_type=prediction_type,
+                   rescale_betas_zero_snr=zero_terminal_snr)
+    if zero_terminal_snr:  # leading timesteps would not begin at pure noise
+        base = replace(base, timestep_spacing="trailing", set_alpha_to_one=True)
+    if snr_divisor == 1:
+        return base
     # SNR = a / (1 - a), so SNR / k belongs to a / (a + k (1 - a)). A scheduler_config.json holds
     # betas, which diffusers can read, so they are computed back from alpha_bar.
     a = base.alphas_cumprod
     alpha_bar = a / (a + snr_divisor * (1 - a))  # num_train_timesteps
     betas = 1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]])
-    return Diffusion(prediction_type=prediction_type, trained_betas=tuple(betas.tolist()),
-                     timestep_spacing="trailing" if zero_terminal_snr else "leading",
-                     set_alpha_to_one=True)
+    return replace(base, trained_betas=tuple(betas.tolist()), rescale_betas_zero_snr=False,
+                   set_alpha_to_one=True)
 
 
 def compute_betas(diffusion):
@@ -239,5 +241,5 @@ def compute_alpha_bar(diffusion):
     # Where alpha_bar = 0, eps says nothing about x0, so the first step would divide by 0.
     if diffusion.prediction_type == "epsilon" and alpha_bar[-1] == 0:
         raise ValueError("prediction_type='epsilon' cannot start from zero terminal SNR; use "
-                         "'v_prediction'")
+                         "'v_prediction' (--prediction-type v_prediction)")
     return alpha_bar

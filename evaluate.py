@@ -22,7 +22,7 @@ from sample import generate
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes
 from shapes import caption_of, coverage
 from support.cli import Parser, number, run_main
-from support.devices import add_device_flags, choose_device
+from support.devices import add_drawing_flags, choose_device
 from support.files import write_json
 from training.options import read_record
 from vae import encode_clip
@@ -242,11 +242,7 @@ def main():
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     parser.add_argument("--num-prompts", type=number(int, 2), default=128,
                         help="clips to draw (default: 128)")
-    parser.add_argument("--seed", type=number(int, 0, 2**62), default=1000,
-                        help="seed of the first clip (default: 1000)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16,
-                        help="clips at a time (default: 16)")
-    add_device_flags(parser)
+    add_drawing_flags(parser, seed=1000, batch_size=16)
     args = parser.parse_args()
     if not (args.run / "train.json").exists() or read_record(args.run)[0].data != "shapes":
         raise ValueError(f"{args.run}: needs a run of train.py on MovingShapes (--data shapes), "

@@ -20,7 +20,7 @@ from checkpoints.weights import add_checkpoint_flags, load_pipeline
 from media.write import WRITERS, enlarge, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
-from support.devices import add_device_flags, choose_device, compile_for_sampling, precision_notes
+from support.devices import add_drawing_flags, choose_device, compile_for_sampling, precision_notes
 
 
 def read_prompts(path):
@@ -61,11 +61,7 @@ def main():
                         help="format of files in a folder (default: gif; png for one frame)")
     parser.add_argument("--zoom", type=number(int, 1, 64), default=1,
                         help="enlarge every pixel (default: 1)")
-    parser.add_argument("--seed", type=number(int, 0, 2**62), default=0,
-                        help="seed of the first prompt (default: 0)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=8,
-                        help="clips at a time (default: 8)")
-    add_device_flags(parser)
+    add_drawing_flags(parser, seed=0, batch_size=8)
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net; takes minutes, then steps are faster")
     add_flags(parser, Sampling(), show_defaults=False)

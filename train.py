@@ -22,6 +22,7 @@ import torch
 
 import text
 import vae
+from checkpoints.tokenizers import load_tokenizer
 from diffusion import randn
 from model import UNet
 from pipeline import Pipeline
@@ -32,7 +33,8 @@ from tokenizer import CLIPTokenizer
 from trainer import Trainer
 from training.cache import cache_frames, cache_latents, cache_texts
 from training.options import RECIPES, STAGES, merge_options, stages_to_run
-from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
+from training.rehearsal import random_data, try_stages
+from training.run import Run, load_image_model, load_vae, open_data
 
 NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
 FRAMES, TEXTS = 8192, 256  # about how many serve to standardise latents and text embeddings
@@ -126,14 +128,14 @@ def drop_captions(texts, fraction, generator):
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
 
-def new_image_model(options, autoencoder, captions):
-    """The untrained model of the image stage: a Pipeline whose tokenizer is learned from captions.
+def new_image_model(options, autoencoder, captions, tokenizer=None):
+    """The untrained model of the image stage, a Pipeline; captions train its tokenizer if None.
 
     An image model is the U-Net without the shift.
     """
-    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    tokenizer = tokenizer or CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
-                                 max_position_embeddings=options.max_tokens)
+                                 max_position_embeddings=tokenizer.max_length)
     encoder = text.CLIPTextModel(config)  # ids b n -> context b n d
     unique = ["", *dict.fromkeys(captions)]
     text.standardise(encoder, tokenizer(unique[:: max(1, len(unique) // TEXTS)]))
@@ -147,8 +149,11 @@ def train_image(run, autoencoder, latents, captions):
 
     latents has one (t, c, h/f, w/f) per clip.
     """
-    options, model = run.options, new_image_model(run.options, autoencoder, captions)
+    # A resume has the tokenizer of its start, because captions may have been edited since.
+    tokenizer = load_tokenizer(run.path / "tokenizer") if run.state else None
+    options, model = run.options, new_image_model(run.options, autoencoder, captions, tokenizer)
     unet, encoder, diffusion = model.unet, model.text_encoder, model.diffusion
+    run.save(text=(encoder, model.tokenizer))
     unet.to(run.device, memory_format=run.layout)
     encoder.to(run.device)
     unet.gradient_checkpointing = run.checkpointing
@@ -171,9 +176,12 @@ def train_image(run, autoencoder, latents, captions):
 
 def video_unet(image_unet, options):
     """Latent-Shift: the image model's U-Net with the shift, and exactly its weights."""
-    unet = UNet(dataclasses.replace(image_unet.config, **options.temporal_fields()))
-    # Only variants other than the shift have layers that the image model lacks: temporal_state().
-    unet.load_state_dict(image_unet.state_dict() | temporal_state(unet))
+    fields = options.temporal_fields()
+    if temporal_state(image_unet):  # of --init RUN, whose layers learn on for as many frames
+        fields["max_frames"] = image_unet.config.max_frames
+    unet = UNet(dataclasses.replace(image_unet.config, **fields))
+    # Only variants other than the shift have layers that an image model lacks: temporal_state().
+    unet.load_state_dict(temporal_state(unet) | image_unet.state_dict())
     return unet
 
 
@@ -213,38 +221,20 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
 
 
 def rehearse(run, stages, captions):
-    """Try two steps of each stage at full shape. If it does not fit into a GPU's memory, try again
-    with activations computed twice (run.checkpointing). Raises ValueError if that fails, too."""
-    options, size, some = run.options, run.options.image_size, captions[:1]
-    model = (load_image_model(run.path, run.device, options.precision) if "image" in run.finished
+    """Try two steps of each stage, to see whether a GPU's memory suffices."""
+    options, some = run.options, captions[:1]
+    model = (load_image_model(run.path, run.device, options.precision, options.temporal)
+             if "image" in run.finished
              else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
-    model.vae.to("cpu")
-    model.text_encoder.to("cpu")  # where they are while the U-Net learns
-    small, channels = size // model.vae.config.downscale, model.vae.config.latent_channels
-    latents = [torch.randn(options.latent_frames, channels, small, small)]
-    encoder = model.text_encoder.config
-    context = torch.randn(1, encoder.max_position_embeddings, encoder.hidden_size)
-    frames = torch.randint(256, (1, 3, size, size), dtype=torch.uint8)
+    frames, latents, context_of = random_data(options, model)
     trials = {
         "vae": lambda run: train_vae(run, frames),
         "image": lambda run: train_image(run, model.vae, latents, some),
         "video": lambda run: train_video(
             run, dataclasses.replace(model, unet=video_unet(model.unet, options)), latents, some,
-            lambda texts: context.expand(len(texts), -1, -1)),
+            context_of),
     }
-    for stage in stages:
-        for checkpointing in (run.checkpointing, True):
-            run.checkpointing = checkpointing
-            try:
-                trials[stage](Rehearsal(run))
-                break
-            except torch.OutOfMemoryError:
-                pass  # the error keeps its tensors alive until here
-            torch.cuda.empty_cache()
-        else:
-            raise ValueError(f"the {stage} stage does not fit into the GPU's memory; add --offload,"
-                             f" lower --{stage}-batch-size, or start a new run with a lower "
-                             "--num-frames or --image-size")
+    try_stages(run, {stage: trials[stage] for stage in stages})
 
 
 def main():
@@ -270,10 +260,10 @@ def main():
     torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
+    run.start(clips, stages)
     if adopting:
-        run.adopt()
+        run.adopt(lambda autoencoder: cache_latents(run, clips, autoencoder))
     if run.device.type == "cuda" and rank_and_count()[1] == 1:
-        print("trying two steps of each stage, to see whether the memory suffices")
         rehearse(run, stages, clips.captions)
     for stage in stages:
         torch.manual_seed(options.seed)  # for new weights
@@ -283,7 +273,7 @@ def main():
             autoencoder = load_vae(run.path, run.device, options.precision)
             train_image(run, autoencoder, cache_latents(run, clips, autoencoder), clips.captions)
         else:
-            model = load_image_model(run.path, run.device, options.precision)
+            model = load_image_model(run.path, run.device, options.precision, options.temporal)
             model.unet = video_unet(model.unet, options)
             latents = cache_latents(run, clips, model.vae)
             context_of = cache_texts(run, clips.captions, model)

@@ -106,12 +106,21 @@ class Trainer:
         is saved.
         """
         options = self.options
-        previews = {self.num_steps * i // num_previews for i in range(1, num_previews + 1)}
-        self.run.forget_later(self.stage, self.step)
+        due = {self.num_steps * i // num_previews for i in range(1, num_previews + 1)}
+        due = due - {0} if preview else ()
+
+        def draw():
+            if self.step in due and is_main():
+                self.swap_average()
+                preview(self.step)
+                self.swap_average()
+
+        self.run.begin(self.stage, self.step)
         with stop_signals() as received, tqdm(
             total=self.num_steps, initial=self.step, desc=f"{self.stage:5}", unit="step",
             disable=not is_main() or "TQDM_DISABLE" in os.environ, dynamic_ncols=True, smoothing=0.1
         ) as bar:
+            draw()  # at a resume, because a kill may have prevented it after its state was saved
             started, first = time.perf_counter(), self.step
             while self.step < self.num_steps:
                 for micro in range(self.skipped, self.skipped + options.accumulate):
@@ -131,14 +140,9 @@ class Trainer:
                 stopping = bool(received)
                 if rank_and_count()[1] > 1:  # all stop after the same step; torchrun waits 30 s
                     stopping = mean(torch.tensor(float(len(received)), device=self.run.device))
-                previewing = preview and self.step in previews
-                if self.step % options.save_every == 0 or last or stopping or previewing:
+                if self.step % options.save_every == 0 or last or stopping or self.step in due:
                     self.save_state()
-                # Draw previews after saving, so a failing preview loses nothing.
-                if previewing and is_main():
-                    self.swap_average()
-                    preview(self.step)
-                    self.swap_average()
+                draw()  # after saving, so a failing preview loses nothing
                 if stopping:
                     raise Stopped(f"stopped at step {self.step} of the {self.stage} stage; "
                                   "continue with --resume")

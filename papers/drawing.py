@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from media.write import require_writer, write_samples
 from pipeline import Sampling
 from sample import generate
 from support.cli import add_flags, given_flags, number
-from support.devices import choose_device
+from support.devices import add_drawing_flags, choose_device
 
 
 def add_commands(parser, options):
@@ -27,20 +29,28 @@ def add_commands(parser, options):
     measure.add_argument("--num-prompts", type=number(int, 2), default=128,
                          help="clips to draw (default: 128)")
     for command, seed in ((draw, 0), (measure, 1000)):
-        command.add_argument("--seed", type=number(int, 0, 2**62), default=seed,
-                             help=f"seed of the first clip (default: {seed})")
-        command.add_argument("--batch-size", type=number(int, 1), default=16,
-                             help="clips at a time (default: 16)")
-        command.add_argument("--device", default="auto",
-                             help="cpu, cuda, cuda:1, ... (default: auto)")
+        add_drawing_flags(command, seed, batch_size=16)
     return train, draw, measure
+
+
+def run_command(parser, train, evaluate, load_model):
+    """Parse the command line and run its command; load_model(run) is the Pipeline to draw with."""
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
+    commands = {"train": train, "evaluate": evaluate,
+                "sample": lambda args: sample(load_model(args.run), args)}
+    commands[args.command](args)
 
 
 def sample(model, args):
     """Draw a clip for each prompt with a Pipeline, and write all of them as one file."""
     sampling = dataclasses.replace(model.sampling, **given_flags(args, Sampling()))
     require_writer(args.output)  # fail before the work, not after it
-    model.to(choose_device(args.device))
+    most = getattr(model.vae, "most_frames", None)
+    if most is not None and sampling.num_frames > most:
+        raise ValueError(f"--num-frames {sampling.num_frames}: the decoder has parameters for "
+                         f"{most} frames; lower it")
+    model.to(choose_device(args.device), args.precision)
     clips = generate(model, args.prompts, sampling, args.seed, args.batch_size)
     for path in write_samples(clips, args.prompts, args.output, args.output.suffix,
                               sampling.frames_per_second):

@@ -142,8 +142,6 @@ def train_decoder(run, autoencoder, frames, latents):
             decoded = decoder(autoencoder.post_quant_conv(z))
             loss = reconstruction_error(decoded, x, MOTION_WEIGHT)
         trainer.backward(loss)
-    run.save(vae=autoencoder)
-    run.finish("decoder")
 
 
 def train_unet(run, unet, diffusion, tasks, latents, captions, context_of, frame_rate):
@@ -194,8 +192,11 @@ def train(run):
     cache = cache_latents(run, clips, model.vae)
     latents = list(cache)
     tasks = list(tasks_of(options, base, max(map(len, latents))).values())
-    if options.decoder_steps and not run.finished:
-        train_decoder(run, autoencoder, cache_frames(run, clips).rows, cache.rows)
+    if not run.finished:
+        if options.decoder_steps:
+            train_decoder(run, autoencoder, cache_frames(run, clips).rows, cache.rows)
+        run.save(vae=autoencoder)
+        run.finish("decoder")
     torch.manual_seed(options.seed)  # for new weights
     unet = widen(model.unet, options.hold, max(2 * options.num_frames, WINDOW + 1))
     unet.to(run.device, memory_format=run.layout)

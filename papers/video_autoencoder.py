@@ -24,7 +24,7 @@ from checkpoints import weights
 from evaluate import choose_prompts, draw, evaluate_agreement, print_table, real_clips
 from papers.autoencoder_3d import (VideoAutoencoder, VideoAutoencoderConfig, inflate,
                                    load_autoencoder)
-from papers.drawing import add_commands, sample
+from papers.drawing import add_commands, run_command
 from papers.fidelity import appearance, fidelity, reconstruct
 from pipeline import Pipeline
 from support.cli import Parser, given_flags, option, run_main
@@ -65,6 +65,9 @@ class VideoOptions(TrainOptions):
     @classmethod
     def recipe(cls, given):
         return cls()
+
+    def unused(self):  # as without --init, because the vae stage trains its autoencoder
+        return TrainOptions.unused(dataclasses.replace(self, init=None))
 
     @property
     def latent_frames(self):
@@ -143,6 +146,7 @@ def train_stages(args):
         return
     clips = open_data(options)
     run = Run(args.run, options, finished, args.resume)
+    run.start(clips, stages)
     for stage in stages:
         torch.manual_seed(options.seed)  # for new weights
         if stage == "vae":
@@ -175,12 +179,12 @@ def evaluate(args):
     if args.beside is not None:
         autoencoders[args.beside] = weights.load_vae(args.beside / "vae")
     for path, autoencoder in autoencoders.items():
-        coded = reconstruct(freeze(autoencoder, choose_device(args.device)), real)
+        coded = reconstruct(freeze(autoencoder, choose_device(args.device), args.precision), real)
         count = {"latents per clip": vae.encode_clip(autoencoder, real[0]).numel()}
         rows[str(path)] = count | fidelity(real, coded) | appearance(coded, prompts)
     print_table("real clips, autoencoded", rows)
     if "video" in finished:
-        model = load_model(args.run).to(choose_device(args.device))
+        model = load_model(args.run).to(choose_device(args.device), args.precision)
         drawn = draw(model, prompts, options.num_frames, args.seed, args.batch_size)
         print_table("agreement with the text, %", evaluate_agreement({"clips": drawn}, {}, prompts))
 
@@ -191,11 +195,7 @@ def main():
     train_command.add_argument("--stage", choices=STAGES, help="train this stage only")
     evaluate_command.add_argument("--beside", type=Path, metavar="RUN",
                                   help="also measure the 2-D autoencoder of this run")
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
-    commands = {"train": train_stages, "evaluate": evaluate,
-                "sample": lambda args: sample(load_model(args.run), args)}
-    commands[args.command](args)
+    run_command(parser, train_stages, evaluate, load_model)
 
 
 if __name__ == "__main__":

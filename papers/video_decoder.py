@@ -24,7 +24,7 @@ from checkpoints import weights
 from checkpoints.configs import from_config
 from evaluate import choose_prompts, draw, print_table, real_clips
 from layers import per_frame
-from papers.drawing import add_commands, sample
+from papers.drawing import add_commands, run_command
 from papers.fidelity import appearance, fidelity, reconstruct
 from support.cli import Parser, given_flags, option, run_main
 from support.devices import choose_device
@@ -53,6 +53,10 @@ class VideoVAEConfig(vae.VAEConfig):
     temporal: str = "directed"
     max_frames: int = 16  # frames of the longest clip; only `attention` has parameters for each
 
+    def __post_init__(self):
+        if self.temporal not in VARIANTS:
+            raise ValueError(f"temporal needs one of {VARIANTS}, got {self.temporal!r}")
+
 
 class Decoder(vae.Decoder):
     """Latents (b, t, latent_channels, h, w) to clips (b, t, 3, f h, f w)."""
@@ -80,6 +84,7 @@ class VideoVAE(vae.AutoencoderKL):
     def __init__(self, config):
         super().__init__(config)
         self.decoder = Decoder(config)
+        self.most_frames = config.max_frames if config.temporal == "attention" else None
 
     def decode(self, z):
         """Clips (b, t, 3, f h, f w), about in [-1, 1], of unscaled latents z (b, t, c, h, w)."""
@@ -177,7 +182,7 @@ def evaluate(args):
     prompts, sampling, rows = choose_prompts(args.num_prompts), models["2-D"].sampling, {}
     real = real_clips(len(prompts), sampling.num_frames, sampling.image_size, args.seed, prompts)
     for name, model in models.items():
-        model.to(choose_device(args.device))
+        model.to(choose_device(args.device), args.precision)
         for level in NOISE_LEVELS:
             coded = reconstruct(model.vae, real, level)
             rows[f"{name}, noise {level}"] = fidelity(real, coded) | appearance(coded, prompts)
@@ -189,11 +194,7 @@ def evaluate(args):
 def main():
     parser = Parser(description="A decoder with temporal layers.")
     add_commands(parser, DecoderOptions())
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
-    commands = {"train": train, "evaluate": evaluate,
-                "sample": lambda args: sample(load_model(args.run), args)}
-    commands[args.command](args)
+    run_command(parser, train, evaluate, load_model)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from support.cli import number
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISION = "precision of networks; auto: bf16, on a GPU before Ampere fp16, on a CPU fp32"
 LARGE = 3 * 10**8  # parameters of a U-Net; Stable Diffusion's has 860 million
@@ -40,8 +42,12 @@ def choose_device(name):
     return device
 
 
-def add_device_flags(parser):
-    """Add --device and --precision to a command that draws."""
+def add_drawing_flags(parser, seed, batch_size):
+    """Add the flags of every command that draws clips; seed and batch_size are defaults."""
+    parser.add_argument("--seed", type=number(int, 0, 2**62), default=seed,
+                        help=f"seed of the first clip (default: {seed})")
+    parser.add_argument("--batch-size", type=number(int, 1), default=batch_size,
+                        help=f"clips at a time (default: {batch_size})")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help=PRECISION)
 
@@ -153,6 +159,8 @@ def start(name):
     """Join the processes that torchrun started, if any. Returns this one's torch.device."""
     if "RANK" not in os.environ:
         return choose_device(name)
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("RANK is set without LOCAL_RANK; start with torchrun, or unset RANK")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process has its own GPU
         torch.cuda.set_device(name)

@@ -29,7 +29,7 @@ TOLERANCE = 5e-7  # for outputs of about 0.03, which float32 rounds by less than
 # Four steps per stage at 16 x 16 pixels. The state is saved every other step, so that a kill can
 # lose a step after the last saved one.
 SMALL = {
-    "num_clips": 8, "num_frames": 3, "image_size": 16, "vae_steps": 4, "image_steps": 4,
+    "data": "shapes", "num_clips": 8, "num_frames": 3, "image_size": 16, "vae_steps": 4, "image_steps": 4,
     "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
     "image_every": 3, "warmup_steps": 2, "save_every": 2, "workers": 0, "device": "cpu",
 }
@@ -111,7 +111,10 @@ def train_quickly(path, *arguments, previews=False):
 
 def train_small(path, *arguments, previews=False, **options):
     """Train a run of SMALL's options, or continue one."""
-    return train_quickly(path, *flags(**SMALL | options), *arguments, previews=previews)
+    options = SMALL | options
+    if options["data"] != "shapes":
+        del options["num_clips"]
+    return train_quickly(path, *flags(**options), *arguments, previews=previews)
 
 
 def metrics_of(path):

@@ -155,6 +155,13 @@ def test_alone_a_process_is_the_first_of_one_and_wraps_nothing():
     assert devices.start("cpu").type == "cpu" and devices.mean(torch.tensor(2.5)) == 2.5
 
 
+def test_a_rank_without_a_local_rank_is_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK is set without LOCAL_RANK; start with torchrun"):
+        devices.start("auto")
+
+
 def test_of_several_gpus_each_process_touches_its_own(monkeypatch):
     touched, joined = [], []
     monkeypatch.setenv("RANK", "1")

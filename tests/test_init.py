@@ -1,12 +1,14 @@
 """Stable Diffusion in use: pictures from a single file, and training on clips that starts there."""
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, call, flags, train_quickly, train_small
+from helpers import SMALL, call, flags, make_clip, train_quickly, train_small
 from PIL import Image
 from recorded.rule import checkpoint
 
@@ -16,6 +18,7 @@ from checkpoints.tokenizers import save_tokenizer
 from checkpoints.weights import load_pipeline
 from support.files import read_json, write_json
 from tokenizer import CLIPTokenizer
+from training.options import TrainOptions, read_record
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "single_files.json").read_text())
 ONLY_VIDEO = {name: value for name, value in SMALL.items() if name[:4] not in ("vae_", "imag")}
@@ -35,7 +38,10 @@ def files(tmp_path_factory):
 
 
 def start(run, files, *arguments, family="sd1", **options):
-    words = flags(**ONLY_VIDEO | options)
+    options = ONLY_VIDEO | options
+    if options["data"] != "shapes":
+        del options["num_clips"]
+    words = flags(**options)
     path, merges = files / f"{family}.safetensors", files / "merges.txt"
     train_quickly(run, "--init", path, "--merges", merges, *words, *arguments)
 
@@ -75,8 +81,49 @@ def test_the_run_draws_clips_with_the_shift_and_the_schedule_of_its_beginning(tu
     assert pipeline.diffusion == load_pipeline(files / "sd1.safetensors").diffusion
 
 
+def test_a_schedule_that_is_asked_for_is_trained_and_written(files, tmp_path):
+    start(tmp_path / "run", files, "--prediction-type", "v_prediction", "--zero-terminal-snr",
+          video_steps=1)
+    diffusion = load_pipeline(tmp_path / "run").diffusion
+    assert diffusion.prediction_type == "v_prediction" and diffusion.alpha_bar(999) == 0
+    assert diffusion.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["shapes", "a folder"])
+@pytest.mark.parametrize("adopting", [False, True], ids=["new", "--init"])
+def test_every_option_is_used_or_refused(files, tmp_path, monkeypatch, folder, adopting):
+    used, get = set(), object.__getattribute__
+
+    def spy(self, name):
+        file = Path(sys._getframe(1).f_code.co_filename).name
+        if file not in ("dataclasses.py", "cli.py"):  # these read all options
+            used.add(name)
+        return get(self, name)
+
+    monkeypatch.setattr(TrainOptions, "__getattribute__", spy, raising=False)
+    make_clip(tmp_path / "clips/a_dog/1.gif")
+    data = {"data": tmp_path / "clips" if folder else "shapes", "temporal": "conv"}
+    if adopting:
+        start(tmp_path / "run", files, **data)
+    else:
+        train_small(tmp_path / "run", **data)
+    options = read_record(tmp_path / "run")[0]
+    assert {field.name for field in dataclasses.fields(options)} <= used | {*options.unused()}
+
+
+@pytest.mark.parametrize("temporal", ["attention", "joint", "directed", "conv", "shift", "none"])
+def test_a_run_is_trained_further_with_its_own_layers(files, tmp_path, temporal):
+    start(tmp_path / "run", files, temporal=temporal)
+    train_quickly(tmp_path / "more", "--init", tmp_path / "run", "--video-learning-rate", 0)
+    before, after = (tensors_of(tmp_path / name / "unet") for name in ("run", "more"))
+    assert equal(before, after)
+    if temporal == "attention":  # another variant leaves them out
+        train_quickly(tmp_path / "conv", "--init", tmp_path / "run", "--temporal", "conv")
+        assert not any("temporal.0" in name for name in tensors_of(tmp_path / "conv/unet"))
+
+
 def test_another_run_can_be_the_beginning(trained, tmp_path):
-    train_small(tmp_path / "run", "--init", trained)
+    train_quickly(tmp_path / "run", "--init", trained)
     assert equal(tensors_of(tmp_path / "run/image_unet"), tensors_of(trained / "unet"))
     assert load_pipeline(tmp_path / "run").diffusion == load_pipeline(trained).diffusion
 

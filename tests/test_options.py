@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from helpers import flags, make_clip
 
+from diffusion import Diffusion
 from support.cli import Parser, add_flags, given_flags
 from support.files import write_json
 from training.options import (RECIPES, SAMPLING, STAGES, TrainOptions, merge_options,
@@ -87,37 +88,69 @@ def test_an_option_that_the_run_was_not_trained_with_is_refused(stopped, given):
 
 
 @pytest.mark.parametrize("given", [
-    {}, {"save_every": 7, "device": "cuda", "precision": "fp32", "compile": True, "offload": True,
-         "workers": 1}, {"video_steps": 5, "video_batch_size": 1, "video_learning_rate": 0.5},
+    {}, {"save_every": 7, "data": "elsewhere", "device": "cuda", "precision": "fp32", "compile": True, "offload": True,
+         "workers": 1}, {"video_steps": 5, "video_batch_size": 1, "video_learning_rate": 0.5,
+         "temporal": "conv", "new_layers_rate": 3.0, "image_every": 0, "early_noise": 0.0},
 ], ids=["nothing", "the machine", "a later stage"])
 def test_options_of_the_machine_and_of_later_stages_may_change(stopped, given):
     assert merge_options(stopped, given) == (dataclasses.replace(OPTIONS, **given), ["vae"])
 
 
+def test_more_steps_for_a_finished_run_are_refused_with_the_way_to_go_on(stopped):
+    with pytest.raises(ValueError, match=rf"a new folder for .* \(--init {stopped} trains it fur"):
+        write_json(stopped / "train.json", {"options": dataclasses.asdict(OPTIONS),
+                                            "finished": STAGES})
+        merge_options(stopped, {"video_steps": 9})
+
+
 # A new run
 
 
+def test_a_new_run_needs_its_data_named(tmp_path):
+    with pytest.raises(ValueError, match="needs --data shapes .* or --data FOLDER"):
+        merge_options(tmp_path, {"preset": "small"})
+
+
+@pytest.mark.parametrize("given", [
+    *({"init": "sd", "data": "shapes", name: OTHERS[name]} for name in (
+        "vae_steps", "vae_batch_size", "vae_learning_rate", "kl_weight", "motion_weight",
+        "image_steps", "image_batch_size", "image_learning_rate", "max_tokens")),
+    *({"data": "shapes", name: OTHERS[name]} for name in (
+        "merges", "stride", "frame_rate", "max_frames", "new_layers_rate")),
+    {"data": "clips", "num_clips": 9}, {"data": "shapes", "temporal": "conv", "shifts": 1},
+], ids=lambda given: [*given][-1])
+def test_an_option_that_the_run_would_not_use_is_refused(tmp_path, given):
+    flag = "--" + [*given][-1].replace("_", "-")
+    with pytest.raises(ValueError, match=f"{flag} has no effect, because .*; leave it out"):
+        merge_options(tmp_path / "run", given)
+
+
 def test_a_preset_brings_its_own_defaults(tmp_path):
-    options, finished = merge_options(tmp_path / "run", {"preset": "small", "seed": 5})
+    given = {"preset": "small", "seed": 5, "data": "shapes"}
+    options, finished = merge_options(tmp_path / "run", given)
     assert options == dataclasses.replace(RECIPES["small"], seed=5) and finished == []
 
 
-def test_a_run_that_starts_from_another_has_its_preset_and_its_prediction_type(stopped, tmp_path):
+KEPT = {"prediction_type": None, "zero_terminal_snr": None, "snr_divisor": None}
+
+
+def test_a_run_that_starts_from_another_has_its_options_and_its_schedule(stopped, tmp_path):
     given = {"init": str(stopped)}
-    expected = dataclasses.replace(RECIPES["tiny"], init=str(stopped), prediction_type=None)
+    expected = dataclasses.replace(OPTIONS, **KEPT, **given)
     assert merge_options(tmp_path / "new", given) == (expected, [])
 
 
 def test_a_run_that_starts_from_another_model_has_the_recipe_of_stable_diffusion(tmp_path):
-    init = {"init": "v1-5.safetensors"}
-    expected = dataclasses.replace(RECIPES["sd1"], prediction_type=None, **init)
+    init = {"init": "v1-5.safetensors", "data": "clips"}
+    expected = dataclasses.replace(RECIPES["sd1"], **KEPT, **init)
     assert merge_options(tmp_path / "new", init) == (expected, [])
     assert merge_options(tmp_path / "new", init | {"preset": "sd2"})[0].preset == "sd2"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / ".lock").touch()  # of a command that was stopped before it wrote anything else
-    merge_options(tmp_path, {})
+    (tmp_path / "cache").mkdir()
+    merge_options(tmp_path, {"data": "shapes"})
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and not a run of this command; .* a new"):
         merge_options(tmp_path, {})
@@ -155,6 +188,38 @@ def test_the_schedule_is_that_of_the_options():
     assert diffusion.prediction_type == "v_prediction" and diffusion.alpha_bar(999) == 0
     assert diffusion.snr(500) == pytest.approx(plain.snr(500) / 2)
     assert TrainOptions(zero_terminal_snr=False).diffusion().alpha_bar(999) > 0
+
+
+SD = Diffusion(steps_offset=3)  # a schedule of another model
+ADOPTED = TrainOptions(init="sd", **KEPT)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, {}), ({"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+    ({"prediction_type": "v_prediction", "zero_terminal_snr": True},
+     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": True,
+      "timestep_spacing": "trailing"}),
+    ({"zero_terminal_snr": False, "snr_divisor": 1.0}, {}),
+])
+def test_an_adopted_schedule_has_the_changes_asked_for(given, expected):
+    assert dataclasses.replace(ADOPTED, **given).diffusion(SD) == dataclasses.replace(
+        SD, **expected)
+
+
+def test_an_adopted_schedule_is_divided_and_its_pure_noise_is_kept():
+    divided = dataclasses.replace(ADOPTED, snr_divisor=4.0)
+    assert divided.diffusion(SD).snr(500) == pytest.approx(SD.snr(500) / 4)
+    zero = dataclasses.replace(SD, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert divided.diffusion(zero).snr(999) == 0 and divided.diffusion(zero).steps_offset == 3
+    assert divided.diffusion(zero).snr(500) == pytest.approx(zero.snr(500) / 4)
+
+
+def test_an_adopted_schedule_that_cannot_change_as_asked_is_refused():
+    zero = dataclasses.replace(ADOPTED, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="use 'v_prediction'"):
+        zero.diffusion(SD)
+    with pytest.raises(ValueError, match="schedule of its own, which is kept; leave out"):
+        zero.diffusion(TrainOptions().diffusion())
 
 
 # Stages

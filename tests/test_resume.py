@@ -21,6 +21,7 @@ from helpers import (ROOT, SMALL, call, flags, metrics_of, train_quickly, train_
 import train
 import trainer
 from checkpoints.weights import load_pipeline
+from shapes import MovingShapes
 from support.cli import run_main
 from trainer import Trainer
 from training import run as run_module
@@ -79,6 +80,19 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed_runs, tmp_pat
     assert state_of(tmp_path / "run")["step"] == 2
     train_quickly(tmp_path / "run", "--resume")
     assert weights_of(tmp_path / "run") == weights_of(trained)
+
+
+def test_a_resumed_image_stage_has_the_tokenizer_of_its_start(trained, killed, monkeypatch):
+    before = MovingShapes.__init__
+
+    def edited(self, *arguments):
+        before(self, *arguments)
+        self.captions = ["a purple heptagon", *self.captions[1:]]
+
+    monkeypatch.setattr(MovingShapes, "__init__", edited)
+    train_quickly(killed, "--resume")
+    files = [path / "tokenizer/merges.txt" for path in (killed, trained)]
+    assert files[0].read_text() == files[1].read_text()
 
 
 def test_metrics_after_a_resume_are_those_without_a_kill(killed):

@@ -1,5 +1,7 @@
 """Training: what a batch holds, what a whole run leaves behind and what does not change it."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pipeline import Pipeline
 from shapes import MovingShapes
 from support.files import read_json, write_json
 from temporal import temporal_state
+from training.data import ClipFolder
 from training.options import STAGES, read_record
 from training.run import Run
 
@@ -197,7 +200,9 @@ def test_previews_at_each_quarter_of_a_stage_do_not_touch_the_result(trained, tm
     folder = tmp_path / "run/previews"
     assert {file.name for file in folder.iterdir()} == {
         f"{stage}-00000{step}.{'gif' if stage == 'video' else 'png'}"
-        for stage in STAGES for step in (1, 2, 3, 4)}
+        for stage in STAGES for step in (1, 2, 3, 4)} | {"captions.txt"}
+    assert (folder / "captions.txt").read_text().splitlines() == [
+        *dict.fromkeys(MovingShapes(8, 3, 16).captions)]
     with Image.open(folder / "video-000004.gif") as image:  # of eight captions
         assert image.size == (3 * 16 + 2 * 2, 3 * 16 + 2 * 2) and image.n_frames == 3
     with Image.open(folder / "vae-000003.png") as image:
@@ -261,6 +266,37 @@ def test_a_check_lists_every_problem_and_trains_nothing(tmp_path, capsys):
     with pytest.raises(ValueError, match="no such folder"):
         train_small(tmp_path / "run", data=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_previews_show_nine_captions_evenly_spaced_with_the_first_and_the_last(run):
+    opened = Run(run, read_record(run)[0], [], resume=False)
+    opened.draw_previews("image", load_pipeline(run), [f"{i}" for i in range(20) for _ in "ab"])
+    assert (run / "previews/captions.txt").read_text().split() == [
+        "0", "2", "4", "7", "9", "11", "14", "16", "19"]
+
+
+def test_a_start_that_fails_leaves_no_record_and_none_of_its_flags(tmp_path, trained, capsys):
+    make_clip(tmp_path / "clips/a_dog/1.gif")
+    train = functools.partial(train_quickly, tmp_path / "run", "--data", tmp_path / "clips")
+    for init in ([], ["--init", trained]):
+        with pytest.raises(ValueError, match="needs 8 frames|needs 3 frames at stride 3, got 2"):
+            train(*init, *["--stride", 3][: 2 * len(init)], "--image-size", 16)
+        assert not (tmp_path / "run/train.json").exists()
+    train("--init", trained, "--video-steps", 1)
+    assert read_record(tmp_path / "run")[0].stride == 1
+    assert capsys.readouterr().out.endswith(
+        "clips: 1 clips, 3 frames of 16 x 16; steps: video 1; on cpu in float32\n")
+
+
+def test_another_data_path_is_accepted_only_if_its_clips_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(ClipFolder, "version", lambda self, i: self.clips[i][0].stat().st_size)
+    for name, frames in (("a", 5), ("b", 5), ("c", 4)):
+        make_clip(tmp_path / name / "a_dog/1.gif", num_frames=frames)
+    train_small(tmp_path / "run", "--stage", "vae", data=tmp_path / "a")
+    with pytest.raises(ValueError, match="c: has other clips than .*a, on which"):
+        train_quickly(tmp_path / "run", "--data", tmp_path / "c")
+    train_quickly(tmp_path / "run", "--data", tmp_path / "b", "--stage", "image")
+    assert read_record(tmp_path / "run")[0].data == str(tmp_path / "b")
 
 
 def test_a_flag_that_contradicts_the_run_is_refused_and_not_stored(run):

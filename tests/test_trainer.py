@@ -44,7 +44,7 @@ class Line:
     def log(self, entry):
         self.metrics.append(entry)
 
-    def forget_later(self, stage, step):
+    def begin(self, stage, step):
         pass
 
     def fit(self, preview=None, num_previews=4):
@@ -140,6 +140,27 @@ def test_previews_come_at_each_quarter_with_the_average_after_saving():
     seen.clear()
     Line(num_steps=9).fit(seen.append, num_previews=2)
     assert seen == [4, 9]
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_a_preview_that_a_kill_prevented_is_drawn_at_the_resume(tmp_path, step):
+    def kill(at):
+        if at == step:
+            raise KeyboardInterrupt
+
+    line, seen = Line(num_steps=9), []
+    line.save_state = lambda state: torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(KeyboardInterrupt):
+        line.fit(kill)
+    Line(num_steps=9, state=torch.load(tmp_path / "state.pt")).fit(seen.append)
+    assert seen == [n for n in (2, 4, 6, 9) if n >= step]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_short_stage_has_a_preview_at_its_end_and_none_before_its_beginning(num_steps):
+    seen = []
+    Line(num_steps=num_steps).fit(seen.append)
+    assert seen == list(range(1, num_steps + 1))
 
 
 def test_metrics_have_the_mean_loss_of_each_interval():

@@ -21,6 +21,9 @@ from temporal import VARIANTS
 
 STAGES = ("vae", "image", "video")
 FREE = {"free": True}  # a resumed run may change it, because it only concerns the machine
+# The first stage that uses an option, besides each stage's steps, batch size and learning rate
+STAGE_OF = {"kl_weight": "vae", "motion_weight": "vae", "max_tokens": "image", **dict.fromkeys(
+    ("temporal", "shifts", "new_layers_rate", "image_every", "early_noise"), "video")}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class LoopOptions:
         """The recipe for a new run with the given flags, before the flags override it."""
         return cls()
 
+    def unused(self):
+        """{option that has no effect: why}, given the other options."""
+        return {}
+
 
 @dataclass(frozen=True)
 class TrainOptions(LoopOptions):
@@ -57,12 +64,13 @@ class TrainOptions(LoopOptions):
     record: ClassVar[str] = "train.json"
     stages: ClassVar[tuple[str, ...]] = STAGES
 
-    preset: str = option("tiny", "size of the model and defaults of all other options",
+    preset: str = option("tiny", "size of a new model, and defaults of all other options",
                          choices=("tiny", "small", "sd1", "sd2"))
     init: str | None = option(None, "start from a trained image model: a single file of Stable "
                               "Diffusion, a diffusers folder or another run")
     merges: str | None = option(None, "the tokenizer's merges file, if --init PATH has none")
-    data: str = option("shapes", "`shapes` for MovingShapes, or a folder of captioned clips")
+    data: str = option("shapes", "`shapes` for MovingShapes, or a folder of captioned clips",
+                       **FREE)  # Run.start() refuses other clips
     num_frames: int = option(8, "frames of a training clip", low=1)
     image_size: int = option(32, "height and width of a frame, in pixels", low=16, high=16384)
     num_clips: int = option(1536, "clips of MovingShapes", low=1, high=10**6)
@@ -90,9 +98,9 @@ class TrainOptions(LoopOptions):
     # diffusion
     prediction_type: str | None = option("v_prediction", "the U-Net's target",
                                          choices=("epsilon", "v_prediction"))
-    zero_terminal_snr: bool = option(True, "let the last timestep be pure noise")
-    snr_divisor: float = option(4.0, "divide signal-to-noise ratios: small latents need more "
-                                "noise", low=1e-3)
+    zero_terminal_snr: bool | None = option(True, "let the last timestep be pure noise")
+    snr_divisor: float | None = option(4.0, "divide signal-to-noise ratios: small latents need "
+                                       "more noise", low=1e-3)
     early_noise: float = option(3.0, "preference for noisy timesteps in the first half of the "
                                 "video stage; 0: uniform")
     max_tokens: int = option(16, "tokens of a caption, with start and end", low=3, high=65536)
@@ -105,14 +113,29 @@ class TrainOptions(LoopOptions):
     @classmethod
     def recipe(cls, given):
         init = given.get("init")
+        is_run = init is not None and (Path(init) / cls.record).exists()
+        if "data" not in given and not is_run:
+            raise ValueError("a new run needs --data shapes (MovingShapes, drawn by shapes.py) or "
+                             "--data FOLDER (a folder of captioned clips)")
         if init is None:
             return RECIPES[given.get("preset", "tiny")]
-        # A run has a preset; any other model counts as Stable Diffusion 1.
-        is_run = (Path(init) / cls.record).exists()
-        preset = read_record(init)[0].preset if is_run else "sd1"
-        # With prediction_type None, the adopted model's own is kept.
-        return dataclasses.replace(RECIPES[given.get("preset", preset)], init=init,
-                                   prediction_type=None)
+        # A run is trained further; any other model counts as Stable Diffusion 1.
+        own = read_record(init)[0] if is_run else RECIPES[given.get("preset", "sd1")]
+        # With None, the adopted model's own schedule is kept.
+        return dataclasses.replace(own, init=init, merges=None, prediction_type=None,
+                                   zero_terminal_snr=None, snr_divisor=None)
+
+    def unused(self):
+        folder, adopted = self.data != "shapes", self.init is not None
+        early = [name for name in vars(self) if stage_of(name) in ("vae", "image")]
+        return {name: why for true, why, names in (
+            (folder, "all clips of a folder are used", ["num_clips"]),
+            (not folder, "shapes are drawn", ["stride", "frame_rate", "max_frames"]),
+            (self.temporal != "shift", "only --temporal shift has shifts", ["shifts"]),
+            (self.temporal in ("none", "shift"), "it needs other --temporal", ["new_layers_rate"]),
+            (not adopted, "the tokenizer is trained", ["merges"]),
+            (adopted, "--init brings an image model", early),
+        ) if true for name in names}
 
     def vae(self):
         """The autoencoder's configuration, before the scale of its latents is known."""
@@ -136,9 +159,18 @@ class TrainOptions(LoopOptions):
         return {"temporal": self.temporal, "shifts": self.shifts,
                 "max_frames": self.latent_frames}
 
-    def diffusion(self):
-        """The noise schedule of the run."""
-        return schedule_for(self.prediction_type, self.zero_terminal_snr, self.snr_divisor)
+    def diffusion(self, own=None):
+        """The noise schedule of the run, or an adopted model's `own` with the options' changes."""
+        kind, zero, divisor = self.prediction_type, self.zero_terminal_snr, self.snr_divisor
+        if own is None:
+            return schedule_for(kind, zero, divisor)
+        if zero is divisor is None:
+            return dataclasses.replace(own, prediction_type=kind or own.prediction_type)
+        if own.trained_betas is not None:
+            raise ValueError(f"--init {self.init}: has a noise schedule of its own, which is kept; "
+                             "leave out --zero-terminal-snr and --snr-divisor")
+        zero = own.rescale_betas_zero_snr if zero is None else zero
+        return schedule_for(kind or own.prediction_type, zero, divisor or 1.0, own)
 
     def sampling(self, num_frames):
         """The defaults of sample.py for the run."""
@@ -153,6 +185,12 @@ def check_image_size(image_size, vae_config, unet_config):
         raise ValueError(f"--image-size needs a multiple of {factor}, got {image_size}")
 
 
+def stage_of(name):
+    """The first stage that uses an option: image_steps has one, image_size has none."""
+    stage, _, what = name.partition("_")
+    return stage if what in ("steps", "batch_size", "learning_rate") else STAGE_OF.get(name)
+
+
 def read_record(path, kind=TrainOptions):
     """(options, finished stages) of a run whose options are of class `kind`."""
     where = Path(path) / kind.record
@@ -165,26 +203,31 @@ def read_record(path, kind=TrainOptions):
 def merge_options(path, given, kind=TrainOptions):
     """(options, finished stages) of a run: its own if it exists, with the flags given.
 
-    Raises ValueError if a flag contradicts the options that the run was trained with.
+    Raises ValueError if a flag contradicts the options that the run was trained with, or if the run
+    would not use it.
     """
-    if not (path / kind.record).exists():
-        if path.exists() and any(file.name != ".lock" for file in path.iterdir()):
-            raise ValueError(f"{path}: is not empty and not a run of this command; choose a new "
-                             "folder")
-        return dataclasses.replace(kind.recipe(given), **given), []
-    stored, finished = read_record(path, kind)
+    stored, finished = None, []
+    if (path / kind.record).exists():
+        stored, finished = read_record(path, kind)
+    elif path.exists() and {file.name for file in path.iterdir()} - {".lock", "cache"}:
+        raise ValueError(f"{path}: is not empty and not a run of this command; choose a new folder")
     begun = kind.stages[: len(finished) + (path / "training_state.pt").exists()]
-    if not begun and {"init", "preset"} & given.keys():
-        return dataclasses.replace(kind.recipe(given), **given), []
-    for field in dataclasses.fields(stored):
+    if stored is None or (not begun and {"init", "preset"} & given.keys()):
+        stored = kind.recipe(given)
+    for field in dataclasses.fields(stored) if begun else ():
         name, old = field.name, getattr(stored, field.name)
-        stage, _, what = name.partition("_")  # image_steps belongs to a stage, image_size does not
-        of_stage = stage in kind.stages and what in ("steps", "batch_size", "learning_rate")
-        free = field.metadata.get("free") or not begun or (of_stage and stage not in begun)
-        if given.get(name, old) != old and not free:
+        later = stage_of(name) in kind.stages and stage_of(name) not in begun
+        if given.get(name, old) != old and not (later or field.metadata.get("free")):
+            further = kind is TrainOptions and name == "video_steps"
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
-                             f"{given[name]}; choose a new folder for other options")
-    return dataclasses.replace(stored, **given), finished
+                             f"{given[name]}; choose a new folder for other options"
+                             + further * f" (--init {path} trains it further)")
+    options = dataclasses.replace(stored, **given)
+    for name, why in options.unused().items():
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect, because {why}; leave it "
+                             "out")
+    return options, finished
 
 
 def stages_to_run(path, stage, finished):

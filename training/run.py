@@ -1,16 +1,18 @@
 """The folder of a training run: its options, the finished stages, the state of an unfinished one.
 
-    train.json                 options and finished stages
+    train.json                 options, finished stages, and a digest of the clips
     training_state.pt          while a stage is unfinished: everything that --resume needs
     unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json sampling.json
                                the model in the layout of diffusers (checkpoints/weights.py)
     image_unet/                the U-Net before it saw a clip
-    metrics.jsonl previews/    losses, and samples drawn during training
+    metrics.jsonl previews/    losses; samples drawn during training, and their captions
     cache/                     while stages are unfinished: clips and captions, encoded (cache.py)
     .lock                      locked by the process that trains
 """
 
+import copy
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -22,9 +24,11 @@ from tqdm import tqdm
 
 from checkpoints import finite, weights
 from media.write import contact_sheet, side_by_side, write_clip
+from model import UNet
 from support import devices
 from support.devices import barrier, is_main
-from support.files import atomic, write_json, write_text
+from support.files import atomic, read_json, write_json, write_text
+from temporal import temporal_state
 from training.options import check_image_size
 
 try:
@@ -45,9 +49,9 @@ class Run:
 
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
-        self.device, self.state = devices.start(options.device), None
+        self.device, self.state, self.clips = devices.start(options.device), None, None
         large = getattr(options, "preset", "tiny") in ("sd1", "sd2")
-        self.checkpointing = large and self.device.type != "cuda"  # on a GPU, rehearse() decides
+        self.checkpointing = large and self.device.type != "cuda"  # on a GPU, rehearsal.py decides
         state_path = self.path / "training_state.pt"
         if resume and not (self.path / options.record).exists():
             raise ValueError(f"{path}: nothing to resume, because it is not a run; leave out "
@@ -62,15 +66,32 @@ class Run:
             elif not resume:
                 raise ValueError(f"{state_path}: belongs to an unfinished stage; add --resume to "
                                  "continue it, or remove that file to start the stage again")
-        self.save_record()
+
+    def start(self, clips, stages):
+        """Say what will be trained. Raises ValueError if a new --data has other clips."""
+        options, path = self.options, self.path / self.options.record
+        versions = [clips.version(i) for i in range(len(clips))]
+        self.clips = hashlib.sha256(repr(versions).encode()).hexdigest()
+        before = read_json(path) if self.finished or self.state else {"clips": self.clips}
+        if before.get("clips") != self.clips and before["options"]["data"] != options.data:
+            raise ValueError(f"--data {options.data}: has other clips than "
+                             f"{before['options']['data']}, on which {self.path} was trained")
+        device, size = self.device.type, options.image_size
+        with self.precision():
+            low = torch.is_autocast_enabled(device)
+            kind = str(torch.get_autocast_dtype(device) if low else torch.float32)[6:]
+        steps = ", ".join(f"{stage} {getattr(options, f'{stage}_steps')}" for stage in stages)
+        if is_main():
+            print(f"training on {options.data}: {len(clips)} clips, {options.num_frames} frames of "
+                  f"{size} x {size}; steps: {steps}; on {self.device} in {kind}")
 
     def save_record(self):
-        """Write options and finished stages."""
+        """Write options, finished stages and the digest of the clips."""
         barrier()  # wait until all processes have read the old ones
         if is_main():
             options = dataclasses.asdict(self.options)
             write_json(self.path / self.options.record,
-                       {"options": options, "finished": self.finished})
+                       {"options": options, "finished": self.finished, "clips": self.clips})
 
     def save_state(self, state):
         """Write the training state, which is everything that the next step needs, as one file."""
@@ -84,8 +105,12 @@ class Run:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def forget_later(self, stage, step):
-        """Remove the lines of a stage's later steps from metrics.jsonl; they will be repeated."""
+    def begin(self, stage, step):
+        """Save the record, now that the data have been read, so that a failed start leaves none.
+
+        The lines of a stage's later steps in metrics.jsonl are removed; they will be repeated.
+        """
+        self.save_record()
         path = self.path / "metrics.jsonl"
         if is_main() and path.exists():
             entries = [json.loads(line) for line in path.read_text().splitlines()
@@ -116,13 +141,20 @@ class Run:
                 shutil.rmtree(self.path / "cache", ignore_errors=True)
         barrier()
 
-    def adopt(self):
-        """Use the model that --init names as the result of stages one and two."""
+    def adopt(self, read_clips):
+        """Use the model that --init names as the result of stages one and two.
+
+        read_clips(autoencoder) is called before anything is written, because it may fail.
+        """
         options = self.options
-        model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
+        model = weights.load_pipeline(options.init, None, options.merges, options.prediction_type)
         finite.require_finite(model, options.init)
         model.encode_text([""])  # fails now if the model has no tokenizer
+        model.diffusion = options.diffusion(model.diffusion)
         check_image_size(options.image_size, model.vae.config, model.unet.config)
+        autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
+        read_clips(devices.freeze(autoencoder, self.device, options.precision))
+        self.save_record()  # a kill while the model is written leaves a run
         if is_main():
             sys.stderr.writelines(f"{note}\n" for note in model.report.notes)
             weights.save_network(self.path / "image_unet", model.unet)
@@ -138,8 +170,11 @@ class Run:
                   if not next(network.parameters()).requires_grad]
         for network in frozen:
             network.to("cpu")
-        prompts = list(dict.fromkeys(captions))
-        prompts = prompts[:: max(1, len(prompts) // 9)][:9]
+        unique = list(dict.fromkeys(captions))
+        # Evenly spaced, with the first and the last, because captions are often sorted
+        prompts = [unique[i] for i in dict.fromkeys(n * (len(unique) - 1) // 8 for n in range(9))]
+        if is_main():
+            write_text(self.path / "previews" / "captions.txt", "\n".join(prompts) + "\n")
 
         def preview(step):
             clips = []
@@ -185,21 +220,6 @@ class Run:
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
 
 
-class Rehearsal(Run):
-    """A copy of a run that trains two steps per stage and keeps nothing."""
-
-    def __init__(self, run):
-        # AdamW makes its moments in the first step, so only the second one needs all the memory.
-        two = {f"{stage}_steps": 2 for stage in run.options.stages}
-        options = dataclasses.replace(run.options, **two, compile=False)  # compiling takes minutes
-        vars(self).update(vars(run), state=None, options=options)  # __init__ would write files
-
-    def keep_nothing(self, *_, **__):
-        pass
-
-    save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
-
-
 def lock(path):
     """Lock a file for this process until it ends. Raises ValueError if another process has it."""
     if path.absolute() in LOCKS or fcntl is None:
@@ -232,12 +252,16 @@ def load_vae(path, device, precision):
     return devices.freeze(network, device, precision)
 
 
-def load_image_model(path, device, precision):
+def load_image_model(path, device, precision, temporal="none"):
     """A run's model before it saw a clip, a Pipeline with all of it except the U-Net on a device.
 
-    The U-Net stays mapped from its file, because training copies its weights and then drops it.
+    The U-Net stays mapped from its file, because training copies its weights and then drops it. If
+    it began as a video model (--init RUN), it keeps temporal layers only of the variant `temporal`.
     """
-    unet = weights.load_unet(Path(path) / "image_unet", "none")
+    unet = weights.load_unet(Path(path) / "image_unet")
+    if temporal_state(unet) and unet.config.temporal != temporal:
+        state, unet = unet.state_dict(), UNet(dataclasses.replace(unet.config, temporal="none"))
+        unet.load_state_dict({name: state[name] for name in unet.state_dict()})
     model = weights.load_folder(Path(path), unet=unet)
     devices.freeze(model.vae.to(memory_format=torch.channels_last), device, precision)
     devices.freeze(model.text_encoder, device, precision)

@@ -65,6 +65,18 @@ def test_a_model_with_the_mask_alone_is_trained_and_loaded(trained, tmp_path, mo
     assert len({text.endswith(("left", "right", "up", "down")) for text in texts}) == 2
 
 
+def test_a_training_without_a_decoder_stage_keeps_its_options(trained, tmp_path, monkeypatch):
+    def stop(self, state):
+        (self.path / "training_state.pt").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "save_state", stop)
+        train(tmp_path / "run", trained, decoder_steps=0)
+    with pytest.raises(ValueError, match="was trained with --long-batch-size 2, not 3"):
+        train(tmp_path / "run", trained, "--resume", decoder_steps=0, long_batch_size=3)
+
+
 def test_a_folder_of_clips_is_trained_on(trained, tmp_path):
     for name, count in (("a", 12), ("b", 9)):
         make_clip(tmp_path / "clips" / "red" / f"{name}.gif", num_frames=count)

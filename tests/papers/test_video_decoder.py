@@ -103,7 +103,23 @@ def test_a_decoder_gives_the_same_bits_after_it_was_saved_and_loaded(
     assert torch.equal(decode_clips(loaded, z), decode_clips(model, z))
 
 
+def test_a_variant_that_it_does_not_build_is_refused():
+    with pytest.raises(ValueError, match="temporal needs one of .*, got 'joint'"):
+        video_decoder.VideoVAEConfig(temporal="joint")
+
+
 # The commands
+
+
+def test_more_frames_than_the_decoder_takes_are_refused_before_denoising(run, tmp_path):
+    call(video_decoder.main, "train", run, *flags(**SHORT | {"decoder_steps": 1}),
+         "--temporal", "attention")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(
+        ValueError, match="--num-frames 4: the decoder has parameters for 3 frames"
+    ):
+        patch.setattr("papers.drawing.generate", None)
+        call(video_decoder.main, "sample", run, "a red circle", "--num-frames", 4, "--output",
+             tmp_path / "a.gif")
 
 
 @pytest.fixture(scope="module")
