@@ -31,7 +31,10 @@ class ClipFolder(torch.utils.data.Dataset):
         if problems:
             raise ValueError(f"{problems[0]} (problem 1 of {len(problems)}; run: python train.py "
                              f"RUN --data {folder} --check)")
-        self.captions = [caption for _, caption in self.clips]
+        # All clips' first captions, then all second ones, and so on, so captions[i] is one of clip
+        # i % len(self). A clip with fewer captions repeats them.
+        rounds = max(len(texts) for _, texts in self.clips)
+        self.captions = [texts[i % len(texts)] for i in range(rounds) for _, texts in self.clips]
         self.num_frames, self.image_size, self.max_frames = num_frames, image_size, max_frames
         self.how = image_size, stride, frame_rate, max_frames
 
@@ -39,9 +42,9 @@ class ClipFolder(torch.utils.data.Dataset):
         return len(self.clips)
 
     def __getitem__(self, i):
-        path, caption = self.clips[i]
+        path, captions = self.clips[i]
         frames, _ = read_long_enough(path, self.num_frames, *self.how)
-        return torch.from_numpy(frames).movedim(-1, 1), caption  # t h w 3 -> t 3 h w
+        return torch.from_numpy(frames).movedim(-1, 1), captions[0]  # t h w 3 -> t 3 h w
 
     def version(self, i):
         """What clip i depends on: names, sizes and times of its files, and how it is read.
@@ -65,7 +68,7 @@ def check(options):
     clips, problems = find_clips(options.data)
     total = 0
     print("frames    fps  file: caption")
-    for path, caption in clips:
+    for path, captions in clips:
         frames, rate = [], None
         try:
             frames, rate = read_long_enough(
@@ -74,6 +77,7 @@ def check(options):
         except (ValueError, OSError) as error:
             problems.append(str(error))
         total += len(frames)
-        print(f"{len(frames):6} {f'{rate:.4g}' if rate else '-':>6}  {path}: {caption:.50}")
+        more = f" (and {len(captions) - 1} more)" if len(captions) > 1 else ""
+        print(f"{len(frames):6} {f'{rate:.4g}' if rate else '-':>6}  {path}: {captions[0]:.50}{more}")
     print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0
