@@ -92,8 +92,7 @@ def _find(name, index):
 def _problem(path, caption):
     """What is wrong with a clip and its caption, or None."""
     if not path.exists():
-        return ("a link to a file that does not exist; download it" if path.is_symlink()
-                else "caption without a clip; remove it or add the clip")
+        return "a link to a file that does not exist; download it, or remove the link"
     if not path.is_dir() and _kind(path) not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
     # U+FFFD replaces bytes that are not UTF-8; surrogates stand for such bytes in names.
@@ -180,7 +179,11 @@ def _by_tables(folder, files, folders, tables):
             if len(paths) > 1:
                 yield table, "", (f"line {line}: several clips are called {names[-1]}; name the "
                                   "folder, too")
-            elif not (may_miss and not paths[0].exists()):
+            elif not os.path.lexists(paths[0]):
+                if not may_miss:
+                    yield table, "", (f"line {line}: there is no clip {names[0]}; remove the line "
+                                      "or add the clip")
+            else:
                 listed.add(paths[0])
                 yield from ((paths[0], text, _problem(paths[0], text)) for text in captions)
     for path in files:

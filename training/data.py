@@ -3,16 +3,25 @@
     python train.py RUN --data FOLDER --check     read every clip and list every problem
 """
 
+import hashlib
+import math
+import os
+
 import torch
 
 from media.captions import find_clips
-from media.read import read_clip
+from media.read import grid_rate, read_clip
 
 
 def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frames):
     """The frames and frame rate of a clip. Raises ValueError if it is too short."""
     frames, rate = read_clip(path, stride, frame_rate, max_frames, image_size)
     if len(frames) < num_frames:
+        grid, count = (None, 0) if frame_rate else grid_rate(path)
+        if num_frames <= math.ceil(count / stride):
+            raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal "
+                             "successive frames are stored once, so read it with --frame-rate "
+                             f"{grid:g}")
         pace = f"stride {stride}" + (f" of {frame_rate:g} frames per second" if frame_rate else "")
         raise ValueError(f"{path}: needs {num_frames} frames at {pace}, got {len(frames)}; "
                          "lower --num-frames or --stride, or raise --frame-rate or --max-frames")
@@ -27,7 +36,7 @@ class ClipFolder(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, num_frames, image_size, stride=1, frame_rate=None, max_frames=None):
-        self.clips, problems = find_clips(folder)
+        self.folder, (self.clips, problems) = folder, find_clips(folder)
         if problems:
             raise ValueError(f"{problems[0]} (problem 1 of {len(problems)}; run: python train.py "
                              f"RUN --data {folder} --check)")
@@ -47,14 +56,24 @@ class ClipFolder(torch.utils.data.Dataset):
         return torch.from_numpy(frames).movedim(-1, 1), captions[0]  # t h w 3 -> t 3 h w
 
     def version(self, i):
-        """What clip i depends on: names, sizes and times of its files, and how it is read.
+        """What clip i depends on: names and contents of its files, and how it is read.
 
-        Clips with equal versions are equal.
+        Clips with equal versions are equal, in any folder, so a run and its clips can be moved.
+        A copy has its own time, so a hash of size, start and end tells files apart instead.
         """
         path, _ = self.clips[i]
         files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return str(path), stats, *self.how
+        names = [os.path.relpath(file, self.folder) for file in files]
+        return [(name, *map(fingerprint, [file] * file.is_file()))
+                for name, file in zip(names, files, strict=True)], *self.how
+
+
+def fingerprint(path):
+    """A hash of a file's size and of its first and last 64 KiB, which every encoder changes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        parts = [(file.seek(start), file.read(2**16))[1] for start in (0, max(0, size - 2**16))]
+    return hashlib.sha256(repr(size).encode() + b"".join(parts)).hexdigest()
 
 
 def check(options):
