@@ -15,6 +15,7 @@ NAME.txt beside the folder NAME.
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -40,34 +41,17 @@ def _kind(path):
     return path.suffix.lower()
 
 
-def _order(path):
-    return [natural_key(part) for part in path.parts]
+def _walk(folder, seen):
+    """Yield all files and folders below a folder in natural order, but links after all others.
 
-
-def _walk(folder):
-    """(files, folders) below a folder, in natural order.
-
-    Links are followed, those to folders last. Each folder is read once, because a link may lead
-    back up.
+    Each folder is entered once, because a link may lead back up.
     """
-    files, folders, links, waiting, seen = [], [], [], [folder], set()
-    while waiting or links:
-        here = (waiting or links).pop()
-        if (real := here.resolve()) in seen:
-            continue
-        seen.add(real)
-        for path in here.iterdir():
-            if IGNORED.fullmatch(path.name.lower()):
-                continue
-            if not path.is_dir():
-                files.append(path)
-                continue
-            folders.append(path)
-            (links if path.is_symlink() else waiting).append(path)
-    moving = {path.with_suffix("") for path in files if _kind(path) in MOVING}
-    files = [path for path in files
-             if _kind(path) not in STILLS or path.with_suffix("") not in moving]
-    return sorted(files, key=_order), sorted(folders, key=_order)
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir(), key=lambda p: (p.is_symlink(), natural_key(p.name))):
+        if not IGNORED.fullmatch(path.name.lower()):
+            yield path
+            if path.is_dir() and path.resolve() not in seen:
+                yield from _walk(path, seen)
 
 
 def _fold(name):
@@ -101,44 +85,39 @@ def _problem(path, caption):
     return None
 
 
-def _json(data):
+def _text(path):
+    return path.read_text(encoding="utf-8-sig", errors="replace")
+
+
+def _json(text):
     try:
-        return json.loads(data)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
 def _prompts(path):
-    """The file of the captions if path is videos.txt, the list of clips that belongs to it."""
+    """The file with a caption for each line of path, if that is a list of clips, videos.txt."""
     beside = [path.with_name(name) for name in ("prompt.txt", "prompts.txt")]
     return next((file for file in beside if path.name == "videos.txt" and file.exists()), None)
 
 
 def _rows(table):
-    """Yield (line, row) of a table, None for a row that cannot be read."""
+    """The rows of a table; one that cannot be read is None."""
     if _kind(table) == ".jsonl":
-        lines = enumerate(table.read_bytes().split(b"\n"), start=1)
-        yield from ((number, _json(line)) for number, line in lines if line.strip())
-    elif _kind(table) == ".csv":
-        text = table.read_text(encoding="utf-8-sig", errors="replace")
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            yield from ((reader.line_num, row) for row in reader)
-        except csv.Error:
-            yield reader.line_num, None
-    elif _kind(table) == ".txt":
-        names, texts = (path.read_text(encoding="utf-8-sig", errors="replace").strip().split("\n")
-                        for path in (table, _prompts(table)))
-        for i in range(max(len(names), len(texts))):
-            yield i + 1, dict(zip(("file", "text"), [*names[i : i + 1], *texts[i : i + 1]]))
-    elif _kind(table) == ".json":
-        rows = _json(table.read_bytes())
-        if isinstance(rows, dict):  # MSR-VTT, or one clip's own, or {name: caption or row}
-            rows = (rows.get("sentences") or rows.get("annotations")
-                    or rows.keys() & {*TEXTS} and [{"file_name": table.stem} | rows]
-                    or [{"file_name": name} | (row if isinstance(row, dict) else {"text": row})
-                        for name, row in rows.items()])
-        yield from enumerate(rows if isinstance(rows, list) else [None], start=1)
+        return [_json(line) for line in _text(table).split("\n") if line.strip()]
+    if _kind(table) == ".csv":
+        return csv.DictReader(io.StringIO(_text(table)))
+    if _kind(table) == ".txt":
+        lines = (_text(path).strip().split("\n") for path in (table, _prompts(table)))
+        return [{"file": name, "text": text} for name, text in itertools.zip_longest(*lines)]
+    rows = _json(_text(table)) if _kind(table) == ".json" else None
+    if isinstance(rows, dict):  # MSR-VTT, or of the clip beside, or {name: caption or row}
+        return (rows.get("sentences") or rows.get("annotations")
+                or rows.keys() & {*TEXTS} and [{"file_name": table.stem} | rows]
+                or [{"file_name": name} | (row if isinstance(row, dict) else {"text": row})
+                    for name, row in rows.items()])
+    return rows if isinstance(rows, list) else []
 
 
 def _entry(row):
@@ -156,65 +135,71 @@ def _entry(row):
         return None
 
 
-def _by_tables(folder, files, folders, tables):
-    """Yield (path, caption, problem or None) from tables, {path: [(line, entry), ...]}.
+def _entries(table):
+    """The entries of a table; none if it is no table of captions."""
+    try:
+        entries = [_entry(row) for row in _rows(table)]
+    except (csv.Error, TypeError):
+        return []
+    return entries if any(entries) else []
+
+
+def _by_tables(folder, paths, folders, tables):
+    """Yield (path, caption, problem or None) from tables, {path: entries}.
 
     A name is relative to the table's folder, or it is the name of one clip anywhere. It may lack
     the suffix.
     """
-    clips = [*folders, *(path for path in files if _kind(path) in CLIP_SUFFIXES)]
+    clips = [path for path in paths if path in folders or _kind(path) in CLIP_SUFFIXES]
     relative = ((path, path.relative_to(folder)) for path in clips)
     index = _index((name, path) for path, short in relative for name in {
         str(short), str(short.with_suffix("")), short.name, short.stem})
     listed = set()
     for table, entries in tables.items():
-        for line, entry in entries:
-            if entry is None:
-                yield table, "", f"line {line} needs {EXAMPLE} in UTF-8"
-                continue
-            names, captions, may_miss = entry
+        for number, entry in enumerate(entries, start=1):
+            names, captions, may_miss = entry or ([""], [], False)
             places = [os.path.relpath(table.parent / name, folder) for name in names]
-            paths = next(filter(None, (_find(name, index) for name in (*places, *names))),
+            found = next(filter(None, (_find(name, index) for name in (*places, *names))),
                          [folder / places[0]])
-            if len(paths) > 1:
-                yield table, "", (f"line {line}: several clips are called {names[-1]}; name the "
-                                  "folder, too")
-            elif not os.path.lexists(paths[0]):
-                if not may_miss:
-                    yield table, "", (f"line {line}: there is no clip {names[0]}; remove the line "
-                                      "or add the clip")
-            else:
-                listed.add(paths[0])
-                yield from ((paths[0], text, _problem(paths[0], text)) for text in captions)
-    for path in files:
-        if not listed & {path, *path.parents} and _kind(path) not in TEXT_SUFFIXES:
-            yield path, "", f"not in {next(iter(tables)).name}; add a line or remove the file"
+            if not entry:
+                yield table, "", f"row {number} needs {EXAMPLE} in UTF-8"
+            elif len(found) > 1:
+                yield table, "", f"row {number}: name the folder of {names[-1]}, too"
+            elif os.path.lexists(found[0]):
+                listed.add(found[0])
+                yield from ((found[0], text, _problem(found[0], text)) for text in captions)
+            elif not may_miss:
+                yield table, "", f"row {number}: no clip {names[0]}; remove the row or add the clip"
+    for path in paths:
+        if not (path in folders or listed & {path, *path.parents} or _kind(path) in TEXT_SUFFIXES):
+            yield path, "", f"not in {next(iter(tables)).name}; add a row or remove the file"
 
 
-def _by_name(folder, files, folders):
+def _by_name(folder, paths, folders):
     """Yield (path, caption, problem or None) with captions from .txt files or sub-folders."""
-    captions = {path for path in files if _kind(path) in TEXT_SUFFIXES}
+    captions = {path for path in paths if _kind(path) in TEXT_SUFFIXES}
     index = _index((path.with_suffix(""), path) for path in captions)
-    of_clips = {path.parent for path in files if _kind(path) in MOVING}
-    frames = {path for path in folders if path not in of_clips and _find(path, index)}
-    files = [path for path in files if not frames.intersection(path.parents)]
-    texts = {path: _find(path, index) for path in frames} | {
-        path: _find(path.with_suffix(""), index) for path in files if path not in captions}
+    of_clips = {path.parent for path in paths if _kind(path) in MOVING}
+    frames = {path for path in folders - of_clips if _find(path, index)}
+    paths = [path for path in paths if not frames.intersection(path.parents)]
+    others = captions | folders - frames
+    texts = {path: _find(path if path in frames else path.with_suffix(""), index)
+             for path in paths if path not in others}
     names = {path.parent.name for path, found in texts.items()
              if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES}
-    for path in sorted(texts, key=_order):
-        for text in texts[path]:
-            caption = " ".join(text.read_text(encoding="utf-8-sig", errors="replace").split())
+    for path, found in texts.items():
+        for text in found:
+            caption = " ".join(_text(text).split())
             yield path, caption, _problem(path, caption)
-        if not texts[path]:
+        if not found:
             name = path.parent.name  # "PlayingChess" and "playing_chess" are "playing chess"
             caption = re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
             problem = _problem(path, caption)
-            if path.parent == folder or len(names) == 1 and not path.name.startswith(f"v_{name}_g"):
-                problem = problem or f"clip without a caption; write it into {path.stem}.txt"
+            if path.parent == folder or len(names) < 2 and not path.name.startswith(f"v_{name}_g"):
+                problem = problem or (f"clip without a caption; write it into {path.stem}.txt "
+                                      "(the name of a sub-folder counts if there are two)")
             yield path, caption, problem
-    unused = captions.difference(*texts.values())
-    for path in (path for path in files if path in unused):
+    for path in sorted(captions.difference(*texts.values()).intersection(paths)):
         yield path, "", "caption without a clip; remove it or add the clip"
 
 
@@ -228,15 +213,18 @@ def find_clips(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    files, folders = _walk(folder)
-    rows = {path: [(line, _entry(row)) for line, row in _rows(path)]
-            for path in files if _kind(path) in TABLES or _prompts(path)}
-    tables = {path: entries for path, entries in rows.items() if any(e for _, e in entries)}
-    files = [path for path in files if path not in rows]
+    paths = list(_walk(folder, set()))
+    folders = {path for path in paths if path.is_dir()}
+    moving = {path.with_suffix("") for path in paths if _kind(path) in MOVING}
+    tables = {path: _entries(path) for path in paths if path not in folders
+              and (_kind(path) in TABLES or _prompts(path))}
+    paths = [path for path in paths if path not in tables
+             and not (_kind(path) in STILLS and path.with_suffix("") in moving)]
     found = [(path, "", f"its captions cannot be read; write a line {EXAMPLE} for each clip into "
-              "metadata.jsonl, or remove the file") for path in rows if path not in tables]
-    found += (_by_tables(folder, files, folders, tables) if tables
-              else _by_name(folder, files, folders))
+              "metadata.jsonl, or remove the file") for path in tables if not tables[path]]
+    tables = {path: entries for path, entries in tables.items() if entries}
+    found += (_by_tables(folder, paths, folders, tables) if tables
+              else _by_name(folder, paths, folders))
     clips = {}
     for path, caption, problem in found:
         if not problem:

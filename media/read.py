@@ -1,14 +1,13 @@
 """Read the frames of a clip, which is a video, an animation, an image or a folder of images.
 
 Generators of (image, duration in seconds) form a chain. A decoder yields every frame of a file,
-`_resample` or ffmpeg drops and repeats frames, and read_clip crops, resizes and packs them. Each image is
-resized before the next one is decoded, so a long video does not fill the memory. Pillow decodes
-GIF, WebP, PNG, APNG and JPEG; only videos need the programs ffmpeg and ffprobe.
+`_resample` drops or repeats frames (ffmpeg does in videos), and read_clip crops, resizes and packs
+them. Each image is resized before the next one is decoded, so a long video does not fill the
+memory. Pillow decodes GIF, WebP, PNG, APNG and JPEG; only videos need ffmpeg and ffprobe.
 """
 
 import contextlib
 import itertools
-import math
 import re
 import shutil
 import struct
@@ -86,10 +85,7 @@ def require_programs(*names, purpose, remedy):
 
 
 def ffmpeg_error(log):
-    """The last line that ffmpeg wrote into a file, except advice to its own users.
-
-    The line is without addresses of objects in memory.
-    """
+    """The last line that ffmpeg wrote into a file, except advice, without addresses in memory."""
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
     lines = [line for line in lines if not ADVICE.search(line)] or ["no frames"]
@@ -201,16 +197,15 @@ def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None)
 
 
 def grid_rate(path):
-    """(frames per second, number of frames) of an animation on the grid of its shortest delay.
-
-    Equal successive frames are often stored once, with a longer delay. At this rate they are read
-    as often as they are shown. Returns (None, 0) for a file of another kind.
+    """The frame rate that restores equal successive frames, which many programs store once, with a
+    longer delay. None for a file that is no animation.
     """
-    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        return None, 0
-    delays = [delay or 0 for _, delay in _image_frames(path)]
-    if not min(delays):
-        return None, 0
-    # Rounded down, because a frame that is asked for before it is shown would be the one before.
-    rate = int(100 / min(delays)) / 100
-    return rate, math.ceil(sum(delays) * Fraction(rate))
+    animated = Path(path).suffix.lower() in IMAGE_SUFFIXES
+    delays = [delay for _, delay in _image_frames(path)] if animated else [None]
+    if None in delays:
+        return None
+    # Each delay is a number of shortest ones, but rounded to 1/100 s. The rate is rounded down so
+    # that no frame is asked for before it is shown.
+    counts = itertools.accumulate(round(delay / min(delays)) for delay in delays)
+    ends = itertools.accumulate(delays)
+    return min(int(100 * count / end) / 100 for count, end in zip(counts, ends, strict=True))

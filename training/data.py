@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import math
 import os
 
 import torch
@@ -17,8 +16,8 @@ def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frame
     """The frames and frame rate of a clip. Raises ValueError if it is too short."""
     frames, rate = read_clip(path, stride, frame_rate, max_frames, image_size)
     if len(frames) < num_frames:
-        grid, count = (None, 0) if frame_rate else grid_rate(path)
-        if num_frames <= math.ceil(count / stride):
+        grid = None if frame_rate else grid_rate(path)
+        if grid and num_frames <= len(read_clip(path, stride, grid, max_frames, 1)[0]):
             raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal "
                              "successive frames are stored once, so read it with --frame-rate "
                              f"{grid:g}")
