@@ -1,12 +1,11 @@
 """Find the clips of a folder and their captions.
 
-1.  If the folder has tables, all captions come from them, and a clip that no table lists is a
-    problem. A table is a .jsonl, .json (a list of objects) or .csv file anywhere in the folder,
-    with a row {"file_name": "dogs/1.mp4", "text": "a dog barks"} per caption; NAMES and TEXTS are
-    the columns known. videos.txt and prompt.txt are a table as well, line by line.
+1.  If the folder has tables, all captions come from them, and a clip that none lists is a problem.
+    A table is a .jsonl, .json (a list of objects) or .csv file with a row per caption, such as
+    {"file_name": "dogs/1.mp4", "text": "a dog barks"}, or the two files videos.txt and prompt.txt.
 2.  Otherwise a caption is the text of the .txt or .caption file beside the clip (1.mp4, 1.txt), or
-    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. One
-    sub-folder alone is "videos" or "train" more often than a class, so its name is no caption.
+    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. A single
+    sub-folder is more often called "videos" or "train", so its name is no caption.
 
 A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
 also be a class of stills, so it is one clip only if it has its own caption: a row of a table, or
@@ -42,10 +41,7 @@ def _kind(path):
 
 
 def _walk(folder, seen):
-    """Yield all files and folders below a folder in natural order, but links after all others.
-
-    Each folder is entered once, because a link may lead back up.
-    """
+    """Yield all paths below a folder, links last. It enters no folder twice, as links may ask."""
     seen.add(folder.resolve())
     for path in sorted(folder.iterdir(), key=lambda p: (p.is_symlink(), natural_key(p.name))):
         if not IGNORED.fullmatch(path.name.lower()):
@@ -60,7 +56,7 @@ def _fold(name):
 
 
 def _index(pairs):
-    """{folded name: [(name, path), ...]} of (name, path)."""
+    """An index of (name, path) for _find()."""
     index = {}
     for name, path in pairs:
         index.setdefault(_fold(name), []).append((str(name), path))
@@ -68,7 +64,7 @@ def _index(pairs):
 
 
 def _find(name, index):
-    """The paths that have exactly this name in an index, otherwise those whose folded name it is."""
+    """The paths that have exactly this name in an index, otherwise this name when folded."""
     same = index.get(_fold(name), [])
     return [path for exact, path in same if exact == str(name)] or [path for _, path in same]
 
@@ -97,9 +93,8 @@ def _json(text):
 
 
 def _prompts(path):
-    """The file with a caption for each line of path, if that is a list of clips, videos.txt."""
-    beside = [path.with_name(name) for name in ("prompt.txt", "prompts.txt")]
-    return next((file for file in beside if path.name == "videos.txt" and file.exists()), None)
+    """prompt.txt or prompts.txt, the captions of the list of clips beside it, videos.txt."""
+    return next(path.parent.glob("prompt*.txt"), None) if path.name == "videos.txt" else None
 
 
 def _rows(table):
@@ -136,7 +131,7 @@ def _entry(row):
 
 
 def _entries(table):
-    """The entries of a table; none if it is no table of captions."""
+    """The entries of a table, [] if it is no table of captions."""
     try:
         entries = [_entry(row) for row in _rows(table)]
     except (csv.Error, TypeError):
@@ -145,15 +140,12 @@ def _entries(table):
 
 
 def _by_tables(folder, paths, folders, tables):
-    """Yield (path, caption, problem or None) from tables, {path: entries}.
-
-    A name is relative to the table's folder, or it is the name of one clip anywhere. It may lack
-    the suffix.
-    """
-    clips = [path for path in paths if path in folders or _kind(path) in CLIP_SUFFIXES]
-    relative = ((path, path.relative_to(folder)) for path in clips)
-    index = _index((name, path) for path, short in relative for name in {
-        str(short), str(short.with_suffix("")), short.name, short.stem})
+    """Yield (path, caption, problem or None) from tables, {path: entries}."""
+    # A name is relative to the table's folder, or a clip's name anywhere; it may lack the suffix.
+    short = {path: path.relative_to(folder) for path in paths
+             if path in folders or _kind(path) in CLIP_SUFFIXES}
+    index = _index((name, path) for path, p in short.items() for name in {
+        str(p), str(p.with_suffix("")), p.name, p.stem})
     listed = set()
     for table, entries in tables.items():
         for number, entry in enumerate(entries, start=1):
@@ -188,8 +180,7 @@ def _by_name(folder, paths, folders):
     names = {path.parent.name for path, found in texts.items()
              if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES}
     for path, found in texts.items():
-        for text in found:
-            caption = " ".join(_text(text).split())
+        for caption in [" ".join(_text(text).split()) for text in found]:
             yield path, caption, _problem(path, caption)
         if not found:
             name = path.parent.name  # "PlayingChess" and "playing_chess" are "playing chess"
@@ -216,20 +207,18 @@ def find_clips(folder):
     paths = list(_walk(folder, set()))
     folders = {path for path in paths if path.is_dir()}
     moving = {path.with_suffix("") for path in paths if _kind(path) in MOVING}
-    tables = {path: _entries(path) for path in paths if path not in folders
-              and (_kind(path) in TABLES or _prompts(path))}
+    tables = {path: _entries(path) for path in paths if _kind(path) in TABLES or _prompts(path)}
     paths = [path for path in paths if path not in tables
              and not (_kind(path) in STILLS and path.with_suffix("") in moving)]
-    found = [(path, "", f"its captions cannot be read; write a line {EXAMPLE} for each clip into "
-              "metadata.jsonl, or remove the file") for path in tables if not tables[path]]
-    tables = {path: entries for path, entries in tables.items() if entries}
-    found += (_by_tables(folder, paths, folders, tables) if tables
-              else _by_name(folder, paths, folders))
-    clips = {}
-    for path, caption, problem in found:
-        if not problem:
+    problems = [f"{path}: its captions cannot be read; write a line {EXAMPLE} for each clip into "
+                "metadata.jsonl, or remove the file" for path in tables if not tables[path]]
+    tables, clips = {path: entries for path, entries in tables.items() if entries}, {}
+    for path, caption, problem in (_by_tables(folder, paths, folders, tables) if tables
+                                   else _by_name(folder, paths, folders)):
+        if problem:
+            problems.append(f"{path}: {problem}")
+        else:
             clips.setdefault(path, {})[caption] = None  # a dictionary drops repeated captions
-    problems = [f"{path}: {problem}" for path, _, problem in found if problem]
     if not clips and not problems:
         problems = [f"{folder}: no clips in it (known: folders, {' '.join(CLIP_SUFFIXES)})"]
     return [(path, [*captions]) for path, captions in clips.items()], problems

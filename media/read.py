@@ -103,10 +103,7 @@ def _average_duration(path):
 
 
 def _video_frames(path, frame_rate):
-    """Decode a video with ffmpeg, which resamples it to frame_rate by the times of its frames.
-
-    With frame_rate None, it yields every frame with the average duration.
-    """
+    """Decode a video with ffmpeg: every frame, or with frame_rate those on screen at its times."""
     require_programs("ffmpeg", purpose=path, remedy="convert the clip to GIF")
     duration = 1 / Fraction(frame_rate) if frame_rate else _average_duration(path)
     resample = f"fps={frame_rate}:round=down," if frame_rate else ""
@@ -197,12 +194,10 @@ def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None)
 
 
 def grid_rate(path):
-    """The frame rate that restores equal successive frames, which many programs store once, with a
-    longer delay. None for a file that is no animation.
-    """
-    animated = Path(path).suffix.lower() in IMAGE_SUFFIXES
-    delays = [delay for _, delay in _image_frames(path)] if animated else [None]
-    if None in delays:
+    """The frame rate that restores equal frames, which were stored once; None if unknown."""
+    animated = path.suffix.lower() in IMAGE_SUFFIXES
+    delays = [delay for _, delay in _image_frames(path)] if animated else []
+    if not delays or None in delays:
         return None
     # Each delay is a number of shortest ones, but rounded to 1/100 s. The rate is rounded down so
     # that no frame is asked for before it is shown.

@@ -18,9 +18,8 @@ def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frame
     if len(frames) < num_frames:
         grid = None if frame_rate else grid_rate(path)
         if grid and num_frames <= len(read_clip(path, stride, grid, max_frames, 1)[0]):
-            raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal "
-                             "successive frames are stored once, so read it with --frame-rate "
-                             f"{grid:g}")
+            raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal successive"
+                             f" frames are stored once, so read it with --frame-rate {grid:g}")
         pace = f"stride {stride}" + (f" of {frame_rate:g} frames per second" if frame_rate else "")
         raise ValueError(f"{path}: needs {num_frames} frames at {pace}, got {len(frames)}; "
                          "lower --num-frames or --stride, or raise --frame-rate or --max-frames")
@@ -57,8 +56,7 @@ class ClipFolder(torch.utils.data.Dataset):
     def version(self, i):
         """What clip i depends on: names and contents of its files, and how it is read.
 
-        Clips with equal versions are equal, in any folder, so a run and its clips can be moved.
-        A copy has its own time, so a hash of size, start and end tells files apart instead.
+        It is the same in another folder, and in a copy, which has another time.
         """
         path, _ = self.clips[i]
         files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
@@ -68,7 +66,7 @@ class ClipFolder(torch.utils.data.Dataset):
 
 
 def fingerprint(path):
-    """A hash of a file's size and of its first and last 64 KiB, which every encoder changes."""
+    """A hash of a file's size and its first and last 64 KiB, because editing a clip changes one."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         parts = [(file.seek(start), file.read(2**16))[1] for start in (0, max(0, size - 2**16))]
@@ -96,6 +94,7 @@ def check(options):
             problems.append(str(error))
         total += len(frames)
         more = f" (and {len(captions) - 1} more)" if len(captions) > 1 else ""
-        print(f"{len(frames):6} {f'{rate:.4g}' if rate else '-':>6}  {path}: {captions[0]:.50}{more}")
+        pace = f"{rate:.4g}" if rate else "-"
+        print(f"{len(frames):6} {pace:>6}  {path}: {captions[0]:.50}{more}")
     print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0

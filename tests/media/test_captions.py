@@ -103,16 +103,19 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("metadata.jsonl", '{"video": "a.gif", "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
-    ("all.json", '[{"file": "a.gif", "caption": "an ape"}, {"file_name": "b.gif", "text": ["x", "y"]}]'),
+    ("metadata.jsonl",
+     '{"video": "a.gif", "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
+    ("all.json",
+     '[{"file": "a.gif", "caption": "an ape"}, {"file_name": "b.gif", "text": ["x", "y"]}]'),
     ("all.json", '{"a.gif": "an ape", "v/b": {"caption": ["x", "y"]}}'),
-    ("MSR_VTT.json", '{"annotations": [{"image_id": "b", "caption": "x"}, {"image_id": "z", "caption": '
-     '"?"}, {"image_id": "a", "caption": "an ape"}, {"image_id": "b", "caption": "y"}]}'),
+    ("MSR_VTT.json",
+     '{"annotations": [{"image_id": "b", "caption": "x"}, {"image_id": "z", "caption": "?"}, '
+     '{"image_id": "a", "caption": "an ape"}, {"image_id": "b", "caption": "y"}]}'),
     ("metadata.csv", '\ufeffFile_Name,Text\nV\\A.gif,an ape\nb.gif,x\nb.gif,y\n'),
     ("webvid.csv", 'videoid,page_dir,name\na,v,"an ape"\nb,0_9,x\nb,0_9,y\nmissing,v,?\n'),
 ])
 def test_a_table_gives_captions(tmp_path, name, text):
-    """Names are found wherever one clip has them; WebVid and MSR-VTT list clips that are missing."""
+    """Names are found wherever a clip has them. WebVid and MSR-VTT list clips that are missing."""
     for clip in ("a.gif", "b.gif"):
         make_clip(tmp_path / "v" / clip)
     (tmp_path / name).write_text(text, encoding="utf-8")

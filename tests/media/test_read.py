@@ -118,7 +118,8 @@ def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
     """Four frames last 1 s, then come 20 of 0.05 s; their average is 24 frames in 5 s."""
     grays = [*GRAYS[:4], *([80] * 10 + [200] * 10)]
     encode(tmp_path / "a.mp4", gray_frames(grays), "-vf",
-           "setpts='if(lt(N,4),N,4+(N-4)*0.05)/TB'", "-fps_mode", "vfr", "-video_track_timescale", "1000")
+           "setpts='if(lt(N,4),N,4+(N-4)*0.05)/TB'", "-vsync", "vfr",
+           "-video_track_timescale", "1000")
     frames, rate = read_clip(tmp_path / "a.mp4", frame_rate=2)
     assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 80, 200]
 
