@@ -18,8 +18,9 @@ def read_long_enough(path, num_frames, image_size, stride, frame_rate, max_frame
     if len(frames) < num_frames:
         grid = None if frame_rate else grid_rate(path)
         if grid and num_frames <= len(read_clip(path, stride, grid, max_frames, 1)[0]):
-            raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal successive"
-                             f" frames are stored once, so read it with --frame-rate {grid:g}")
+            raise ValueError(f"{path}: needs {num_frames} frames, got {len(frames)}; equal "
+                             "successive frames are stored once, so read it with --frame-rate "
+                             f"{grid:g}")
         pace = f"stride {stride}" + (f" of {frame_rate:g} frames per second" if frame_rate else "")
         raise ValueError(f"{path}: needs {num_frames} frames at {pace}, got {len(frames)}; "
                          "lower --num-frames or --stride, or raise --frame-rate or --max-frames")

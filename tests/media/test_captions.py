@@ -61,8 +61,8 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
     """An image beside a video of the same stem is its thumbnail."""
     make_clip(tmp_path / "a.gif")
     (tmp_path / "a.txt").write_text("an ape")
-    for name in (".DS_Store", "README", "README.txt", "LICENSE.txt", "Thumbs.db", "desktop.ini", "notes.md",
-                 "a.jpg"):
+    for name in (".DS_Store", "README", "README.txt", "LICENSE.txt", "Thumbs.db", "desktop.ini",
+                 "notes.md", "a.jpg"):
         (tmp_path / name).write_text("something")
     assert found(tmp_path) == ([("a.gif", "an ape")], [])
 
@@ -70,6 +70,7 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
 @pytest.mark.parametrize("line, problem", [
     (b'{"file_name": "b.gif", "text": "caf\xe9"}', "b.gif: needs a caption of words"),  # not UTF-8
     ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: row 2 needs"),
+    ({"file_name": "b.gif", "text": "\ud83d"}, "b.gif: needs a caption of words"),  # a surrogate
     ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
     ({"file_name": "c.gif", "text": "x"}, "metadata.jsonl: row 2: no clip c.gif; "),
     ({"file_name": "d.flv", "text": "x"}, "d.flv: not a clip"),
@@ -131,10 +132,19 @@ def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path):
     assert found(tmp_path) == ([("videos/b.gif", "a bee"), ("videos/a.gif", "an ape")], [
         'videos.txt: row 3 needs {"file_name": "...", "text": "..."} in UTF-8',
         "videos/c.gif: not in videos.txt; add a row or remove the file"])
+    (tmp_path / "prompt.txt").unlink()
+    assert found(tmp_path)[0] == []  # videos.txt is not the caption of a clip "videos"
+
+
+def test_a_json_beside_a_clip_can_have_its_caption(tmp_path):
+    make_clip(tmp_path / "1/a.gif")
+    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "url": "?"}')
+    assert found(tmp_path) == ([("1/a.gif", "an ape")], [])
 
 
 @pytest.mark.parametrize("name, text", [
     ("info.json", "[1, 2]"), ("a.csv", "one,two\n1,2\n"), ("a.parquet", "PAR1"), ("b.json", "{"),
+    pytest.param("a.csv", f"file,text\na.gif,{'x' * 200_000}", id="too long"),
 ])
 def test_a_table_without_captions_is_named(tmp_path, name, text):
     make_clip(tmp_path / "a.gif")

@@ -116,12 +116,12 @@ def test_without_ffprobe_a_video_says_what_to_do(tmp_path, monkeypatch):
 @needs_ffmpeg
 def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
     """Four frames last 1 s, then come 20 of 0.05 s; their average is 24 frames in 5 s."""
-    grays = [*GRAYS[:4], *([80] * 10 + [200] * 10)]
+    grays = [*GRAYS[:4], *([80] * 9 + [160] + [0] * 9 + [200])]
     encode(tmp_path / "a.mp4", gray_frames(grays), "-vf",
            "setpts='if(lt(N,4),N,4+(N-4)*0.05)/TB'", "-vsync", "vfr",
            "-video_track_timescale", "1000")
     frames, rate = read_clip(tmp_path / "a.mp4", frame_rate=2)
-    assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 80, 200]
+    assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 160, 200]
 
 
 @pytest.mark.parametrize("log, message", [
@@ -157,6 +157,8 @@ def test_a_frame_rate_picks_what_is_on_screen_at_its_times(tmp_path, frame_rate,
 def test_a_delay_of_0_or_10_ms_is_100_ms_as_in_browsers(tmp_path, suffix, durations, rate):
     save_animation(tmp_path / f"a{suffix}", gray_frames()[:3], durations)
     assert read_clip(tmp_path / f"a{suffix}")[1] == pytest.approx(rate)
+    save_animation(tmp_path / f"a{suffix}", gray_frames()[:1], 0)
+    assert read_clip(tmp_path / f"a{suffix}")[1] is None  # a still
 
 
 def test_the_cover_of_an_apng_is_no_frame(tmp_path):
