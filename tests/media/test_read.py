@@ -115,13 +115,13 @@ def test_without_ffprobe_a_video_says_what_to_do(tmp_path, monkeypatch):
 
 @needs_ffmpeg
 def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
-    """Four frames last 1 s, then come 20 of 0.05 s; their average is 24 frames in 5 s."""
-    grays = [*GRAYS[:4], *([80] * 9 + [160] + [0] * 9 + [200])]
+    """Four frames last 1 s, then come 20 of 0.1 s, of which a period of 0.5 s shows the last."""
+    grays = [*GRAYS[:4], *[80] * 4, 160, *[80] * 4, 0, *[80] * 4, 240, *[80] * 4, 200]
     encode(tmp_path / "a.mp4", gray_frames(grays), "-vf",
-           "setpts='if(lt(N,4),N,4+(N-4)*0.05)/TB'", "-vsync", "vfr",
+           "setpts='if(lt(N,4),N,4+(N-4)*0.1)/TB'", "-vsync", "vfr",
            "-video_track_timescale", "1000")
     frames, rate = read_clip(tmp_path / "a.mp4", frame_rate=2)
-    assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 160, 200]
+    assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 160, 0, 240, 200]
 
 
 @pytest.mark.parametrize("log, message", [
