@@ -50,7 +50,9 @@ def test_a_version_changes_with_content_and_how_a_clip_is_read_but_not_with_fold
             file.write(bytes(2**17) + data)
         return folder
 
-    def version(folder=make(tmp_path / "old"), **options):
+    old = make(tmp_path / "old")
+
+    def version(folder=old, **options):
         return ClipFolder(folder, **{"num_frames": 1, "image_size": 6} | options).version(0)
 
     moved = make(tmp_path / "new")
