@@ -100,12 +100,12 @@ def denoising_loss(unet, diffusion, x0, noise, timesteps, context):
 
 
 def random_clips(latents, captions, batch_size, num_frames, generator):
-    """Windows of random clips, x0 (b, t, c, h, w), and their captions."""
-    chosen = torch.randint(len(latents), (batch_size,), generator=generator).tolist()
+    """Windows of random clips, x0 (b, t, c, h, w), and their captions, maybe several per clip."""
+    chosen = torch.randint(len(captions), (batch_size,), generator=generator).tolist()
     windows = []
-    for i in chosen:
-        start = random_window(len(latents[i]), num_frames, generator)
-        windows.append(latents[i][start : start + num_frames])  # t c h w
+    for clip in (latents[i % len(latents)] for i in chosen):
+        start = random_window(len(clip), num_frames, generator)
+        windows.append(clip[start : start + num_frames])  # t c h w
     return torch.stack(windows), [captions[i] for i in chosen]
 
 

@@ -1,101 +1,224 @@
 """Find the clips of a folder and their captions.
 
-1.  If the folder has metadata.jsonl, with a line {"file_name": "dogs/1.mp4", "text": "a dog barks"}
-    per clip, all captions come from it, and a clip that it does not list is a problem.
-2.  Otherwise a caption is the text of the .txt file beside the clip (1.mp4, 1.txt), or the name of
-    its sub-folder (playing_chess/1.mp4: "playing chess"), as in UCF-101.
+1.  If the folder has tables, all captions come from them, and a clip that none lists is a problem.
+    A table is a .jsonl, .json (a list of objects) or .csv file with a row per caption, such as
+    {"file_name": "dogs/1.mp4", "text": "a dog barks"}, or the two files videos.txt and prompt.txt.
+2.  Otherwise a caption is the text of the .txt or .caption file beside the clip (1.mp4, 1.txt), or
+    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. A single
+    sub-folder is more often called "videos" or "train", so its name is no caption.
 
 A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
-also be a class of stills, so it is one clip only if it has its own caption: a line in
-metadata.jsonl, or NAME.txt beside the folder NAME.
+also be a class of stills, so it is one clip only if it has its own caption: a row of a table, or
+NAME.txt beside the folder NAME.
 """
 
+import csv
+import io
+import itertools
 import json
+import os
+import re
+import unicodedata
 from pathlib import Path
 
-from media.read import CLIP_SUFFIXES, natural_key
+from media.read import CLIP_SUFFIXES, VIDEO_SUFFIXES, natural_key
 
-METADATA = "metadata.jsonl"
-IGNORED_SUFFIXES = (".json", ".md")
-IGNORED_NAMES = ("readme", "license")  # with any suffix
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+NAMES = ("file_name", "filename", "file", "video", "video_path", "path")
+# Numbers of clips in WebVid and MSR-VTT. Their tables list more clips than most people download.
+IDS = ("videoid", "video_id", "image_id")
+TEXTS = ("text", "caption", "captions", "prompt", "sentence")
+EXAMPLE = '{"file_name": "...", "text": "..."}'
+TEXT_SUFFIXES = (".txt", ".caption")
+MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
+STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
+IGNORED = re.compile(r"\..*|.*\.md|(readme|license)(\.(txt|rst|html))?|(eh)?thumbs\.db|desktop\.ini"
+                     "|__macosx|@eadir")
 
 
-def _walk(folder, is_clip):
-    """Yield the files and clips below a folder in natural order, without ignored names."""
-    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
-        name = path.name.lower()
-        if name.startswith((".", *IGNORED_NAMES)) or name.endswith(IGNORED_SUFFIXES):
-            continue
-        if path.is_dir() and not path.is_symlink() and not is_clip(path):
-            yield from _walk(path, is_clip)
-        else:  # also a link to a folder, because one that leads back up would make an endless walk
+def _kind(path):
+    return path.suffix.lower()
+
+
+def _walk(folder, seen):
+    """Yield all paths below a folder, links last. It enters no folder twice, as links may ask."""
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir(), key=lambda p: (p.is_symlink(), natural_key(p.name))):
+        if not IGNORED.fullmatch(path.name.lower()):
             yield path
+            if path.is_dir() and path.resolve() not in seen:
+                yield from _walk(path, seen)
+
+
+def _fold(name):
+    """A name without what archives and systems change: case, composed letters, backslashes."""
+    return unicodedata.normalize("NFC", str(name).replace("\\", "/")).casefold()
+
+
+def _index(pairs):
+    """An index of (name, path) for _find()."""
+    index = {}
+    for name, path in pairs:
+        index.setdefault(_fold(name), []).append((str(name), path))
+    return index
+
+
+def _find(name, index):
+    """The paths that have exactly this name in an index, otherwise this name when folded."""
+    same = index.get(_fold(name), [])
+    return [path for exact, path in same if exact == str(name)] or [path for _, path in same]
 
 
 def _problem(path, caption):
     """What is wrong with a clip and its caption, or None."""
     if not path.exists():
-        return "caption without a clip; remove it or add the clip"
-    if not path.is_dir() and path.suffix.lower() not in CLIP_SUFFIXES:
+        return "a link to a file that does not exist; download it, or remove the link"
+    if not path.is_dir() and _kind(path) not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
-    if not caption.split() or "\ufffd" in caption:  # replaces bytes that are not UTF-8
+    # U+FFFD replaces bytes that are not UTF-8; surrogates stand for such bytes in names.
+    if not caption.split() or re.search("[\ufffd\ud800-\udfff]", caption):
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
     return None
 
 
-def _by_metadata(folder):
-    """Yield (path, caption, problem or None) for a folder with metadata.jsonl."""
-    source, listed = folder / METADATA, set()
-    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            path, caption = folder / entry["file_name"], " ".join(entry["text"].split())
-        except (ValueError, LookupError, TypeError, AttributeError):
-            yield source, "", f'line {number} needs {{"file_name": "...", "text": "..."}} in UTF-8'
-            continue
-        listed.add(path)
-        yield path, caption, _problem(path, caption)
-    for path in _walk(folder, lambda path: path in listed):
-        if path not in listed and path != source and path.suffix != ".txt":
-            yield path, "", f"not in {METADATA}; add a line or remove the file"
+def _text(path):
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
-def _by_name(folder):
+def _json(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _prompts(path):
+    """prompt.txt or prompts.txt, the captions of the list of clips beside it, videos.txt."""
+    return next(path.parent.glob("prompt*.txt"), None) if path.name == "videos.txt" else None
+
+
+def _rows(table):
+    """The rows of a table; one that cannot be read is None."""
+    if _kind(table) == ".jsonl":
+        return [_json(line) for line in _text(table).split("\n") if line.strip()]
+    if _kind(table) == ".csv":
+        return csv.DictReader(io.StringIO(_text(table)))
+    if _kind(table) == ".txt":
+        lines = (_text(path).strip().split("\n") for path in (table, _prompts(table)))
+        return [{"file": name, "text": text} for name, text in itertools.zip_longest(*lines)]
+    rows = _json(_text(table)) if _kind(table) == ".json" else None
+    if isinstance(rows, dict):  # MSR-VTT, or of the clip beside, or {name: caption or row}
+        return (rows.get("sentences") or rows.get("annotations")
+                or rows.keys() & {*TEXTS} and [{"file_name": table.stem} | rows]
+                or [{"file_name": name} | (row if isinstance(row, dict) else {"text": row})
+                    for name, row in rows.items()])
+    return rows if isinstance(rows, list) else []
+
+
+def _entry(row):
+    """(names to look for, captions, whether the clip may be missing) of a row, None without them"""
+    try:
+        row = {key.strip().lower(): value for key, value in row.items()}  # csv: too many have None
+        columns = (*TEXTS, "name") if "videoid" in row else TEXTS  # WebVid's caption is in "name"
+        texts = [row[column] for column in columns if column in row][0]
+        texts = [" ".join(text.split()) for text in (texts if isinstance(texts, list) else [texts])]
+        if names := [row[column].strip().replace("\\", "/") for column in NAMES if column in row]:
+            return names[:1], texts, False
+        number = str([row[column] for column in IDS if column in row][0])
+        return [f"{row.get('page_dir')}/{number}", number], texts, True
+    except (LookupError, AttributeError):
+        return None
+
+
+def _entries(table):
+    """The entries of a table, [] if it is no table of captions."""
+    try:
+        entries = [_entry(row) for row in _rows(table)]
+    except (csv.Error, TypeError):
+        return []
+    return entries if any(entries) else []
+
+
+def _by_tables(folder, paths, folders, tables):
+    """Yield (path, caption, problem or None) from tables, {path: entries}."""
+    # A name is relative to the table's folder, or a clip's name anywhere; it may lack the suffix.
+    short = {path: path.relative_to(folder) for path in paths
+             if path in folders or _kind(path) in CLIP_SUFFIXES}
+    index = _index((name, path) for path, p in short.items() for name in {
+        str(p), str(p.with_suffix("")), p.name, p.stem})
+    listed = set()
+    for table, entries in tables.items():
+        for number, entry in enumerate(entries, start=1):
+            names, captions, may_miss = entry or ([""], [], False)
+            places = [os.path.relpath(table.parent / name, folder) for name in names]
+            found = next(filter(None, (_find(name, index) for name in (*places, *names))),
+                         [folder / places[0]])
+            if not entry:
+                yield table, "", f"row {number} needs {EXAMPLE} in UTF-8"
+            elif len(found) > 1:
+                yield table, "", f"row {number}: name the folder of {names[-1]}, too"
+            elif os.path.lexists(found[0]):
+                listed.add(found[0])
+                yield from ((found[0], text, _problem(found[0], text)) for text in captions)
+            elif not may_miss:
+                yield table, "", f"row {number}: no clip {names[0]}; remove the row or add the clip"
+    for path in paths:
+        if not (path in folders or listed & {path, *path.parents} or _kind(path) in TEXT_SUFFIXES):
+            yield path, "", f"not in {next(iter(tables)).name}; add a row or remove the file"
+
+
+def _by_name(folder, paths, folders):
     """Yield (path, caption, problem or None) with captions from .txt files or sub-folders."""
-    def text_of(path):
-        return path.with_name(path.name + ".txt") if path.is_dir() else path.with_suffix(".txt")
-
-    paths = list(_walk(folder, lambda path: text_of(path).is_file()))
-    texts = {path for path in paths if path.suffix == ".txt"}
-    used = {text_of(path) for path in paths if path not in texts}
-    for path in (path for path in paths if path not in used):
-        caption = path.parent.name.replace("_", " ")
-        if (text := text_of(path)) in texts:
-            caption = text.read_text(encoding="utf-8-sig", errors="replace")
-        problem = _problem(path, caption)
-        if path in texts:
-            problem = "caption without a clip; remove it or add the clip"
-        elif text not in texts and path.is_dir():
-            problem = "a link to a folder is not followed; put the folder itself there"
-        elif text not in texts and path.parent == folder:
-            problem = problem or f"clip without a caption; write it into {text.name}"
-        yield path, " ".join(caption.split()), problem
+    captions = {path for path in paths if _kind(path) in TEXT_SUFFIXES}
+    index = _index((path.with_suffix(""), path) for path in captions)
+    of_clips = {path.parent for path in paths if _kind(path) in MOVING}
+    frames = {path for path in folders - of_clips if _find(path, index)}
+    paths = [path for path in paths if not frames.intersection(path.parents)]
+    others = captions | folders - frames
+    texts = {path: _find(path if path in frames else path.with_suffix(""), index)
+             for path in paths if path not in others}
+    names = {path.parent.name for path, found in texts.items()
+             if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES}
+    for path, found in texts.items():
+        for caption in [" ".join(_text(text).split()) for text in found]:
+            yield path, caption, _problem(path, caption)
+        if not found:
+            name = path.parent.name  # "PlayingChess" and "playing_chess" are "playing chess"
+            caption = re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
+            problem = _problem(path, caption)
+            if path.parent == folder or len(names) < 2 and not path.name.startswith(f"v_{name}_g"):
+                problem = problem or (f"clip without a caption; write it into {path.stem}.txt "
+                                      "(the name of a sub-folder counts if there are two)")
+            yield path, caption, problem
+    for path in sorted(captions.difference(*texts.values()).intersection(paths)):
+        yield path, "", "caption without a clip; remove it or add the clip"
 
 
 def find_clips(folder):
-    """The clips of a folder and their captions: ([(path, caption), ...], [problem, ...]).
+    """The clips of a folder and their captions: ([(path, [caption, ...]), ...], [problem, ...]).
 
-    Hidden files, .json, .md, README and LICENSE are ignored; any other file that is neither clip
-    nor caption is a problem. Raises ValueError if there is no such folder.
+    Hidden files, Thumbs.db and the like, .md, README and LICENSE are ignored, and an image beside a
+    video of the same stem, its thumbnail. Any other file that is neither clip nor caption is a
+    problem. Raises ValueError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    found = list((_by_metadata if (folder / METADATA).exists() else _by_name)(folder))
-    clips = [(path, caption) for path, caption, problem in found if not problem]
-    problems = [f"{path}: {problem}" for path, _, problem in found if problem]
-    if not found:
+    paths = list(_walk(folder, set()))
+    folders = {path for path in paths if path.is_dir()}
+    moving = {path.with_suffix("") for path in paths if _kind(path) in MOVING}
+    tables = {path: _entries(path) for path in paths if _kind(path) in TABLES or _prompts(path)}
+    paths = [path for path in paths if path not in tables
+             and not (_kind(path) in STILLS and path.with_suffix("") in moving)]
+    problems = [f"{path}: its captions cannot be read; write a line {EXAMPLE} for each clip into "
+                "metadata.jsonl, or remove the file" for path in tables if not tables[path]]
+    tables, clips = {path: entries for path, entries in tables.items() if entries}, {}
+    for path, caption, problem in (_by_tables(folder, paths, folders, tables) if tables
+                                   else _by_name(folder, paths, folders)):
+        if problem:
+            problems.append(f"{path}: {problem}")
+        else:
+            clips.setdefault(path, {})[caption] = None  # a dictionary drops repeated captions
+    if not clips and not problems:
         problems = [f"{folder}: no clips in it (known: folders, {' '.join(CLIP_SUFFIXES)})"]
-    return clips, problems
+    return [(path, [*captions]) for path, captions in clips.items()], problems

@@ -1,9 +1,9 @@
 """Read the frames of a clip, which is a video, an animation, an image or a folder of images.
 
 Generators of (image, duration in seconds) form a chain. A decoder yields every frame of a file,
-`_resample` drops or repeats frames, and read_clip crops, resizes and packs them. Each image is
-resized before the next one is decoded, so a long video does not fill the memory. Pillow decodes
-GIF, WebP, PNG, APNG and JPEG; only videos need the programs ffmpeg and ffprobe.
+`_resample` drops or repeats frames (ffmpeg does in videos), and read_clip crops, resizes and packs
+them. Each image is resized before the next one is decoded, so a long video does not fill the
+memory. Pillow decodes GIF, WebP, PNG, APNG and JPEG; only videos need ffmpeg and ffprobe.
 """
 
 import contextlib
@@ -25,6 +25,11 @@ CLIP_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Most bytes of a clip's frames in memory, enough for 14 minutes of 256x256 at 25 frames per second
 MAX_CLIP_BYTES = 4 * 2**30
 REMEDY = "export or download it again, or remove it"
+# Only local files, so a playlist named .mp4 cannot make ffmpeg fetch its entries. In the commands
+# below, V selects a video stream that is not a cover image.
+SOURCE = ["-v", "error", "-protocol_whitelist", "file"]
+# ffmpeg's lines that tell its own users to change its command or to write to its authors
+ADVICE = re.compile(r"\b(to ignore|consider|options?|your?|please|use|add)\b|\s'?-[a-z]", re.I)
 
 # Exceptions that Pillow raises for files that are damaged, of another format or too large
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, OverflowError,
@@ -53,12 +58,15 @@ def _image_frames(path):
         with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG")) as opened:
             # An MPO is a JPEG with more images of the same moment, such as a depth map.
             num_frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            for index in range(num_frames):
+            # An APNG's cover is no part of the animation.
+            for index in range(bool(opened.info.get("default_image")), num_frames):
                 opened.seek(index)
                 # A photograph in portrait format is stored rotated, with the angle in its EXIF.
                 image = _rgb(opened if num_frames > 1 else ImageOps.exif_transpose(opened))
-                duration = Fraction(opened.info.get("duration", 0)).limit_denominator(1000) / 1000
-                yield image, duration or None
+                duration = Fraction(opened.info.get("duration", 0)).limit_denominator(1000)
+                if num_frames > 1 and duration <= 10:  # browsers show such frames for 100 ms
+                    duration = Fraction(100)
+                yield image, duration / 1000 or None
     except UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read ({error}); {REMEDY}") from None
 
@@ -77,28 +85,33 @@ def require_programs(*names, purpose, remedy):
 
 
 def ffmpeg_error(log):
-    """The last line that ffmpeg wrote into a file, without addresses of objects in memory."""
+    """The last line that ffmpeg wrote into a file, except advice, without addresses in memory."""
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
-    return re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\]\s*", "", lines[-1]) if lines else "no frames"
+    lines = [line for line in lines if not ADVICE.search(line)] or ["no frames"]
+    return re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\]\s*", "", lines[-1])
 
 
-def _video_frames(path):
-    """Decode a video with ffmpeg. Every frame has the average duration."""
-    require_programs("ffmpeg", "ffprobe", purpose=path, remedy="convert the clip to GIF")
-    # Only local files, so a playlist named .mp4 cannot make ffmpeg fetch its entries. V selects
-    # a video stream that is not a cover image.
-    source = ["-v", "error", "-protocol_whitelist", "file"]
+def _average_duration(path):
+    """Average seconds per frame of a video, None if ffprobe does not know."""
+    require_programs("ffprobe", purpose=path, remedy="convert the clip to GIF")
     probe = ["-select_streams", "V:0", "-show_entries", "stream=avg_frame_rate", "-of", "csv=p=0"]
-    rate = subprocess.run(["ffprobe", *source, *probe, f"file:{path}"], capture_output=True,
+    rate = subprocess.run(["ffprobe", *SOURCE, *probe, f"file:{path}"], capture_output=True,
                           text=True, check=False).stdout
     known = re.match(r"([1-9]\d*)/([1-9]\d*)\b", rate)  # "0/0" means unknown
-    duration = Fraction(int(known[2]), int(known[1])) if known else None
+    return Fraction(int(known[2]), int(known[1])) if known else None
+
+
+def _video_frames(path, frame_rate):
+    """Decode a video with ffmpeg: every frame, or with frame_rate those on screen at its times."""
+    require_programs("ffmpeg", purpose=path, remedy="convert the clip to GIF")
+    duration = 1 / Fraction(frame_rate) if frame_rate else _average_duration(path)
+    resample = f"fps={frame_rate}:round=down," if frame_rate else ""
     # Make pixels square. Number the frames and ignore their times; otherwise ffmpeg drops and
     # repeats frames to get a constant rate. Each PPM image has its own size, after any rotation.
-    filters = ["-vf", "scale=iw*sar:ih,setsar=1,setpts=N/TB", "-r", "1"]
+    filters = ["-vf", f"{resample}scale=iw*sar:ih,setsar=1,setpts=N/TB", "-r", "1"]
     output = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    command = ["ffmpeg", "-nostdin", "-xerror", *source, "-i", f"file:{path}", "-map", "0:V:0"]
+    command = ["ffmpeg", "-nostdin", "-xerror", *SOURCE, "-i", f"file:{path}", "-map", "0:V:0"]
     with tempfile.TemporaryFile() as log, subprocess.Popen(
         [*command, *filters, *output], stdout=subprocess.PIPE, stderr=log
     ) as process:
@@ -112,18 +125,19 @@ def _video_frames(path):
                 yield Image.frombytes("RGB", (width, height), pixels), duration
         process.wait()
         error = ffmpeg_error(log)
+    if "matches no streams" in error:
+        raise ValueError(f"{path}: has no moving picture, only sound or a cover; remove it")
     # For a Matroska file that is cut off, ffmpeg returns 0 but writes "prematurely" into its log.
     if process.returncode or "prematurely" in error:
         raise ValueError(f"{path}: damaged, or not a video ({error}); {REMEDY}")
 
 
-def _decode(path):
-    """A generator of (RGB image, duration or None) for every frame of a file or folder."""
-    if path.is_dir():
-        return _folder_frames(path)
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return _video_frames(path)
-    return _image_frames(path)
+def _decode(path, frame_rate):
+    """A generator of (RGB image, duration or None) for the frames of a file or folder."""
+    if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir():
+        return _video_frames(path, frame_rate)
+    frames = _folder_frames(path) if path.is_dir() else _image_frames(path)
+    return frames if frame_rate is None else _resample(frames, frame_rate)
 
 
 def _resample(frames, frame_rate):
@@ -162,8 +176,7 @@ def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None)
     """
     path, sizes, durations = Path(path), set(), []
     pixels = bytearray()  # one growing buffer, because np.stack would hold all frames twice
-    with contextlib.closing(_decode(path)) as decoded:  # closing the generator ends ffmpeg
-        frames = decoded if frame_rate is None else _resample(decoded, frame_rate)
+    with contextlib.closing(_decode(path, frame_rate)) as frames:  # closing it ends ffmpeg
         kept = itertools.islice(frames, 0, None, stride)
         for image, duration in itertools.islice(kept, max_frames):
             sizes.add(image.size)
@@ -178,3 +191,16 @@ def read_clip(path, stride=1, frame_rate=None, max_frames=None, image_size=None)
         raise ValueError(f"{path}: needs frames of one size, got {sorted(sizes) or 'no frames'}")
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, image.height, image.width, 3)
     return frames, None if None in durations else float(len(frames) / sum(durations) / stride)
+
+
+def grid_rate(path):
+    """The frame rate that restores equal frames, which were stored once; None if unknown."""
+    animated = path.suffix.lower() in IMAGE_SUFFIXES
+    delays = [delay for _, delay in _image_frames(path)] if animated else []
+    if not delays or None in delays:
+        return None
+    # Each delay is a number of shortest ones, but rounded to 1/100 s. The rate is rounded down so
+    # that no frame is asked for before it is shown.
+    counts = itertools.accumulate(round(delay / min(delays)) for delay in delays)
+    ends = itertools.accumulate(delays)
+    return min(int(100 * count / end) / 100 for count, end in zip(counts, ends, strict=True))

@@ -99,6 +99,7 @@ def run_main(main):
     """Call main() and exit. A user's mistake is one line; `python -X dev` shows the traceback."""
     keep_memory()
     program = Path(sys.argv[0].removesuffix("/__main__.py")).name  # python -m checkpoints
+    sys.stdout.reconfigure(errors="backslashreplace")  # escapes names that it cannot print
     try:
         with warnings.catch_warnings():
             if not sys.flags.dev_mode and not sys.warnoptions:

@@ -1,15 +1,17 @@
 """Caches: the same data with any number of workers, written again if its sources change."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import fresh_pipeline, train_small, weights_of
+from helpers import fresh_pipeline, make_clip, train_small, weights_of
 
 import vae
 from shapes import MovingShapes
 from training import cache
 from training.cache import Cache, cache_frames, cache_latents, cache_texts, digest, read
+from training.data import ClipFolder
 
 
 def item(i):
@@ -108,6 +110,17 @@ def test_workers_read_in_order_and_an_error_stays_one_line(workers):
     assert torch.equal(torch.get_rng_state(), state)  # new weights are drawn from it
     assert [x.item() for x, _ in got] == [0, 1, 4, 9, 16] and got[0][1] == "a square"
     assert str(error.value) == "clip 5: is damaged"
+
+
+def test_a_folder_is_read_by_workers_that_inherit_nothing(tmp_path, monkeypatch):
+    """Windows and macOS start workers by "spawn", which pickles the data set."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context",
+                        multiprocessing.get_context("spawn"))
+    make_clip(tmp_path / "a.gif")
+    (tmp_path / "a.txt").write_text("an ape")
+    clips = ClipFolder(tmp_path, num_frames=2, image_size=6)
+    ((frames, caption),) = read(clips, 1)
+    assert torch.equal(frames, clips[0][0]) and caption == "an ape"
 
 
 # In a run

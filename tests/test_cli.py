@@ -1,6 +1,7 @@
 """Flags made from a dataclass, and mistakes that are one line and a status."""
 
 import ctypes
+import io
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -125,6 +126,14 @@ def test_a_mistake_of_the_user_is_one_line_and_status_1(monkeypatch, capsys, err
     monkeypatch.setattr(sys, "argv", ["some/where/x.py"])
     assert end_of(fail(error)) == 1
     assert capsys.readouterr() == ("", f"x.py: error: {line}\n")
+
+
+def test_a_name_that_stdout_cannot_print_is_escaped(monkeypatch):
+    """Surrogates stand for bytes of a name that are not UTF-8."""
+    for encoding in ("ascii", "utf-8"):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding, write_through=True))
+        assert end_of(lambda: print("\udce9")) is None and out.getvalue() == b"\\udce9\n"
 
 
 @pytest.mark.parametrize("error", [KeyError("name"), RuntimeError("shapes")])

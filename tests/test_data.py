@@ -25,39 +25,65 @@ def test_an_item_is_the_whole_clip_at_its_stride(tmp_path):
 def test_channels_are_moved_and_not_reshaped(tmp_path):
     image = np.zeros((5, 5, 3), np.uint8)
     image[1, 3] = (1, 2, 3)
-    (tmp_path / "dog").mkdir()
-    Image.fromarray(image).save(tmp_path / "dog/a.png")
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog")
     frames, _ = ClipFolder(tmp_path, num_frames=1, image_size=5)[0]
     assert frames[0, :, 1, 3].tolist() == [1, 2, 3] and frames.sum() == 6
 
 
-def test_a_version_changes_with_size_time_and_how_a_clip_is_read(tmp_path):
+def test_a_clip_with_several_captions_takes_its_turn_in_rounds(tmp_path):
+    for name in ("a", "b"):
+        make_clip(tmp_path / f"{name}.gif")
+    (tmp_path / "all.csv").write_text("file,text\na.gif,x\nb.gif,1\na.gif,y\na.gif,z\nb.gif,2\n")
+    clips = ClipFolder(tmp_path, num_frames=1, image_size=6)
+    assert clips.captions == ["x", "1", "y", "2", "z", "1"] and len(clips) == 2
+
+
+def test_a_version_changes_with_content_and_how_a_clip_is_read_but_not_with_folder_or_time(
+        tmp_path):
     """The version of a folder of images depends on each image."""
-    path = tmp_path / "a/1.png"
-    (tmp_path / "a.txt").write_text("a dog")
-    for name in ("0.png", "1.png"):
-        make_clip(tmp_path / "a" / name, num_frames=1)
-        os.utime(tmp_path / "a" / name, (5, 5))
+    def make(folder, data=b"end"):
+        for name in ("0.png", "1.png"):
+            make_clip(folder / "a" / name, num_frames=1)
+        (folder / "a.txt").write_text("a dog")
+        with open(folder / "a/1.png", "ab") as file:
+            file.write(bytes(2**17) + data)
+        return folder
 
-    def version(**options):
-        return ClipFolder(tmp_path, **{"num_frames": 1, "image_size": 6} | options).version(0)
+    old = make(tmp_path / "old")
 
-    first = version()
+    def version(folder=old, **options):
+        return ClipFolder(folder, **{"num_frames": 1, "image_size": 6} | options).version(0)
+
+    moved = make(tmp_path / "new")
+    os.utime(moved / "a/1.png", (5, 5))
+    assert version(moved) == version()
     others = [version(image_size=8), version(stride=2), version(frame_rate=5),
-              version(max_frames=3)]
-    os.utime(path, (5, 6))
-    others.append(version())
-    path.write_bytes(path.read_bytes() + b"more")
-    os.utime(path, (5, 5))
-    others.append(version())
-    assert first not in others and len(set(map(repr, others))) == 6
+              version(max_frames=3), version(make(tmp_path / "b", b"END")),
+              version(make(tmp_path / "c", bytes(9) + b"end"))]
+    assert version() not in others and len(set(map(repr, others))) == 6
 
 
 def test_a_clip_too_short_says_how_many_frames_it_has(tmp_path):
-    make_clip(tmp_path / "dog/a.gif", num_frames=5, duration=100)
+    make_clip(tmp_path / "a.gif", num_frames=5, duration=100)
+    (tmp_path / "a.txt").write_text("a dog")
     clips = ClipFolder(tmp_path, num_frames=4, image_size=6, stride=2, frame_rate=10)
     with pytest.raises(ValueError, match="a.gif: needs 4 frames at stride 2 of 10 .*, got 3; low"):
         clips[0]
+
+
+@pytest.mark.parametrize("stride, grid, rate", [(1, 60, "16.66"), (2, 125, "8")])
+def test_a_clip_whose_equal_frames_were_merged_says_which_frame_rate_restores_them(
+        tmp_path, stride, grid, rate):
+    shades = [0, 0, 9, 99, 99, 99, 200, 250]
+    images = [Image.new("L", (6, 6), shade) for shade in shades]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=grid)
+    (tmp_path / "a.txt").write_text("a fade")
+    needed = {"num_frames": 8 // stride, "image_size": 6, "stride": stride}
+    with pytest.raises(ValueError, match=f"stored once, so read it with --frame-rate {rate}$"):
+        ClipFolder(tmp_path, **needed)[0]
+    frames, _ = ClipFolder(tmp_path, **needed, frame_rate=float(rate))[0]
+    assert frames[:, 0, 0, 0].tolist() == shades[::stride]
 
 
 def test_a_folder_with_problems_is_refused_in_one_line(tmp_path):
@@ -77,20 +103,21 @@ def test_no_folder_of_clips_is_an_error_that_names_it(tmp_path):
 
 
 def test_a_check_lists_clips_problems_and_a_summary(tmp_path, capsys):
-    make_clip(tmp_path / "dog/fine.gif")
+    make_clip(tmp_path / "cat/fine.gif")
     make_clip(tmp_path / "dog/short.gif", num_frames=2)
     (tmp_path / "dog/text.gif").write_text("hello")
     make_clip(tmp_path / "stray.gif")
     assert check(TrainOptions(data=str(tmp_path), num_frames=3)) == 1
     lines = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
-    assert lines[1].split() == ["5", "10", "dog/fine.gif:", "dog"]
+    assert lines[1].split() == ["5", "10", "cat/fine.gif:", "cat"]
     assert [line.split(":")[0] for line in lines[4:7]] == [  # of captions, then of files
         "stray.gif", "dog/short.gif", "dog/text.gif"]
     assert lines[7:] == ["3 clips, 5 frames, 3 problems"]
 
 
 def test_a_check_reads_as_the_training_would(tmp_path):
-    make_clip(tmp_path / "dog/fine.gif", num_frames=5, duration=100)
+    make_clip(tmp_path / "fine.gif", num_frames=5, duration=100)
+    (tmp_path / "fine.txt").write_text("a dog")
     pace = {"stride": 2, "frame_rate": 20.0, "max_frames": 3}  # 10 frames; of every other: 3
     assert check(TrainOptions(data=str(tmp_path), num_frames=3, **pace)) == 0
     assert check(TrainOptions(data=str(tmp_path), num_frames=4, **pace)) == 1

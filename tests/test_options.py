@@ -244,7 +244,8 @@ def test_a_stage_out_of_turn_is_refused(stage, message):
 
 
 def test_data_is_opened_as_the_options_say(tmp_path):
-    make_clip(tmp_path / "dog/a.gif")
+    make_clip(tmp_path / "a.gif")
+    (tmp_path / "a.txt").write_text("dog")
     shapes = open_data(TrainOptions(num_clips=7, num_frames=3, image_size=24, seed=5))
     assert (len(shapes), shapes.num_frames, shapes.image_size, shapes.seed) == (7, 3, 24, 5)
     clips = open_data(TrainOptions(data=str(tmp_path), num_frames=2, image_size=24, max_frames=4,

@@ -38,6 +38,13 @@ def test_a_batch_has_successive_frames_and_their_caption():
     assert set((first % 100).tolist()) == {0, 1, 2, 3, 4}  # all windows that fit into 9 frames
 
 
+def test_one_of_several_captions_is_drawn_with_a_clip():
+    captions = ["zero", "one", "two", "0", "1", "2"]  # two rounds of a caption per clip
+    x0, texts = train.random_clips(LATENTS, captions, 200, 5, generator())
+    pairs = {(int(clip[0, 0, 0, 0]) // 100, text) for clip, text in zip(x0, texts, strict=True)}
+    assert pairs == {(i % 3, text) for i, text in enumerate(captions)}
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, train.CAPTION_DROPOUT])
 def test_captions_are_left_out_as_often_as_asked_for(fraction):
     texts = train.drop_captions(["a", "b"] * 4000, fraction, generator())
@@ -257,7 +264,7 @@ def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
 
 
 def test_a_check_lists_every_problem_and_trains_nothing(tmp_path, capsys):
-    make_clip(tmp_path / "clips/dog/a.gif")
+    make_clip(tmp_path / "clips/cat/a.gif")
     make_clip(tmp_path / "clips/dog/short.gif", num_frames=2)
     (tmp_path / "clips/dog/b.gif").write_bytes(b"GIF89a")
     assert train_small(tmp_path / "run", "--check", data=tmp_path / "clips") == 1

@@ -77,7 +77,8 @@ class TrainOptions(LoopOptions):
     stride: int = option(1, "keep every N-th frame of a folder's clips", low=1)
     frame_rate: float | None = option(None, "resample a folder's clips to N frames per second, "
                                       "before the stride", low=0.01, high=1000)
-    max_frames: int = option(512, "most frames to keep of a folder's clip", low=1)
+    max_frames: int = option(512, "most frames to keep of a folder's clip; with N = --num-frames, "
+                             "windows start with the clip, for captions that tell an order", low=1)
     # stages
     vae_steps: int = option(1000, "steps of the vae stage", low=1)
     vae_batch_size: int = option(32, "frames per step", low=1)

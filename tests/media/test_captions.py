@@ -23,7 +23,7 @@ def save_images(folder, count):
 def found(folder):
     """The result of find_clips, with names relative to the folder."""
     clips, problems = find_clips(folder)
-    named = [(path.relative_to(folder).as_posix(), caption) for path, caption in clips]
+    named = [(path.relative_to(folder).as_posix(), " | ".join(texts)) for path, texts in clips]
     return named, [problem.replace(f"{folder}/", "") for problem in problems]
 
 
@@ -58,20 +58,23 @@ def test_without_a_text_file_the_sub_folders_name_is_the_caption(tmp_path):
 
 
 def test_hidden_and_known_other_files_are_ignored(tmp_path):
+    """An image beside a video of the same stem is its thumbnail."""
     make_clip(tmp_path / "a.gif")
     (tmp_path / "a.txt").write_text("an ape")
-    for name in (".DS_Store", "README", "README.txt", "LICENSE.txt", "info.json", "notes.md"):
+    for name in (".DS_Store", "README", "README.txt", "LICENSE.txt", "Thumbs.db", "desktop.ini",
+                 "notes.md", "a.jpg"):
         (tmp_path / name).write_text("something")
     assert found(tmp_path) == ([("a.gif", "an ape")], [])
 
 
 @pytest.mark.parametrize("line, problem", [
-    (b'{"file_name": "b.gif", "text": "caf\xe9"}', "metadata.jsonl: line 2 needs"),  # not UTF-8
-    ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: line 2 needs"),
+    (b'{"file_name": "b.gif", "text": "caf\xe9"}', "b.gif: needs a caption of words"),  # not UTF-8
+    ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: row 2 needs"),
+    ({"file_name": "b.gif", "text": "\ud83d"}, "b.gif: needs a caption of words"),  # a surrogate
     ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
-    ({"file_name": "c.gif", "text": "x"}, "c.gif: caption without a clip"),
+    ({"file_name": "c.gif", "text": "x"}, "metadata.jsonl: row 2: no clip c.gif; "),
     ({"file_name": "d.flv", "text": "x"}, "d.flv: not a clip"),
-    (b"", "b.gif: not in metadata.jsonl; add a line or remove the file"),
+    (b"", "b.gif: not in metadata.jsonl; add a row or remove the file"),
 ])
 def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
     make_clip(tmp_path / "a.gif")
@@ -90,17 +93,119 @@ def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
 ])
 def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
     make_clip(tmp_path / "fine/ok.gif")
+    make_clip(tmp_path / "good/ok.gif")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     if text:
         (tmp_path / name).with_suffix(".txt").write_bytes(text)
     clips, problems = found(tmp_path)
-    assert clips == [("fine/ok.gif", "fine")]
+    assert clips == [("fine/ok.gif", "fine"), ("good/ok.gif", "good")]
     assert len(problems) == 1 and problems[0].startswith(problem)
 
 
-def test_a_link_to_the_folder_itself_is_a_problem_and_not_an_endless_walk(tmp_path):
-    make_clip(tmp_path / "dog/a.gif")
-    (tmp_path / "dog/loop").symlink_to(tmp_path)
+@pytest.mark.parametrize("name, text", [
+    ("metadata.jsonl",
+     '{"video": "a.gif", "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
+    ("all.json",
+     '[{"file": "a.gif", "caption": "an ape"}, {"file_name": "b.gif", "text": ["x", "y"]}]'),
+    ("all.json", '{"a.gif": "an ape", "v/b": {"caption": ["x", "y"]}}'),
+    ("MSR_VTT.json",
+     '{"annotations": [{"image_id": "b", "caption": "x"}, {"image_id": "z", "caption": "?"}, '
+     '{"image_id": "a", "caption": "an ape"}, {"image_id": "b", "caption": "y"}]}'),
+    ("metadata.csv", '\ufeffFile_Name,Text\nV\\A.gif,an ape\nb.gif,x\nb.gif,y\n'),
+    ("webvid.csv", 'videoid,page_dir,name\na,v,"an ape"\nb,0_9,x\nb,0_9,y\nmissing,v,?\n'),
+])
+def test_a_table_gives_captions(tmp_path, name, text):
+    """Names are found wherever a clip has them. WebVid and MSR-VTT list clips that are missing."""
+    for clip in ("a.gif", "b.gif"):
+        make_clip(tmp_path / "v" / clip)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    clips, problems = found(tmp_path)
+    assert sorted(clips) == [("v/a.gif", "an ape"), ("v/b.gif", "x | y")] and problems == []
+
+
+def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path):
+    for name in ("b", "a", "c"):
+        make_clip(tmp_path / f"videos/{name}.gif")
+    (tmp_path / "videos.txt").write_text("videos/b.gif\nvideos/a.gif\nvideos/c.gif\n")
+    (tmp_path / "prompt.txt").write_text("a bee\r\nan ape\n")
+    assert found(tmp_path) == ([("videos/b.gif", "a bee"), ("videos/a.gif", "an ape")], [
+        'videos.txt: row 3 needs {"file_name": "...", "text": "..."} in UTF-8',
+        "videos/c.gif: not in videos.txt; add a row or remove the file"])
+    (tmp_path / "prompt.txt").unlink()
+    assert found(tmp_path)[0] == []  # videos.txt is not the caption of a clip "videos"
+
+
+def test_a_json_beside_a_clip_can_have_its_caption(tmp_path):
+    make_clip(tmp_path / "1/a.gif")
+    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "url": "?"}')
+    assert found(tmp_path) == ([("1/a.gif", "an ape")], [])
+
+
+@pytest.mark.parametrize("name, text", [
+    ("info.json", "[1, 2]"), ("a.csv", "one,two\n1,2\n"), ("a.parquet", "PAR1"), ("b.json", "{"),
+    pytest.param("a.csv", f"file,text\na.gif,{'x' * 200_000}", id="too long"),
+])
+def test_a_table_without_captions_is_named(tmp_path, name, text):
+    make_clip(tmp_path / "a.gif")
+    (tmp_path / "a.caption").write_text("an ape")
+    (tmp_path / name).write_text(text)
     clips, (problem,) = found(tmp_path)
-    assert clips == [("dog/a.gif", "dog")] and "dog/loop: a link to a folder" in problem
+    assert clips == [("a.gif", "an ape")] and problem.startswith(f"{name}: its captions cannot be")
+
+
+@pytest.mark.parametrize("row, problem", [
+    ("a.gif,an ape, sitting", "all.csv: row 2 needs"),  # the comma is not in quotes
+    ("same,an ape", "all.csv: row 2: name the folder of same, too"),
+])
+def test_a_row_that_could_mean_two_things_is_a_problem(tmp_path, row, problem):
+    for name in ("1/same.gif", "2/same.gif", "a.gif"):
+        make_clip(tmp_path / name)
+    (tmp_path / "all.csv").write_text(f"file,text\na.gif,x\n{row}\n")
+    clips, problems = found(tmp_path)
+    assert clips == [("a.gif", "x")] and problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize("on_disk, text_file", [
+    ("cafe\u0301.gif", "caf\u00e9.txt"), ("Dog.GIF", "dog.TXT")])
+@pytest.mark.parametrize("table", [False, True])
+def test_names_that_differ_in_case_or_composition_are_found(tmp_path, on_disk, text_file, table):
+    make_clip(tmp_path / on_disk)
+    if table:
+        write_metadata(tmp_path, {"file_name": f".\\{text_file[:-4]}.gif", "text": "x"})
+    else:
+        (tmp_path / text_file).write_text("x")
+    assert found(tmp_path) == ([(on_disk, "x")], [])
+
+
+def test_exact_names_come_first(tmp_path):
+    for name in ("a", "A"):
+        make_clip(tmp_path / f"{name}.gif")
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert sorted(found(tmp_path)[0]) == [("A.gif", "A"), ("a.gif", "a")]
+
+
+@pytest.mark.parametrize("names, captions", [
+    (["videos/1.gif"], []), (["train/videos/1.gif", "test/videos/2.gif"], []),
+    (["YoYo/v_YoYo_g01.gif"], ["yo yo"]),
+    (["YoYo/1.gif", "ApplyEyeMakeup/1.gif"], ["apply eye makeup", "yo yo"])])
+def test_one_sub_folder_is_no_caption_but_a_class_of_ucf_101_is(tmp_path, names, captions):
+    for name in names:
+        make_clip(tmp_path / name)
+    clips, problems = found(tmp_path)
+    assert [text for _, text in clips] == captions
+    assert len(problems) == (0 if captions else len(names))
+
+
+def test_links_are_followed_and_a_link_back_up_is_no_endless_walk(tmp_path):
+    """As in the cache of Hugging Face, whose files have no suffix, and on another disk."""
+    make_clip(tmp_path / "disk/cat/1.gif")
+    (tmp_path / "data/dog").mkdir(parents=True)
+    (tmp_path / "blob").write_bytes((tmp_path / "disk/cat/1.gif").read_bytes())
+    (tmp_path / "data/dog/a.gif").symlink_to(tmp_path / "blob")
+    (tmp_path / "data/cat").symlink_to(tmp_path / "disk/cat")
+    (tmp_path / "data/dog/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/dog/gone.gif").symlink_to(tmp_path / "nowhere")
+    clips, (problem,) = found(tmp_path / "data")
+    assert sorted(clips) == [("cat/1.gif", "cat"), ("dog/a.gif", "dog")]
+    assert problem.startswith("dog/gone.gif: a link to a file that does not exist")

@@ -113,6 +113,31 @@ def test_without_ffprobe_a_video_says_what_to_do(tmp_path, monkeypatch):
         read_clip(tmp_path / "a.mp4")
 
 
+@needs_ffmpeg
+def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
+    """Four frames last 1 s, then come 20 of 0.1 s, of which a period of 0.5 s shows the last."""
+    grays = [*GRAYS[:4], *[80] * 4, 160, *[80] * 4, 0, *[80] * 4, 240, *[80] * 4, 200]
+    encode(tmp_path / "a.mp4", gray_frames(grays), "-vf",
+           "setpts='if(lt(N,4),N,4+(N-4)*0.1)/TB'", "-vsync", "vfr",
+           "-video_track_timescale", "1000")
+    frames, rate = read_clip(tmp_path / "a.mp4", frame_rate=2)
+    assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 160, 0, 240, 200]
+
+
+@pytest.mark.parametrize("log, message", [
+    ("Stream map '0:V:0' matches no streams.\nTo ignore this, add a trailing '?' to the map.",
+     "a.mp4: has no moving picture"),
+    ("moov atom not found\nConsider increasing the value for the 'probesize' option",
+     "a.mp4: damaged, or not a video .moov atom not found.;"),
+    ("The encoder is experimental, add '-strict -2' if you want to use it.", "video .no frames.;"),
+])
+def test_ffmpegs_advice_to_its_own_users_is_not_shown(tmp_path, monkeypatch, log, message):
+    """With a frame rate, ffprobe is not needed."""
+    fake(monkeypatch, tmp_path, ffmpeg=f"sys.exit({log!r})")
+    with pytest.raises(ValueError, match=message):
+        read_clip(tmp_path / "a.mp4", frame_rate=5)
+
+
 @pytest.mark.parametrize("stride, frame_rate", [(4, None), (8, 20)])
 def test_stride_keeps_every_kth_frame_and_divides_the_rate(tmp_path, stride, frame_rate):
     save_animation(tmp_path / "a.gif", gray_frames(), duration=100)
@@ -125,6 +150,23 @@ def test_a_frame_rate_picks_what_is_on_screen_at_its_times(tmp_path, frame_rate,
     save_animation(tmp_path / "a.gif", gray_frames()[:3], duration=[300, 50, 150])
     frames, rate = read_clip(tmp_path / "a.gif", frame_rate=frame_rate)  # until 0.3, 0.35, 0.5 s
     assert grays_of(frames) == [GRAYS[i] for i in order] and rate == frame_rate
+
+
+@pytest.mark.parametrize("durations, rate", [(0, 10), (10, 10), (20, 50), ([0, 40, 40], 50 / 3)])
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+def test_a_delay_of_0_or_10_ms_is_100_ms_as_in_browsers(tmp_path, suffix, durations, rate):
+    save_animation(tmp_path / f"a{suffix}", gray_frames()[:3], durations)
+    assert read_clip(tmp_path / f"a{suffix}")[1] == pytest.approx(rate)
+    save_animation(tmp_path / f"a{suffix}", gray_frames()[:1], 0)
+    assert read_clip(tmp_path / f"a{suffix}")[1] is None  # a still
+
+
+def test_the_cover_of_an_apng_is_no_frame(tmp_path):
+    images = [Image.fromarray(frame) for frame in gray_frames()]
+    images[0].save(tmp_path / "a.apng", "PNG", save_all=True, append_images=images[1:],
+                   duration=100, default_image=True)
+    frames, rate = read_clip(tmp_path / "a.apng")
+    assert grays_of(frames) == list(GRAYS[1:]) and rate == 10
 
 
 def test_nothing_is_decoded_after_max_frames(tmp_path):

@@ -79,7 +79,8 @@ def test_a_training_without_a_decoder_stage_keeps_its_options(trained, tmp_path,
 
 def test_a_folder_of_clips_is_trained_on(trained, tmp_path):
     for name, count in (("a", 12), ("b", 9)):
-        make_clip(tmp_path / "clips" / "red" / f"{name}.gif", num_frames=count)
+        make_clip(tmp_path / "clips" / f"{name}.gif", num_frames=count)
+        (tmp_path / "clips" / f"{name}.txt").write_text("red")
     train(tmp_path / "run", trained, data=tmp_path / "clips", decoder_steps=0)
     call(long_video.main, "sample", tmp_path / "run", "red", "--num-frames", 9, "--output",
          tmp_path / "red.gif")
