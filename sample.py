@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints.tokenizers import describe_cuts
 from checkpoints.weights import add_checkpoint_flags, load_pipeline
-from media.write import WRITERS, enlarge, require_writer, write_samples
+from media.write import WRITERS, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
 from support.devices import choose_device, compile_for_sampling
@@ -58,8 +59,8 @@ def main():
     parser.add_argument("--output", type=Path, help="file or folder (default: samples, in the run)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="format of files in a folder (default: gif; png for one frame)")
-    parser.add_argument("--zoom", type=number(int, 1, 64), default=1,
-                        help="enlarge every pixel (default: 1)")
+    parser.add_argument("--zoom", type=number(int, 1, 64), default=0,
+                        help="enlarge every pixel (default: small clips, to 128 pixels or more)")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0,
                         help="seed of the first prompt (default: 0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=8,
@@ -75,12 +76,13 @@ def main():
         raise ValueError('needs a prompt, such as "a red circle moving left", or --prompts-file')
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema)
-    for note in pipeline.report.notes:
+    sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
+    texts = [*prompts, sampling.negative_prompt] if sampling.negative_prompt else prompts
+    for note in [*pipeline.report.notes, *describe_cuts(pipeline.tokenizer, texts, "prompts")]:
         print(note, file=sys.stderr)
     pipeline.to(device)  # and to bfloat16 on a GPU that has it
     if args.compile:
         compile_for_sampling(pipeline.unet, device)
-    sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     is_run = (args.path / "train.json").exists()
     output = args.output or (args.path / "samples" if is_run else Path("samples"))
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
@@ -91,8 +93,8 @@ def main():
     torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
     # Generators, so in a folder each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
-    clips = (enlarge(clip, args.zoom) for clip in clips)
-    for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second):
+    for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second,
+                              args.zoom):
         print(path)
 
 

@@ -22,6 +22,7 @@ import torch
 
 import text
 import vae
+from checkpoints.tokenizers import describe_cuts
 from diffusion import randn
 from model import UNet
 from pipeline import Pipeline
@@ -32,7 +33,7 @@ from tokenizer import CLIPTokenizer
 from trainer import Trainer
 from training.cache import cache_frames, cache_latents, cache_texts
 from training.options import RECIPES, STAGES, merge_options, stages_to_run
-from training.run import Rehearsal, Run, load_image_model, load_vae, open_data
+from training.run import Rehearsal, Run, load_image_model, load_vae, open_data, progress
 
 NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
 FRAMES, TEXTS = 8192, 256  # about how many serve to standardise latents and text embeddings
@@ -126,14 +127,20 @@ def drop_captions(texts, fraction, generator):
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
 
+def new_tokenizer(options, captions):
+    """A tokenizer learned from captions."""
+    return CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens, progress=lambda merges:
+                               progress(merges, "tokenizer", unit="merge"))
+
+
 def new_image_model(options, autoencoder, captions):
     """The untrained model of the image stage: a Pipeline whose tokenizer is learned from captions.
 
     An image model is the U-Net without the shift.
     """
-    tokenizer = CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    tokenizer = new_tokenizer(options, captions)
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
-                                 max_position_embeddings=options.max_tokens)
+                                 max_position_embeddings=tokenizer.max_length)
     encoder = text.CLIPTextModel(config)  # ids b n -> context b n d
     unique = ["", *dict.fromkeys(captions)]
     text.standardise(encoder, tokenizer(unique[:: max(1, len(unique) // TEXTS)]))
@@ -148,6 +155,7 @@ def train_image(run, autoencoder, latents, captions):
     latents has one (t, c, h/f, w/f) per clip.
     """
     options, model = run.options, new_image_model(run.options, autoencoder, captions)
+    run.note(describe_cuts(model.tokenizer, captions, "captions"))
     unet, encoder, diffusion = model.unet, model.text_encoder, model.diffusion
     unet.to(run.device, memory_format=torch.channels_last)
     encoder.to(run.device)
@@ -215,7 +223,7 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
 def rehearse(run, stages, captions):
     """Try two steps of each stage at full shape. If it does not fit into a GPU's memory, try again
     with activations computed twice (run.checkpointing). Raises ValueError if that fails, too."""
-    options, size, some = run.options, run.options.image_size, captions[:1]
+    options, size, some = run.options, run.options.image_size, [max(captions, key=len)]
     model = (load_image_model(run.path, run.device, options.precision) if "image" in run.finished
              else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
     model.vae.to("cpu")
@@ -261,7 +269,7 @@ def main():
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
     if args.check:
         from training.data import check  # imported here, because training does not need it
-        return check(options)
+        return check(options, new_tokenizer)
     adopting = options.init is not None and "image" not in finished
     stages = stages_to_run(args.run, args.stage, ["vae", "image"] if adopting else finished)
     if not stages:
@@ -286,6 +294,8 @@ def main():
             model = load_image_model(run.path, run.device, options.precision)
             model.unet = video_unet(model.unet, options)
             latents = cache_latents(run, clips, model.vae)
+            if options.init is not None:  # otherwise the image stage has said it
+                run.note(describe_cuts(model.tokenizer, clips.captions, "captions"))
             context_of = cache_texts(run, clips.captions, model)
             train_video(run, model, latents, clips.captions, context_of)
     return 0

@@ -5,6 +5,8 @@
 
 import torch
 
+from checkpoints.tokenizers import describe_cuts
+from checkpoints.weights import load_pipeline
 from media.captions import find_clips
 from media.read import read_clip
 
@@ -54,10 +56,10 @@ class ClipFolder(torch.utils.data.Dataset):
         return str(path), stats, *self.how
 
 
-def check(options):
+def check(options, new_tokenizer):
     """Read every clip as a training with these TrainOptions would, and print every problem.
 
-    Returns the exit code, 1 if there are problems.
+    new_tokenizer(options, captions) trains one. Returns the exit code, 1 if there are problems.
     """
     if options.data == "shapes":
         print("shapes are drawn, so there is nothing to check")
@@ -75,5 +77,9 @@ def check(options):
             problems.append(str(error))
         total += len(frames)
         print(f"{len(frames):6} {f'{rate:.4g}' if rate else '-':>6}  {path}: {caption:.50}")
-    print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
+    captions = [caption for _, caption in clips]
+    tokenizer = (new_tokenizer(options, captions) if options.init is None else
+                 load_pipeline(options.init, "none", options.merges, dtype=None).tokenizer)
+    cuts = describe_cuts(tokenizer, captions, "captions")
+    print(*problems, *cuts, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
     return 1 if problems else 0

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import weights
-from media.write import contact_sheet, side_by_side, write_clip
+from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from support import devices
 from support.devices import barrier, is_main
 from support.files import atomic, write_json, write_text
@@ -84,6 +84,11 @@ class Run:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def note(self, lines):
+        """Print lines for the user, once for all processes."""
+        for line in lines if is_main() else ():
+            print(line, file=sys.stderr)
+
     def forget_later(self, stage, step):
         """Remove the lines of a stage's later steps from metrics.jsonl; they will be repeated."""
         path = self.path / "metrics.jsonl"
@@ -122,9 +127,8 @@ class Run:
         model = weights.load_pipeline(options.init, "none", options.merges, options.prediction_type)
         model.encode_text([""])  # fails now if the model has no tokenizer
         check_image_size(options.image_size, model.vae.config, model.unet.config)
+        self.note(model.report.notes)
         if is_main():
-            for note in model.report.notes:
-                print(note, file=sys.stderr)
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
         self.finish("image")
@@ -146,7 +150,7 @@ class Run:
             with devices.visit(frozen, self.device), self.precision():
                 for seed, prompt in enumerate(prompts):  # one by one; training fills the memory
                     *_, latents = pipeline.sample([prompt], [seed])
-                    clips.append(pipeline.decode(latents))
+                    clips.append(enlarge(pipeline.decode(latents)))
             suffix = ".png" if stage == "image" else ".gif"
             path = self.path / "previews" / f"{stage}-{step:06d}{suffix}"
             write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)
@@ -161,7 +165,7 @@ class Run:
             x = self.to_device(some)[0].float() / 127.5 - 1
             with self.precision():
                 y = autoencoder.decode(autoencoder.encode(x).mean).float()
-            sheet = contact_sheet([x.cpu(), y.cpu()])
+            sheet = contact_sheet([enlarge(x.cpu()), enlarge(y.cpu())])
             write_clip(self.path / "previews" / f"vae-{step:06d}.png", sheet)
 
         return preview
@@ -189,7 +193,7 @@ class Rehearsal(Run):
     def keep_nothing(self, *_, **__):
         pass
 
-    save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
+    note = save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
 
 
 def lock(path):
@@ -246,7 +250,7 @@ def open_data(options):
     return ClipFolder(options.data, *size, options.stride, options.frame_rate, options.max_frames)
 
 
-def progress(items, title, total=None):
+def progress(items, title, total=None, unit="clip"):
     """The items, with a progress bar that only the first process draws."""
-    return tqdm(items, title, total, unit="clip", leave=False,
+    return tqdm(items, title, total, unit=unit, leave=False,
                 disable=not is_main() or "TQDM_DISABLE" in os.environ)
