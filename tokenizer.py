@@ -26,8 +26,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # Suffix of a word's last symbol. It keeps the word "art" (one token, art</w>) apart from the first
 # letters of "artist".
 WORD_END = "</w>"
-# Tokens of a text, if a new tokenizer's captions decide: at most CLIP's 77, and at least 16, because
-# a prompt may be longer than every caption.
+# Tokens of a text if captions decide: at most CLIP's; at least 16, as prompts may be longer
 SHORTEST, LONGEST = 16, 77
 
 # CLIP splits text with a pattern of the `regex` package:
@@ -133,7 +132,8 @@ class CLIPTokenizer:
         """
         frequency = Counter(word for caption in captions for word in split_words(caption))
         words = {word: to_symbols(word) for word in frequency if word not in (START, END)}
-        pairs, words_with = Counter(), defaultdict(set)  # pair -> its frequency, words that had it
+        # pair -> its frequency, pair -> words that have or had it
+        pairs, words_with, merges = Counter(), defaultdict(set), []
 
         def count(word, sign):
             for pair in pairwise(words[word]):
@@ -142,7 +142,6 @@ class CLIPTokenizer:
 
         for word in words:
             count(word, 1)
-        merges = []
         for _ in progress(range(num_merges)):
             if not (most := max(pairs.values(), default=0)):
                 break
