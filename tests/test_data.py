@@ -95,7 +95,7 @@ def test_a_check_lists_clips_problems_and_a_summary(tmp_path, capsys):
     (None, ""),  # as many as the longest caption needs
 ])
 def test_a_check_names_the_captions_that_are_cut(tmp_path, capsys, max_tokens, line):
-    for name, caption in (("a", "a dog barks loud"), ("b", "a dog")):
+    for name, caption in (("a", "a dog barks loud"), ("b", "a cat meows")):
         make_clip(tmp_path / f"{name}.gif")
         (tmp_path / f"{name}.txt").write_text(caption)
     options = TrainOptions(data=str(tmp_path), num_frames=1, max_tokens=max_tokens)
