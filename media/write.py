@@ -149,7 +149,7 @@ def file_names(prompts, suffix):
 
 
 def enlarge(clip, zoom=0):
-    """A clip (..., h, w) with every pixel enlarged to zoom x zoom pixels; 0: to READABLE or more."""
+    """A clip (..., h, w) with every pixel enlarged to zoom x zoom; 0: to READABLE or more."""
     zoom = zoom or math.ceil(READABLE / min(clip.shape[-2:]))
     return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
 

@@ -130,8 +130,8 @@ class Comparison:
         own, steps = dataclasses.asdict(VARIANTS[name]), self.choices.steps
         del own["place"]
         return dataclasses.replace(
-            self.options, **own, seed=self.options.seed + seed, video_steps=steps, save_every=max(1, steps // self.choices.checkpoints),
-            device=self.choices.device)
+            self.options, **own, seed=self.options.seed + seed, video_steps=steps,
+            save_every=max(1, steps // self.choices.checkpoints), device=self.choices.device)
 
     def load(self, name, seed):
         """The trained U-Net of a variant."""

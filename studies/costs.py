@@ -30,7 +30,8 @@ def batch_of(options, device):
     shape = b, options.num_frames, config.in_channels, config.sample_size, config.sample_size
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, *shape, generator=generator)
-    context = torch.randn(b, options.max_tokens or SHORTEST, config.cross_attention_dim, generator=generator)
+    length = options.max_tokens or SHORTEST
+    context = torch.randn(b, length, config.cross_attention_dim, generator=generator)
     return tuple(x.to(device) for x in (x0, noise, torch.full((b,), 500), context))
 
 

@@ -81,5 +81,6 @@ def check(options, new_tokenizer):
     tokenizer = (new_tokenizer(options, captions) if options.init is None else
                  load_pipeline(options.init, "none", options.merges, dtype=None).tokenizer)
     cuts = describe_cuts(tokenizer, captions, "captions")
-    print(*problems, *cuts, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
+    summary = f"{len(clips)} clips, {total} frames, {len(problems)} problems"
+    print(*problems, *cuts, summary, sep="\n")
     return 1 if problems else 0

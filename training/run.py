@@ -193,7 +193,8 @@ class Rehearsal(Run):
     def keep_nothing(self, *_, **__):
         pass
 
-    note = save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
+    save_state = log = forget_later = save = finish = draw_previews = preview_vae = keep_nothing
+    note = keep_nothing
 
 
 def lock(path):
