@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(FAST) $(PY) train.py runs/demo --data shapes \
 		$(if $(wildcard runs/demo/train.json),--resume)
 	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
-	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif --zoom 4
+	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif
 	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
 	$(PY) -m studies.page runs/demo
 

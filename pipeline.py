@@ -29,6 +29,7 @@ class Sampling:
     frames_per_second: float = option(8.0, "frames per second of the files written", low=0.1,
                                       high=50)  # browsers slow faster GIFs down
     num_steps: int = option(50, "denoising steps", low=1)
+    negative_prompt: str = option("", "what to avoid; guidance has it in place of the empty text")
     guidance_scale: float = option(7.5, "weight of the text; 1 switches guidance off")
     guidance_max_snr: float | None = option(
         None, "guide only where the signal-to-noise ratio is at most this")
@@ -79,7 +80,10 @@ class Pipeline:
         context = self.encode_text(prompts)  # b n d
         guided, scale, max_snr = None, sampling.guidance_scale, sampling.guidance_max_snr
         if scale != 1:
-            guided = torch.cat([self.encode_text([""]).expand_as(context), context])  # 2b n d
+            without = self.encode_text([sampling.negative_prompt])  # 1 n d
+            guided = torch.cat([without.expand_as(context), context])  # 2b n d
+        elif sampling.negative_prompt:
+            raise ValueError("negative_prompt needs guidance, a guidance_scale other than 1")
 
         def model(x_t, t):  # the U-Net may compute in 16 bits; everything around it is float32
             x = x_t.to(context.dtype)

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.finite import decode_finite
+from checkpoints.tokenizers import describe_cuts
 from checkpoints.weights import add_checkpoint_flags, load_pipeline
-from media.write import WRITERS, enlarge, require_writer, write_samples
+from media.write import WRITERS, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
 from support.devices import add_drawing_flags, choose_device, compile_for_sampling, precision_notes
@@ -59,8 +60,8 @@ def main():
     parser.add_argument("--output", type=Path, help="file or folder (default: samples, in the run)")
     parser.add_argument("--format", choices=[name[1:] for name in WRITERS],
                         help="format of files in a folder (default: gif; png for one frame)")
-    parser.add_argument("--zoom", type=number(int, 1, 64), default=1,
-                        help="enlarge every pixel (default: 1)")
+    parser.add_argument("--zoom", type=number(int, 1, 64), default=0,
+                        help="enlarge every pixel (default: small clips, to 128 pixels or more)")
     add_drawing_flags(parser, seed=0, batch_size=8)
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net; takes minutes, then steps are faster")
@@ -73,12 +74,14 @@ def main():
     device = choose_device(args.device)
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
                              zero_terminal_snr=args.zero_terminal_snr)
-    for note in pipeline.report.notes + precision_notes(pipeline.unet, device, args.precision):
+    sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
+    texts = [*prompts, sampling.negative_prompt] if sampling.negative_prompt else prompts
+    for note in (*pipeline.report.notes, *describe_cuts(pipeline.tokenizer, texts, "prompts"),
+                 *precision_notes(pipeline.unet, device, args.precision)):
         print(note, file=sys.stderr)
     pipeline.to(device, args.precision)
     if args.compile:
         compile_for_sampling(pipeline.unet, device)
-    sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
     is_run = (args.path / "train.json").exists()
     output = args.output or (args.path / "samples" if is_run else Path("samples"))
     suffix = "." + (args.format or ("png" if sampling.num_frames == 1 else "gif"))
@@ -89,8 +92,8 @@ def main():
     torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
     # Generators, so in a folder each batch is written before the next one is drawn.
     clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
-    clips = (enlarge(clip, args.zoom) for clip in clips)
-    for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second):
+    for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second,
+                              args.zoom):
         print(path)
 
 

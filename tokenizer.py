@@ -17,8 +17,8 @@ Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Uni
 import html
 import re
 import unicodedata
-from collections import Counter
-from itertools import pairwise
+from collections import Counter, defaultdict
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -26,6 +26,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # Suffix of a word's last symbol. It keeps the word "art" (one token, art</w>) apart from the first
 # letters of "artist".
 WORD_END = "</w>"
+# Tokens of a text if captions decide: at most CLIP's; at least 16, as prompts may be longer
+SHORTEST, LONGEST = 16, 77
 
 # CLIP splits text with a pattern of the `regex` package:
 #   <|startoftext|> | <|endoftext|> | 's|'t|'re|'ve|'m|'ll|'d | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+
@@ -123,39 +125,57 @@ class CLIPTokenizer:
         self.cache = {START: [self.start_id], END: [self.end_id]}
 
     @classmethod
-    def train(cls, captions, num_merges, max_length=77, pad_with_end=True):
-        """Learn num_merges merges from a list of captions; fewer if no pair is left."""
-        counts = Counter(word for caption in captions for word in split_words(caption))
-        words = [(to_symbols(word), counts[word]) for word in counts if word not in (START, END)]
-        merges = []
-        for _ in range(num_merges):
-            pairs = Counter()
-            for symbols, count in words:
-                for pair in pairwise(symbols):
-                    pairs[pair] += count
-            if not pairs:
+    def train(cls, captions, num_merges, max_length=77, pad_with_end=True, progress=iter):
+        """Learn num_merges merges from a list of captions; fewer if no pair is left.
+
+        max_length None: the longest caption decides. `progress` may draw a bar over a range.
+        """
+        frequency = Counter(word for caption in captions for word in split_words(caption))
+        words = {word: to_symbols(word) for word in frequency if word not in (START, END)}
+        # pair -> its frequency, pair -> words that have or had it
+        pairs, words_with, merges = Counter(), defaultdict(set), []
+
+        def count(word, sign):
+            for pair in pairwise(words[word]):
+                pairs[pair] += sign * frequency[word]
+                words_with[pair].add(word)
+
+        for word in words:
+            count(word, 1)
+        for _ in progress(range(num_merges)):
+            if not (most := max(pairs.values(), default=0)):
                 break
             # The most frequent pair. Ties go to the first in code point order, so that the order of
             # the captions does not matter.
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-            merges.append(best)
-            words = [(merge_pair(symbols, best), count) for symbols, count in words]
-        return cls(merges, max_length, pad_with_end)
+            merges.append(min(pair for pair in pairs if pairs[pair] == most))
+            for word in words_with.pop(merges[-1]):  # a merge changes the pairs of few words
+                count(word, -1)
+                words[word] = merge_pair(words[word], merges[-1])
+                count(word, 1)
+        tokenizer = cls(merges, max_length or LONGEST, pad_with_end)
+        if max_length is None:
+            longest = max((len(tokenizer.encode(caption)) for caption in captions), default=0)
+            tokenizer.max_length = min(max(longest + 2, SHORTEST), LONGEST)  # 2: start and end
+        return tokenizer
 
     def encode(self, text):
         """The ids of one text, a list without start, end and padding."""
-        ids = []
-        for word in split_words(text):
-            if word not in self.cache:  # words repeat, so each is merged only once
-                self.cache[word] = self._encode_word(word)
-            ids += self.cache[word]
-        return ids
+        return [index for word in split_words(text) for index in self._encode_word(word)]
 
     def _encode_word(self, word):
-        symbols = to_symbols(word)
-        while known := [pair for pair in pairwise(symbols) if pair in self.ranks]:
-            symbols = merge_pair(symbols, min(known, key=self.ranks.get))  # the one learned first
-        return [self.ids[symbol] for symbol in symbols]
+        if word not in self.cache:  # words repeat, so each is merged only once
+            symbols = to_symbols(word)
+            while known := [pair for pair in pairwise(symbols) if pair in self.ranks]:
+                symbols = merge_pair(symbols, min(known, key=self.ranks.get))  # learned first
+            self.cache[word] = [self.ids[symbol] for symbol in symbols]
+        return self.cache[word]
+
+    def left_out(self, text):
+        """The words of a text that do not fit into max_length tokens, or only in part."""
+        words = split_words(text)
+        ends = accumulate(len(self._encode_word(word)) for word in words)
+        return " ".join(word for word, end in zip(words, ends, strict=True)
+                        if end > self.max_length - 2)
 
     def __call__(self, texts):
         """A list of texts to ids (len(texts), max_length), int64: start, text, end, padding."""

@@ -22,7 +22,7 @@ import torch
 
 import text
 import vae
-from checkpoints.tokenizers import load_tokenizer
+from checkpoints.tokenizers import describe_cuts, load_tokenizer
 from diffusion import randn
 from model import UNet
 from pipeline import Pipeline
@@ -34,7 +34,7 @@ from trainer import Trainer
 from training.cache import cache_frames, cache_latents, cache_texts
 from training.options import RECIPES, STAGES, merge_options, stages_to_run
 from training.rehearsal import random_data, try_stages
-from training.run import Run, load_image_model, load_vae, open_data
+from training.run import Run, load_image_model, load_vae, open_data, progress
 
 NUM_MERGES = 2000  # of a new tokenizer, at most; enough for one token per word of a small data set
 FRAMES, TEXTS = 8192, 256  # about how many serve to standardise latents and text embeddings
@@ -128,12 +128,18 @@ def drop_captions(texts, fraction, generator):
     return ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
 
 
+def new_tokenizer(options, captions):
+    """A tokenizer learned from captions."""
+    return CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens, progress=lambda merges:
+                               progress(merges, "tokenizer", unit="merge"))
+
+
 def new_image_model(options, autoencoder, captions, tokenizer=None):
     """The untrained model of the image stage, a Pipeline; captions train its tokenizer if None.
 
     An image model is the U-Net without the shift.
     """
-    tokenizer = tokenizer or CLIPTokenizer.train(captions, NUM_MERGES, options.max_tokens)
+    tokenizer = tokenizer or new_tokenizer(options, captions)
     config = dataclasses.replace(text.PRESETS[options.preset], vocab_size=tokenizer.vocab_size,
                                  max_position_embeddings=tokenizer.max_length)
     encoder = text.CLIPTextModel(config)  # ids b n -> context b n d
@@ -152,6 +158,7 @@ def train_image(run, autoencoder, latents, captions):
     # A resume has the tokenizer of its start, because captions may have been edited since.
     tokenizer = load_tokenizer(run.path / "tokenizer") if run.state else None
     options, model = run.options, new_image_model(run.options, autoencoder, captions, tokenizer)
+    run.note(describe_cuts(model.tokenizer, captions, "captions"))
     unet, encoder, diffusion = model.unet, model.text_encoder, model.diffusion
     run.save(text=(encoder, model.tokenizer))
     unet.to(run.device, memory_format=run.layout)
@@ -222,7 +229,7 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
 
 def rehearse(run, stages, captions):
     """Try two steps of each stage, to see whether a GPU's memory suffices."""
-    options, some = run.options, captions[:1]
+    options, some = run.options, [max(captions, key=len)]
     model = (load_image_model(run.path, run.device, options.precision, options.temporal)
              if "image" in run.finished
              else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
@@ -251,7 +258,7 @@ def main():
     options, finished = merge_options(args.run, given_flags(args, RECIPES["tiny"]))
     if args.check:
         from training.data import check  # imported here, because training does not need it
-        return check(options)
+        return check(options, new_tokenizer)
     adopting = options.init is not None and "image" not in finished
     stages = stages_to_run(args.run, args.stage, ["vae", "image"] if adopting else finished)
     if not stages:
@@ -276,6 +283,8 @@ def main():
             model = load_image_model(run.path, run.device, options.precision, options.temporal)
             model.unet = video_unet(model.unet, options)
             latents = cache_latents(run, clips, model.vae)
+            if options.init is not None:  # otherwise the image stage has said it
+                run.note(describe_cuts(model.tokenizer, clips.captions, "captions"))
             context_of = cache_texts(run, clips.captions, model)
             train_video(run, model, latents, clips.captions, context_of)
     return 0

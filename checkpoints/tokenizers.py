@@ -77,6 +77,18 @@ def save_tokenizer(folder, tokenizer):
     })
 
 
+def describe_cuts(tokenizer, texts, name):
+    """[a line about the texts that are too long and the words they lose], or [] if all fit."""
+    if tokenizer is None:
+        return []
+    lengths = [len(tokenizer.encode(text)) + 2 for text in texts]  # 2: start and end
+    lost = [text for text, length in zip(texts, lengths, strict=True)
+            if length > tokenizer.max_length]
+    words = ", ".join(f'"{tokenizer.left_out(text):.60}"' for text in lost[:3])
+    return lost and [f"{len(lost)} of {len(texts)} {name} have more than {tokenizer.max_length} "
+                     f"tokens (up to {max(lengths)}), so the model does not see {words}"]
+
+
 def read_merges(path):
     """The pairs of a merges file, plain or .gz, whose first line is a comment with #version."""
     data = Path(path).read_bytes()

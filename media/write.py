@@ -19,6 +19,7 @@ from PIL import GifImagePlugin, Image
 from support.files import atomic
 
 SEPARATOR = 2  # pixels between the images of a contact sheet
+READABLE = 128  # pixels; smaller clips are enlarged, because viewers show them like stamps
 
 
 def to_uint8(clip):
@@ -147,13 +148,15 @@ def file_names(prompts, suffix):
     return names
 
 
-def enlarge(clip, zoom):
-    """A clip (t, 3, h, w) with every pixel enlarged to zoom x zoom pixels."""
+def enlarge(clip, zoom=0):
+    """A clip (..., h, w) with every pixel enlarged to zoom x zoom; 0: to READABLE or more."""
+    zoom = zoom or math.ceil(READABLE / min(clip.shape[-2:]))
     return clip.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
 
 
-def write_samples(clips, prompts, output, suffix, rate):
+def write_samples(clips, prompts, output, suffix, rate, zoom=0):
     """Write clips into the folder `output`, or all into one file `output`. Returns the paths."""
+    clips = (enlarge(clip, zoom) for clip in clips)
     if output.suffix.lower() in WRITERS and not output.is_dir():
         clips = torch.stack(list(clips))  # n t 3 h w
         if output.suffix.lower() == ".png":  # a row for each clip, or eight images in a row

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from media.read import read_clip
-from media.write import require_writer, write_parts
+from media.write import enlarge, require_writer, write_parts
 from papers.bouncing import SHORTEST, plain_caption
 from papers.chains import BETWEEN, Chain, interpolate, long_latents
 from papers.known_frames import Guidance, load_model
@@ -65,7 +65,7 @@ def write_stream(model, output, stream, total, frame_rate):
             latents = latents[:, :remaining]
             remaining -= latents.shape[1]
             bar.update(latents.shape[1])
-            yield model.decode(latents)[0]
+            yield enlarge(model.decode(latents)[0])
             if received or not remaining:
                 return
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import temporal
 import train
 from checkpoints.weights import load_unet
 from evaluate import (choose_prompts, consistency, draw, evaluate_agreement, mean_over_clips,
@@ -39,23 +40,21 @@ from vae import encode_clip
 
 @dataclass(frozen=True)
 class Variant:
-    """The options that differ between the trainings of the variants."""
+    """The options of a row's training that are its own, and none of the run's."""
 
     temporal: str
     shifts: int = 1
     new_layers_rate: float = 1.0
+    # except this one, which train.py does not have
     place: str | None = None  # another position of the shift, a name of PLACES
 
 
 VARIANTS = {
-    "none": Variant("none"),
-    "shift": Variant("shift"),
+    **{name: Variant(name) for name in temporal.VARIANTS},  # a row for a new layer, too
     "shift-twice": Variant("shift", shifts=2),
     # Three times the rate makes attention's loss fall faster, but not the losses of other variants.
     "attention": Variant("attention", new_layers_rate=3.0),
     "joint": Variant("joint", new_layers_rate=3.0),
-    "directed": Variant("directed"),
-    "conv": Variant("conv"),
     **{f"shift-{place}": Variant("none", place=place) for place in PLACES},
 }
 PROMPT_SEED = 5000  # seed of the first clip drawn, the same for every variant
@@ -128,12 +127,11 @@ class Comparison:
 
     def options_of(self, name, seed):
         """TrainOptions of a variant's training, from the run's."""
-        variant, steps = VARIANTS[name], self.choices.steps
+        own, steps = dataclasses.asdict(VARIANTS[name]), self.choices.steps
+        del own["place"]
         return dataclasses.replace(
-            self.options, temporal=variant.temporal, shifts=variant.shifts,
-            new_layers_rate=variant.new_layers_rate, seed=self.options.seed + seed,
-            video_steps=steps, save_every=max(1, steps // self.choices.checkpoints),
-            device=self.choices.device)
+            self.options, **own, seed=self.options.seed + seed, video_steps=steps,
+            save_every=max(1, steps // self.choices.checkpoints), device=self.choices.device)
 
     def load(self, name, seed):
         """The trained U-Net of a variant."""

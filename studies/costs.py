@@ -19,6 +19,7 @@ from studies.measuring import device_name, measure, operations, ratio, table
 from support.cli import Parser, number, run_main
 from support.devices import choose_device, precision
 from temporal import VARIANTS, temporal_state
+from tokenizer import SHORTEST
 from train import denoising_loss
 from training.options import RECIPES
 
@@ -29,7 +30,8 @@ def batch_of(options, device):
     shape = b, options.num_frames, config.in_channels, config.sample_size, config.sample_size
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, *shape, generator=generator)
-    context = torch.randn(b, options.max_tokens, config.cross_attention_dim, generator=generator)
+    length = options.max_tokens or SHORTEST
+    context = torch.randn(b, length, config.cross_attention_dim, generator=generator)
     return tuple(x.to(device) for x in (x0, noise, torch.full((b,), 500), context))
 
 

@@ -7,20 +7,26 @@ is the template. `element` escapes every text, because prompts and file names ma
 """
 
 import base64
+import contextlib
 import dataclasses
 import html
+import io
 import json
 import math
 import shlex
 from pathlib import Path
 from string import Template
 
-from evaluate import recognise
+import torch
+
+from evaluate import crispness, recognise
 from media.read import read_clip
+from media.write import WRITERS, enlarge, file_names, side_by_side
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SHAPES
 from support.cli import Parser, run_main
 from support.files import read_json, write_text
 from training.options import RECIPES, STAGES, read_record
+from training.run import open_data
 
 PARTS = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS}
 TILES = "clips, seen", "clips, held out", "images, all"  # rows of evaluation.json for the summary
@@ -55,13 +61,41 @@ def table(columns, rows, class_="numbers"):
     return element("div", element("table", *parts, class_=class_), class_="scroll")
 
 
-def gallery(folder, caption):
-    """HTML of the GIFs and PNGs of a folder, each above caption(path)."""
+def real_gif_of(options):
+    """A function from captions, or names of files, to a GIF of a run's own clips, or to None."""
+    clips, index = None, {}
+    with contextlib.suppress(ValueError):  # the folder was moved or changed
+        clips = None if options.data == "shapes" else open_data(options)
+        index = {file_names([x], "")[0]: i for i, x in enumerate(clips.captions)} if clips else {}
+
+    def gif(*captions):
+        found = [index.get(file_names([caption], "")[0]) for caption in captions]
+        if not found or None in found:
+            return None
+        some = [clips[i][0][: options.num_frames] / 127.5 - 1 for i in found]
+        WRITERS[".gif"](file := io.BytesIO(), [side_by_side(enlarge(torch.stack(some)))],
+                        options.sampling(1).frames_per_second)
+        return file.getvalue()
+
+    return gif
+
+
+def picture(data, kind, name):
+    """An image from the bytes of a file."""
+    data = base64.b64encode(data).decode()
+    return element("img", src=f"data:image/{kind};base64,{data}", alt=name)
+
+
+def gallery(folder, caption, real_gif=lambda name: None):
+    """HTML of the GIFs and PNGs of a folder, each beside its real clip and above caption(path)."""
     figures = []
     for path in sorted([*folder.glob("*.gif"), *folder.glob("*.png")]):
-        data = base64.b64encode(path.read_bytes()).decode()
-        image = element("img", src=f"data:image/{path.suffix[1:]};base64,{data}", alt=path.stem)
-        figures.append(element("figure", image, element("figcaption", *caption(path))))
+        images, text = [picture(path.read_bytes(), path.suffix[1:], path.stem)], caption(path)
+        if data := real_gif(path.stem):
+            images.append(picture(data, "gif", f"real: {path.stem}"))
+            text.append(element("small", "left: drawn; right: real"))
+        figures.append(element("figure", element("div", *images, class_="pair"),
+                               element("figcaption", *text)))
     return element("div", *figures, class_=folder.name) if figures else ""
 
 
@@ -83,14 +117,17 @@ def chart(stage, points):
                                               element("small", note)))
 
 
-def judge(path, asked):
-    """[(what evaluate.py sees, whether it is right)] for the parts that a clip's prompt names."""
+def judge(path, asked, image_size):
+    """What evaluate.py sees of what a prompt names: [(part, whether right)], crispness or None."""
     frames = read_clip(path)[0].transpose(0, 3, 1, 2) / 255  # t h w 3 -> t 3 h w
-    return [(saw or f"no {part}", saw == want)
-            for part, want, saw in zip(PARTS, asked, recognise(frames), strict=True) if want]
+    zoom = max(1, frames.shape[2] // image_size)
+    frames = frames[:, :, ::zoom, ::zoom]  # as drawn; small clips are written enlarged
+    crisp = crispness(torch.from_numpy(2 * frames - 1), asked[1]) if asked[1] else None
+    return [(saw or f"no {part}", saw == want) for part, want, saw
+            in zip(PARTS, asked, recognise(frames), strict=True) if want], crisp
 
 
-def samples(path, options):
+def samples(path, options, real_gif):
     """The clips of RUN/samples with their prompts, and what evaluate.py sees in them."""
     results = []
 
@@ -100,20 +137,37 @@ def samples(path, options):
                       for known in PARTS.values())
         if options.data != "shapes" or file.suffix != ".gif" or not any(asked):
             return [prompt]
-        seen = judge(file, asked)
+        seen, crisp = judge(file, asked, options.image_size)
         results.append(all(right for _, right in seen))
         marks = [element("span", f"{'✓' if right else '✗'} {text}",
                          class_="right" if right else "wrong") for text, right in seen]
+        if crisp is not None:
+            marks.append(element("span", f"crispness {crisp:.2f}"))
         if asked in HELD_OUT:
             marks.append(element("span", "held out", class_="badge"))
         return [prompt, element("div", *marks, class_="marks")]
 
-    clips = gallery(path / "samples", caption)
+    clips = gallery(path / "samples", caption, real_gif)
     if not clips:
         return missing("There are no samples yet; draw some with", "python", "sample.py", path,
                        "--prompts-file", "prompts.txt")
-    count = f"{sum(results)} of {len(results)} clips are right in all that their prompts name."
-    return (element("p", count) if results else "") + clips
+    about = ("evaluate.py reads colour, shape and direction off the pixels by geometry. ✓ marks "
+             "agreement with the text, ✗ disagreement; crispness is 1 for an ideal shape. Held-out "
+             "combinations do not occur in the training data. "
+             f"{sum(results)} of {len(results)} clips are right in all that their prompts name.")
+    return (element("p", about) if results else "") + clips
+
+
+def previews(path, real_gif):
+    """The clips of RUN/previews and their captions, and the real clips with these captions."""
+    file = path / "previews" / "captions.txt"
+    captions = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    text = "The captions, from left to right and row by row: " + "; ".join(captions) + "."
+    drawn = gallery(path / "previews", lambda file: [file.stem])
+    if data := real_gif(*captions):
+        drawn += element("div", element("figure", picture(data, "gif", "real clips"), element(
+            "figcaption", "real clips with these captions")), class_="previews real")
+    return (element("p", text) if captions else "") + drawn
 
 
 def read_metrics(path):
@@ -133,12 +187,16 @@ def minutes(points):
                for p, before in zip(points, steps, strict=False)) / 60
 
 
-def scores(path, found):
+def scores(path, found, shapes):
     """The two tables of evaluation.json."""
+    if not shapes:
+        return element("p", "evaluate.py scores MovingShapes only, whose truth is known.")
     if not found:
         return missing("No scores yet; on MovingShapes, run", "python", "evaluate.py", path)
     how = found["sampling"]
-    text = (f"{found['num_prompts']} prompts, noise from seed {found['seed']} on, "
+    text = ("The percentage of clips that agree with their text. Real clips, real clips after the "
+            "autoencoder, and noise show what the numbers mean. "
+            f"{found['num_prompts']} prompts, noise from seed {found['seed']} on, "
             f"{how['num_steps']} denoising steps, guidance {how['guidance_scale']:g}.")
     parts = [element("p", text)]
     for title in ("agreement", "quality"):
@@ -179,12 +237,14 @@ def write_page(path):
     options, finished = read_record(path)
     evaluation, stages = path / "evaluation.json", read_metrics(path)
     found = read_json(evaluation) if evaluation.exists() else {}
+    real_gif = real_gif_of(options)
     parts = {
         "title": html.escape(path.resolve().name), "options": settings(options),
         "summary": summary(path, options, finished, found, stages),
-        "samples": samples(path, options), "scores": scores(path, found),
+        "samples": samples(path, options, real_gif),
+        "scores": scores(path, found, options.data == "shapes"),
         "losses": "".join(chart(*stage) for stage in stages.items()),
-        "previews": gallery(path / "previews", lambda file: [file.stem])}
+        "previews": previews(path, real_gif)}
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     write_text(path / "index.html", template.substitute(parts))
     return path / "index.html"

@@ -28,6 +28,17 @@ def curve_table(results):
     return table(["variant", *(f"{step} steps" for step in steps)], *rows)
 
 
+def rising(results):
+    """A sentence about the variants whose last point is the highest of their curve by 1 % or more;
+    "" without one."""
+    steps = steps_of([run for runs in results.values() for run in runs])
+    means = {name: [statistics.mean(run["curve"][step]["all"] for run in runs) for step in steps]
+             for name, runs in results.items()}
+    names = [name for name, curve in means.items()
+             if len(curve) > 1 and curve[-1] >= max(curve[:-1]) + 1]
+    return f"Still rising at the end: {', '.join(names)}; more --steps may help." if names else ""
+
+
 def quality_table(results, references):
     """Clips and images that are right, and how crisp and steady clips are."""
     columns = ("seen, %", "held out, %", "images right, %", "crispness", "consistency")
@@ -57,7 +68,7 @@ def write_report(output, title, results, references):
     text = "\n\n".join([
         title,
         "Agreement with the text, %: the mean over seeds, and the range.",
-        curve_table(results), quality_table(results, references),
+        curve_table(results), *filter(None, [rising(results)]), quality_table(results, references),
     ])
     write_text(output / "report.md", text + "\n")
     return text

@@ -8,6 +8,7 @@ import torch
 from helpers import make_clip
 from PIL import Image
 
+from train import new_tokenizer
 from training.data import ClipFolder, check
 from training.options import TrainOptions
 
@@ -107,7 +108,7 @@ def test_a_check_lists_clips_problems_and_a_summary(tmp_path, capsys):
     make_clip(tmp_path / "dog/short.gif", num_frames=2)
     (tmp_path / "dog/text.gif").write_text("hello")
     make_clip(tmp_path / "stray.gif")
-    assert check(TrainOptions(data=str(tmp_path), num_frames=3)) == 1
+    assert check(TrainOptions(data=str(tmp_path), num_frames=3), new_tokenizer) == 1
     lines = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
     assert lines[1].split() == ["5", "10", "cat/fine.gif:", "cat"]
     assert [line.split(":")[0] for line in lines[4:7]] == [  # of captions, then of files
@@ -115,9 +116,23 @@ def test_a_check_lists_clips_problems_and_a_summary(tmp_path, capsys):
     assert lines[7:] == ["3 clips, 5 frames, 3 problems"]
 
 
+@pytest.mark.parametrize("max_tokens, line", [
+    (5, '1 of 2 captions have more than 5 tokens (up to 6), so the model does not see "loud"'),
+    (None, ""),  # as many as the longest caption needs
+])
+def test_a_check_names_the_captions_that_are_cut(tmp_path, capsys, max_tokens, line):
+    for name, caption in (("a", "a dog barks loud"), ("b", "a cat meows")):
+        make_clip(tmp_path / f"{name}.gif")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    options = TrainOptions(data=str(tmp_path), num_frames=1, max_tokens=max_tokens)
+    assert check(options, new_tokenizer) == 0
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        *filter(None, [line]), "2 clips, 10 frames, 0 problems"]
+
+
 def test_a_check_reads_as_the_training_would(tmp_path):
     make_clip(tmp_path / "fine.gif", num_frames=5, duration=100)
     (tmp_path / "fine.txt").write_text("a dog")
     pace = {"stride": 2, "frame_rate": 20.0, "max_frames": 3}  # 10 frames; of every other: 3
-    assert check(TrainOptions(data=str(tmp_path), num_frames=3, **pace)) == 0
-    assert check(TrainOptions(data=str(tmp_path), num_frames=4, **pace)) == 1
+    assert check(TrainOptions(data=str(tmp_path), num_frames=3, **pace), new_tokenizer) == 0
+    assert check(TrainOptions(data=str(tmp_path), num_frames=4, **pace), new_tokenizer) == 1

@@ -181,6 +181,6 @@ def test_a_checkpoint_draws_images_and_clips_into_samples_here(
         call(sample.main, files / f"{family}.safetensors", "a cat", *words)
     out, errors = capsys.readouterr()
     assert out == "samples/a-cat.png\nsamples/a-cat.gif\n"
-    assert Image.open("samples/a-cat.png").size == (16, 16)
+    assert Image.open("samples/a-cat.png").size == (128, 128)
     assert Image.open("samples/a-cat.gif").n_frames == 3
     assert errors.count("--prediction-type epsilon") == 1  # the note on Stable Diffusion 2

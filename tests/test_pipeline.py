@@ -64,6 +64,7 @@ def test_flags_may_take_their_limits_and_no_more(capsys, name, values):
 def test_other_models_draw_16_frames_at_256_pixels_with_stable_diffusions_steps_and_guidance():
     assert Sampling() == Sampling(
         num_frames=16, image_size=256, frames_per_second=8.0, num_steps=50, guidance_scale=7.5,
+        negative_prompt="",
         guidance_max_snr=None, timestep_power=1.0, sampler="ddim", eta=0.0,
     )
 
@@ -108,6 +109,14 @@ def test_with_guidance_the_network_sees_each_clip_twice_without_its_text_and_wit
     for x, timesteps, context in calls:
         assert torch.equal(x[:2], x[2:]) and len(set(timesteps.tolist())) == 1
         torch.testing.assert_close(context, torch.stack([none, none, *texts]), atol=1e-6, rtol=0)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_text(pipeline):
+    prompts, plain = PROMPTS[:2], last(pipeline, PROMPTS[:2], [0, 1], guidance_scale=1.0)
+    same, other = (last(pipeline, prompts, [0, 1], guidance_scale=3.0, negative_prompt=text)
+                   for text in (prompts[0], PROMPTS[2]))
+    assert torch.allclose(same[0], plain[0], atol=1e-5)  # guidance away from a text, towards it
+    assert (same[1] - plain[1]).abs().max() > 1e-3 and (other[0] - plain[0]).abs().max() > 1e-3
 
 
 def test_guidance_ends_where_the_signal_is_stronger_than_its_limit(pipeline, calls):

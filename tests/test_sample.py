@@ -64,7 +64,7 @@ def test_a_folder_gets_an_animation_per_prompt_with_every_frame_and_the_rate(
     assert capsys.readouterr().out.split() == [*map(str, paths)]
     for path in paths:
         frames, rate = read_clip(path)
-        assert frames.shape == (3, 16, 16, 3) and rate == pytest.approx(5)
+        assert frames.shape == (3, 128, 128, 3) and rate == pytest.approx(5)
 
 
 def test_a_file_holds_the_clips_that_were_drawn_enlarged(run, pipeline, tmp_path):
@@ -93,6 +93,15 @@ def test_prompts_are_read_from_a_file_after_those_of_the_command(run, tmp_path, 
     assert capsys.readouterr().out.split() == [str(run / "samples" / name) for name in names]
 
 
+def test_a_prompt_that_is_cut_is_named_with_the_words_left_out(run, tmp_path, capsys):
+    words = "--num-frames", 1, "--num-steps", 1, "--output", tmp_path / "a.png"
+    call(sample.main, run, "a red circle moving left", *words)
+    assert not capsys.readouterr().err.count("tokens")
+    call(sample.main, run, "a cat", "--negative-prompt", 15 * "red " + "square", *words)
+    assert ("1 of 2 prompts have more than 16 tokens (up to 18), so the model does not see "
+            '"red square"\n') in capsys.readouterr().err
+
+
 # Mistakes
 
 
@@ -102,6 +111,7 @@ def test_prompts_are_read_from_a_file_after_those_of_the_command(run, tmp_path, 
     (("--prompts-file", "latin.txt"), "latin.txt: not a text file in UTF-8"),
     (("x", "--output", "a.avi"), "a.avi: needs one of the suffixes .gif"),
     (("x", "--output", "a.gif", "--format", "png"), "--format png contradicts --output a.gif"),
+    (("x", "--negative-prompt", "y", "--guidance-scale", "1"), "negative_prompt needs guidance"),
     (("x", "--num-steps", "1001"), "num_steps needs to lie in"),
     (("x", "--image-size", "20"), "image_size needs a multiple of 8, got 20"),
     (("x", "--device", "abacus"), "--device abacus: not usable"),

@@ -8,10 +8,13 @@ differs between Pythons.
 
 import hashlib
 import unicodedata
+from collections import Counter
+from itertools import pairwise
+from random import Random
 
 import pytest
 
-from tokenizer import CLIPTokenizer, split_words
+from tokenizer import CLIPTokenizer, merge_pair, split_words, to_symbols
 
 CAPTIONS = [
     f"A {color} {shape} moves {side}."
@@ -64,6 +67,24 @@ def test_the_example_of_the_docstring_holds():
 def test_training_learns_the_most_frequent_pair_then_the_first_in_code_point_order():
     tokenizer = CLIPTokenizer.train(["zx cd", "zx ab", "ab zx cd"], num_merges=3)
     assert list(tokenizer.ranks) == [("z", "x</w>"), ("a", "b</w>"), ("c", "d</w>")]
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abcd", "aé", "a.1"])
+def test_the_merges_are_those_of_counting_every_pair_anew(alphabet):
+    random, bars, merges = Random(0), [], []
+    text = " ".join("".join(random.choices(alphabet, k=random.randint(1, 9))) for _ in range(80))
+    words = [(to_symbols(word), count) for word, count in Counter(split_words(text)).items()]
+    for _ in range(50):
+        pairs = Counter()
+        for symbols, count in words:
+            for pair in pairwise(symbols):
+                pairs[pair] += count
+        if pairs:
+            merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+            words = [(merge_pair(symbols, merges[-1]), count) for symbols, count in words]
+    tokenizer = CLIPTokenizer.train(
+        [text], 50, progress=lambda steps: bars.append(steps) or steps)
+    assert list(tokenizer.ranks) == merges and bars == [range(50)]
 
 
 def test_training_stops_when_no_pair_is_left():
@@ -120,6 +141,18 @@ def test_ids_are_start_text_end_and_padding(text, options, ids):
 @pytest.mark.parametrize("new", [CLIPTokenizer([]), CLIPTokenizer.train(["a"], 0)])
 def test_by_default_an_empty_text_is_start_and_76_ends(new):
     assert new([""]).tolist() == [[512] + 76 * [513]]
+
+
+@pytest.mark.parametrize("num_words, length", [(3, 16), (14, 16), (15, 17), (75, 77), (76, 77)])
+def test_the_longest_caption_decides_the_length_from_16_to_77(num_words, length):
+    captions = ["a", num_words * "a ", "a b"]
+    assert CLIPTokenizer.train(captions, 9, max_length=None).max_length == length
+
+
+@pytest.mark.parametrize("text, lost", [
+    ("a b", ""), ("a b c", "c"), ("a bc d", "bc d"), ("a &amp; b", "b")])  # bc: only in part
+def test_words_are_left_out_that_do_not_fit_wholly(text, lost):
+    assert CLIPTokenizer([], max_length=4).left_out(text) == lost
 
 
 def test_start_and_end_written_in_a_text_are_single_tokens():

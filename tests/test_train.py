@@ -252,12 +252,22 @@ def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
         make_clip(tmp_path / f"clips/{name}/1.gif")
     assert train_small(tmp_path / "run", "--check", data=tmp_path / "clips") == 0
     assert capsys.readouterr().out.endswith("2 clips, 10 frames, 0 problems\n")
-    train_small(tmp_path / "run", data=tmp_path / "clips")
+    train_small(tmp_path / "run", data=tmp_path / "clips", max_tokens=4)
+    assert "tokens" not in capsys.readouterr().err
     pipeline = load_pipeline(tmp_path / "run")
     ids = pipeline.tokenizer(["a dog"])[0]
     assert (ids != pipeline.tokenizer.pad_id).sum() <= 4  # its words have become tokens
     *_, latents = pipeline.sample(["a dog"], [0])
     assert pipeline.decode(latents).shape == (1, 3, 3, 16, 16)
+
+
+def test_captions_that_are_cut_are_named_before_the_training_of_images(tmp_path, capsys):
+    make_clip(tmp_path / "clips/a.gif")
+    (tmp_path / "clips/a.txt").write_text("a dog at noon")
+    train_small(tmp_path / "run", "--stage", "vae", data=tmp_path / "clips", max_tokens=5)
+    train_small(tmp_path / "run", "--stage", "image")
+    line = '1 of 1 captions have more than 5 tokens (up to 6), so the model does not see "noon"'
+    assert line in capsys.readouterr().err.splitlines()
 
 
 # The command

@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from checkpoints.tokenizers import describe_cuts
+from checkpoints.weights import load_pipeline
 from media.captions import find_clips
 from media.read import grid_rate, read_clip
 
@@ -74,10 +76,10 @@ def fingerprint(path):
     return hashlib.sha256(repr(size).encode() + b"".join(parts)).hexdigest()
 
 
-def check(options):
+def check(options, new_tokenizer):
     """Read every clip as a training with these TrainOptions would, and print every problem.
 
-    Returns the exit code, 1 if there are problems.
+    new_tokenizer(options, captions) trains one. Returns the exit code, 1 if there are problems.
     """
     if options.data == "shapes":
         print("shapes are drawn, so there is nothing to check")
@@ -97,5 +99,10 @@ def check(options):
         more = f" (and {len(captions) - 1} more)" if len(captions) > 1 else ""
         pace = f"{rate:.4g}" if rate else "-"
         print(f"{len(frames):6} {pace:>6}  {path}: {captions[0]:.50}{more}")
-    print(*problems, f"{len(clips)} clips, {total} frames, {len(problems)} problems", sep="\n")
+    captions = [text for _, texts in clips for text in texts]
+    tokenizer = (new_tokenizer(options, captions) if options.init is None else
+                 load_pipeline(options.init, "none", options.merges, dtype=None).tokenizer)
+    cuts = describe_cuts(tokenizer, captions, "captions")
+    summary = f"{len(clips)} clips, {total} frames, {len(problems)} problems"
+    print(*problems, *cuts, summary, sep="\n")
     return 1 if problems else 0

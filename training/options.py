@@ -104,7 +104,8 @@ class TrainOptions(LoopOptions):
                                        "more noise", low=1e-3)
     early_noise: float = option(3.0, "preference for noisy timesteps in the first half of the "
                                 "video stage; 0: uniform")
-    max_tokens: int = option(16, "tokens of a caption, with start and end", low=3, high=65536)
+    max_tokens: int | None = option(None, "tokens of a caption, with start and end; by default as "
+                                    "many as the longest has, 16 to 77", low=3, high=65536)
 
     def __post_init__(self):
         if self.init is None:  # otherwise shapes and schedule are the adopted model's
@@ -256,7 +257,7 @@ SAMPLING = {
 RECIPES = {
     "tiny": TrainOptions(),
     "small": TrainOptions(
-        preset="small", shifts=1, num_frames=16, image_size=64, num_clips=20000, max_tokens=32,
+        preset="small", shifts=1, num_frames=16, image_size=64, num_clips=20000,
         vae_steps=10000, vae_batch_size=64, vae_learning_rate=3e-4,
         image_steps=10000, image_batch_size=128, image_learning_rate=3e-4,
         video_steps=40000, video_batch_size=16, video_learning_rate=2e-4, image_every=8,

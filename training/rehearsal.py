@@ -19,7 +19,8 @@ class Rehearsal(Run):
     def keep_nothing(self, *_, **__):
         pass
 
-    save_state = log = begin = save = finish = draw_previews = preview_vae = keep_nothing
+    save_state = log = note = begin = keep_nothing
+    save = finish = draw_previews = preview_vae = keep_nothing
 
 
 def random_data(options, model):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import finite, weights
-from media.write import contact_sheet, side_by_side, write_clip
+from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from model import UNet
 from support import devices
 from support.devices import barrier, is_main
@@ -105,6 +105,11 @@ class Run:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    def note(self, lines):
+        """Print lines for the user, once for all processes."""
+        for line in lines if is_main() else ():
+            print(line, file=sys.stderr)
+
     def begin(self, stage, step):
         """Save the record, now that the data have been read, so that a failed start leaves none.
 
@@ -155,8 +160,8 @@ class Run:
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
         self.save_record()  # a kill while the model is written leaves a run
+        self.note(model.report.notes)
         if is_main():
-            sys.stderr.writelines(f"{note}\n" for note in model.report.notes)
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
         self.finish("image")
@@ -182,7 +187,7 @@ class Run:
                 for seed, prompt in enumerate(prompts):  # one by one; training fills the memory
                     with self.precision():
                         *_, latents = pipeline.sample([prompt], [seed])
-                    clips.append(pipeline.decode(latents))  # in the autoencoder's own precision
+                    clips.append(enlarge(pipeline.decode(latents)))  # in the decoder's precision
             suffix = ".png" if stage == "image" else ".gif"
             path = self.path / "previews" / f"{stage}-{step:06d}{suffix}"
             write_clip(path, side_by_side(torch.cat(clips)), pipeline.sampling.frames_per_second)
@@ -197,7 +202,7 @@ class Run:
             x = self.to_device(some)[0].float() / 127.5 - 1
             with self.precision():
                 y = autoencoder.decode(autoencoder.encode(x).mean).float()
-            sheet = contact_sheet([x.cpu(), y.cpu()])
+            sheet = contact_sheet([enlarge(x.cpu()), enlarge(y.cpu())])
             write_clip(self.path / "previews" / f"vae-{step:06d}.png", sheet)
 
         return preview
@@ -278,7 +283,7 @@ def open_data(options):
     return ClipFolder(options.data, *size, options.stride, options.frame_rate, options.max_frames)
 
 
-def progress(items, title, total=None):
+def progress(items, title, total=None, unit="clip"):
     """The items, with a progress bar that only the first process draws."""
-    return tqdm(items, title, total, unit="clip", leave=False,
+    return tqdm(items, title, total, unit=unit, leave=False,
                 disable=not is_main() or "TQDM_DISABLE" in os.environ)

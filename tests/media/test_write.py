@@ -86,7 +86,8 @@ def test_a_contact_sheet_has_a_row_per_clip_and_white_lines():
      [[list(range(0, 80, 10)), [80] + [255] * 7]]),
 ])
 def test_a_file_shows_all_clips(tmp_path, name, rows, frames):
-    assert write_samples(gray_clips(*rows), None, tmp_path / name, None, 8) == [tmp_path / name]
+    assert write_samples(gray_clips(*rows), None, tmp_path / name, None, 8, 1) == [
+        tmp_path / name]
     corners = read_clip(tmp_path / name)[0][:, :: HEIGHT + 2, :: WIDTH + 2, 0]
     assert corners.tolist() == frames
 
@@ -112,6 +113,9 @@ def test_prompts_become_names():
 def test_enlarging_makes_a_square_of_each_pixel():
     clip = torch.arange(1.0, 7).reshape(1, 1, 2, 3)
     assert enlarge(clip, 2)[0, 0].tolist() == 2 * [[1, 1, 2, 2, 3, 3]] + 2 * [[4, 4, 5, 5, 6, 6]]
+    # By default by a whole number, until the shorter side has 128 pixels
+    for size, enlarged in (((2, 3), (128, 192)), ((24, 30), (144, 180)), ((200, 128), (200, 128))):
+        assert enlarge(torch.zeros(1, 3, *size)).shape[-2:] == enlarged
 
 
 def test_an_ffmpeg_that_fails_at_once_is_named(tmp_path, monkeypatch):

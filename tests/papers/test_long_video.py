@@ -109,7 +109,8 @@ def test_a_clip_is_written_window_by_window(run, tmp_path, monkeypatch, draws):
     parts, write = [], long_video.write_parts
     monkeypatch.setattr(long_video, "write_parts", lambda path, clips, rate: write(
         path, (parts.append(len(clip)) or clip for clip in clips), rate))
-    assert sample(run, tmp_path / "x.gif").shape == (11, 16, 16, 3) and parts == [4, 2, 2, 2, 1]
+    assert sample(run, tmp_path / "x.gif").shape == (11, 128, 128, 3)
+    assert parts == [4, 2, 2, 2, 1]
     # The direction of a caption is wrong after the first bounce.
     assert not draws[0][1].equal(draws[1][1]) and draws[1][1].equal(draws[2][1])
 

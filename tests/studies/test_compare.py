@@ -76,13 +76,21 @@ def test_each_is_trained_its_own_way_on_the_same_batches(compared):
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_nothing_of_the_run_decides_how_a_variant_sees_time():
-    run = SimpleNamespace(choices=compare.FULL, options=TrainOptions(
-        temporal="attention", shifts=2, new_layers_rate=9.0))
-    for name, variant in compare.VARIANTS.items():
-        options = compare.Comparison.options_of(run, name, seed=1)
-        assert (options.temporal, options.shifts, options.new_layers_rate) == (
-            variant.temporal, variant.shifts, variant.new_layers_rate)
+@pytest.mark.parametrize("name", compare.VARIANTS)
+def test_nothing_of_the_run_decides_how_a_variant_sees_time(name):
+    def how(**options):
+        run = SimpleNamespace(choices=compare.FULL, options=TrainOptions(**options))
+        row = compare.Comparison.options_of(run, name, seed=1)
+        return row.temporal_fields() | {"rate": row.new_layers_rate}
+
+    variant = compare.VARIANTS[name]
+    assert how() == {"temporal": variant.temporal, "shifts": variant.shifts, "max_frames": 8,
+                     "rate": variant.new_layers_rate}
+    others = {field.name for field in dataclasses.fields(TrainOptions)} - {"seed", "num_frames"}
+    assert how(**dict.fromkeys(others, "other")) == how()
+
+
+def test_every_temporal_variant_has_a_row():
     assert {variant.temporal for variant in compare.VARIANTS.values()} == set(VARIANTS)
 
 

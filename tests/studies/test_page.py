@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from helpers import change
 
-from media.write import write_clip
+from media.write import enlarge, write_clip
 from shapes import HELD_OUT, MovingShapes, caption_of
 from studies import page
 from support.files import write_json
@@ -110,6 +111,33 @@ def test_clips_are_marked_with_what_the_reader_sees(made):
         *(["✓", word] for word in HELD_OUT[0])]
     assert reader.of("span").count("held out") == 1
     assert "2 of 3 clips are right" in reader.text
+    crisp = [float(text.split()[1]) for text in reader.of("span") if text.startswith("crispness")]
+    assert crisp == pytest.approx([0.99, 0.8, 0.99], abs=0.1)  # a square is no ideal circle
+
+
+def test_an_enlarged_clip_is_judged_as_drawn(tmp_path):
+    frames = MovingShapes(1, combinations=[("red", "circle", "left")])[0][0] / 127.5 - 1
+    for name, zoom in (("small", 1), ("large", 0)):
+        write_clip(tmp_path / f"{name}.gif", enlarge(frames, zoom))
+    small, large = (page.judge(tmp_path / f"{name}.gif", ("red", "circle", None), 32)
+                    for name in ("small", "large"))
+    assert small == large and small[1] > 0.97
+
+
+def test_own_clips_have_the_real_one_beside_and_no_marks(made, tmp_path):
+    for name, caption in (("1", "A red circle, moving left"), ("2", "a dog")):
+        draw(tmp_path / f"clips/{name}.gif", ("red", "circle", "left"))
+        (tmp_path / f"clips/{name}.txt").write_text(caption)
+    change(made / "train.json", options={"data": str(tmp_path / "clips")})
+    (made / "previews" / "captions.txt").write_text("a dog\nA red circle, moving left\n")
+    reader = Reader(made)
+    assert [x["alt"] for x in reader.all("img")] == [
+        "a-red-circle-moving-left", "real: a-red-circle-moving-left", "a-red-circle-moving-up",
+        "video-001000", "real clips"]
+    assert "✓" not in reader.text and "✗" not in reader.text and "agree" not in reader.text
+    assert "a dog; A red circle, moving left" in reader.text
+    shutil.rmtree(tmp_path / "clips")  # then there are no real clips, but still a page
+    assert len(Reader(made).all("img")) == 3
 
 
 def test_the_scores_of_the_file_are_in_the_tables(made):
