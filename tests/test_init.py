@@ -101,7 +101,8 @@ def test_every_option_is_used_or_refused(files, tmp_path, monkeypatch, folder, a
         return get(self, name)
 
     monkeypatch.setattr(TrainOptions, "__getattribute__", spy, raising=False)
-    make_clip(tmp_path / "clips/a_dog/1.gif")
+    make_clip(tmp_path / "clips/1.gif")
+    (tmp_path / "clips/1.txt").write_text("a dog")
     data = {"data": tmp_path / "clips" if folder else "shapes", "temporal": "conv"}
     if adopting:
         start(tmp_path / "run", files, **data)

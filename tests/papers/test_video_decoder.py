@@ -183,7 +183,8 @@ def test_sample_decodes_with_the_video_decoder(with_decoder, tmp_path):
     call(video_decoder.main, "sample", with_decoder, prompt, "--seed", 3, "--num-steps", 2,
          "--output", tmp_path / "clip.png", "--device", "cpu")
     sheet, _ = read_clip(tmp_path / "clip.png")
-    frames = [sheet[0, :, 18 * i : 18 * i + 16] for i in range(3)]  # gaps of 2 pixels
+    # Frames enlarged by 8, with gaps of 2 pixels
+    frames = [sheet[0, ::8, 130 * i : 130 * i + 128 : 8] for i in range(3)]
     expected = ((model.decode(latents)[0] + 1) * 127.5).round().movedim(1, -1).numpy()
     assert all((frame == true).all() for frame, true in zip(frames, expected, strict=True))
 
