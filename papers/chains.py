@@ -20,6 +20,7 @@ from papers.known_frames import Guidance, draw
 
 BETWEEN = 3  # frames between two key frames
 WINDOW = 8  # steps from the first frame to the last of an interpolation window, as in training
+FEW_STEPS = 4  # denoising steps of a first window whose first frame is known: it leaves less open
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,23 @@ def seeds_of(seeds, window):
 
 
 def begin(model, context, chain, seeds, first=None):
-    """The first window (b, t, c, h, w) of clips, with the first frame (b, c, h, w) if given."""
+    """The first window (b, t, c, h, w) of clips, with the first frame (b, c, h, w) if given.
+
+    Otherwise the first frame is drawn as an image, and then held before all others, so they need
+    not agree on colour, shape and position out of noise. Emu Video, Girdhar et al. 2023.
+    """
     sampling = model.sampling
+    if first is None and chain.num_frames > 1:
+        alone = dataclasses.replace(chain, num_frames=1, frame_rate=sampling.frames_per_second)
+        first = begin(model, context, alone, seeds)[:, 0]
     size = sampling.image_size // model.vae.config.downscale
     shape = len(seeds), chain.num_frames, model.unet.config.out_channels, size, size
     latents, known = torch.zeros(shape, device=context.device), ()
     if first is not None:
         latents[:, 0], known = first, (0,)
     # The text decides what this window shows, as in sample.py. Later ones follow the known frames.
-    how = Guidance(sampling.num_steps, text_scale=sampling.guidance_scale,
+    num_steps = sampling.num_steps if first is None else min(FEW_STEPS, sampling.num_steps)
+    how = Guidance(num_steps, text_scale=sampling.guidance_scale,
                    max_snr=sampling.guidance_max_snr, power=sampling.timestep_power)
     return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 

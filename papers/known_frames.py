@@ -2,7 +2,7 @@
 
 Some frames of a clip are known, and the model draws the others. The task decides which are known:
 
-    none            text-to-video
+    none            text-to-image, text-to-video
     the first       image-to-video
     the first k     prediction of the frames that follow
     every n-th      interpolation
@@ -184,5 +184,8 @@ def draw(model, context, latents, known, frame_rate, seeds, how):
             output = output + how.known_scale * (output - predicted(context, (), 0))
         return output
 
-    *_, x_t = sample_loop(model.diffusion, guided, x_t, how.num_steps, power=how.power)
+    diffusion = model.diffusion
+    if how.num_steps == 1:  # from pure noise, so at the noisiest timestep, whatever the spacing
+        diffusion = dataclasses.replace(diffusion, timestep_spacing="trailing")
+    *_, x_t = sample_loop(diffusion, guided, x_t, how.num_steps, power=how.power)
     return torch.where(mask_of(known, latents), latents, x_t)

@@ -57,7 +57,7 @@ class LongOptions(LoopOptions):
     num_known: int = option(3, "known frames of a window that continues a clip", low=1)
     max_level: int = option(0, "largest noise level of known frames, a timestep", high=999)
     hold: bool = option(True, "show each frame its nearest known frames; off: LVDM's mask alone")
-    guidance_scale: float = option(1.25, "weight of the text in first windows and key frames")
+    guidance_scale: float = option(2.0, "weight of the text in first windows and key frames")
 
     def __post_init__(self):
         if not self.num_known < self.num_frames <= self.clip_frames // 2:
@@ -88,16 +88,18 @@ def tasks_of(options, base, longest):
 
     t, half, double, fast = options.num_frames, base // 2, 2 * base, 4 * base  # half may be 0
     # Motion takes longest to learn, so nearly half of the steps are prediction. It is not trained
-    # first, because a U-Net that learns prediction alone forgets what a text means.
-    of_text = fitting([half] * 2 + [base] * 3 + [double, fast], t)
+    # first, because a U-Net that learns prediction alone forgets what a text means. A sampler
+    # draws the first frame as an image; whole windows from the text alone serve LVDM's guidance.
+    rates = fitting([half, base, double, fast], t)
     between = fitting([half, base], t + 1)
     tasks = {
         "prediction": Task(0.47, t, range(options.num_known), fitting([base] * 5 + [fast], t)),
-        "text": Task(0.22, t, (), of_text, by_text=True),
-        "first frame": Task(0.06, t, (0,), of_text, by_text=True),
+        "text": Task(0.04, t, (), rates, by_text=True),
+        "first image": Task(0.05, 1, (), [base], by_text=True),  # at the rate that begin() names
+        "first frame": Task(0.16, t, (0,), rates, by_text=True),
         "interpolation": Task(0.09, t + 1, range(0, t + 1, BETWEEN + 1), between),
-        "every other": Task(0.03, t + 1, range(0, t + 1, 2), between),
-        "key frames": Task(0.13, 2 * t, (), fitting([double, fast], 2 * t), by_text=True),
+        "every other": Task(0.02, t + 1, range(0, t + 1, 2), between),
+        "key frames": Task(0.17, 2 * t, (0,), fitting([double, fast], 2 * t), by_text=True),
     }
     return {name: task for name, task in tasks.items() if task.strides}
 

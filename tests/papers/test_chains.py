@@ -1,5 +1,6 @@
 """Which frames a window knows, and in which order frames come, by a stand-in that counts."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,12 +53,16 @@ def frames_of(stream, count):
     return found[:count]
 
 
-def test_the_first_window_is_drawn_as_the_run_samples(drawn):
-    window = begin(MODEL, CONTEXT, Chain(6, frame_rate=3.0), [7, 9])
-    assert window.shape == (2, 6, 1, 2, 2)
-    known, _, rate, seeds, how = drawn[0]
-    assert (known, rate, seeds) == ([], 3.0, [7 * 2**20, 9 * 2**20])
-    assert (how.num_steps, how.text_scale, how.max_snr, how.power) == (4, 2.0, 0.5, 0.7)
+def test_the_first_frame_is_drawn_as_the_run_samples_images_then_the_window_that_knows_it(drawn):
+    model = SimpleNamespace(**vars(MODEL) | {"sampling": dataclasses.replace(
+        MODEL.sampling, num_steps=6)})
+    window = begin(model, CONTEXT, Chain(6, frame_rate=3.0), [7, 9])
+    assert window[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    (*image, how), (*rest, quick) = drawn
+    assert image == [[], 1, 8.0, [7 * 2**20, 9 * 2**20]]  # at the run's rate
+    assert rest == [[0], 6, 3.0, [7 * 2**20, 9 * 2**20]]
+    assert (how.num_steps, how.text_scale, how.max_snr, how.power) == (6, 2.0, 0.5, 0.7)
+    assert quick == dataclasses.replace(how, num_steps=4)
 
 
 @pytest.mark.parametrize("key_frames", [0, 2, 8, 16])
@@ -65,12 +70,13 @@ def test_frames_of_a_long_clip_are_in_order_and_windows_have_their_own_seeds(dra
     stream = long_latents(MODEL, CONTEXTS, Chain(key_frames=key_frames), [7, 9])
     step = 4 if key_frames else 1  # the first window counts key frames
     assert frames_of(stream, 90) == [i / step for i in range(90)]
+    assert drawn.pop(0)[1] == 1  # the first frame, whose noise is that of its window
     assert drawn[0][1] == (key_frames or 8)
     assert {call[2] for call in drawn} == ({8.0, 2.0} if key_frames else {8.0})
     seeds = [seed for call in drawn for seed in call[3]]
     assert len(set(seeds)) == len(seeds)
     if key_frames == 16:  # the first 57 frames need no other key frames
-        assert [call[:2] for call in drawn[:8]] == [([], 16)] + 7 * [([0, 4, 8], 9)]
+        assert [call[:2] for call in drawn[:8]] == [([0], 16)] + 7 * [([0, 4, 8], 9)]
 
 
 @pytest.mark.parametrize("start", [{"clip": clip_of(50.0, 51.0, 52.0, 53.0)},

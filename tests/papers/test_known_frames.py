@@ -117,8 +117,11 @@ def test_known_frames_come_back_exactly_and_no_others_are_seen(model):
     assert not (result[:, [1, 3]] == latents[:, [1, 3]]).any()
 
 
-def test_the_model_is_told_timestep_level_and_frame_rate(model, monkeypatch):
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])  # leading with 1 step begins at t = 1
+def test_the_model_is_told_timestep_level_and_frame_rate(model, monkeypatch, spacing):
     told, forward = [], model.unet.forward
+    monkeypatch.setattr(model, "diffusion",
+                        dataclasses.replace(model.diffusion, timestep_spacing=spacing))
     monkeypatch.setattr(model.unet, "forward", lambda x, timesteps, context: (
         told.append(timesteps[0].tolist()) or forward(x, timesteps, context)))
     drawn(model, [0], level=40, text_scale=2.0, known_scale=0.5)

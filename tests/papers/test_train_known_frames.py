@@ -9,11 +9,13 @@ from papers.train_known_frames import LongOptions, Task, random_windows, tasks_o
 def test_tasks_know_the_frames_that_their_names_say():
     tasks = tasks_of(LongOptions(), base=2, longest=128)
     assert {name: [*task.known] for name, task in tasks.items()} == {
-        "prediction": [0, 1, 2], "text": [], "first frame": [0], "interpolation": [0, 4, 8],
-        "every other": [0, 2, 4, 6, 8], "key frames": [],
+        "prediction": [0, 1, 2], "text": [], "first image": [], "first frame": [0],
+        "interpolation": [0, 4, 8], "every other": [0, 2, 4, 6, 8], "key frames": [0],
     }
     assert sum(task.share for task in tasks.values()) == pytest.approx(1)
     assert set(tasks["text"].strides) == {1, 2, 4, 8} and tasks["key frames"].num_frames == 16
+    # An image has no frame rate; it is learned at the one that begin() names.
+    assert (tasks["first image"].num_frames, tasks["first image"].strides) == (1, [2])
     # Windows that fit into no clip are left out.
     tasks = tasks_of(LongOptions(), base=1, longest=16)
     assert set(tasks["text"].strides) == {1, 2}  # 8 frames at stride 2 span 15
