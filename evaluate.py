@@ -8,7 +8,7 @@ combinations that were held out of training. The table also has rows for real cl
 that went through the autoencoder (the best that any U-Net can reach) and for noise.
 
 A second table needs no text: how steady clips are, and how much the autoencoder loses.
-RUN/evaluation.json keeps both tables. studies/fvd.py has distances between feature distributions.
+RUN/evaluation.json keeps both tables.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from checkpoints.weights import load_pipeline
 from sample import generate
 from shapes import COLOURS, COMBINATIONS, DIRECTIONS, HELD_OUT, SEEN, SHAPES, MovingShapes
 from shapes import caption_of, coverage
-from support.cli import Parser, number, run_main
+from support.cli import Parser, number, print_table, run_main
 from support.devices import add_drawing_flags, choose_device
 from support.files import write_json
 from training.options import read_record
@@ -227,14 +227,6 @@ def evaluate(pipeline, num_prompts, seed, batch_size):
     sources = {"clips, all": drawn["clips"], **others} if num_frames > 1 else others
     return {"agreement": evaluate_agreement(drawn, others, prompts),
             "quality": evaluate_quality(sources)}
-
-
-def print_table(title, rows):
-    """Print rows {name: {column: value}}, with a dash where a row lacks a column."""
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
-    for name, row in {title: {column: column for column in columns}, **rows}.items():
-        cells = [f"{row.get(column, '-'):>{max(11, len(column) + 2)}}" for column in columns]
-        print(f"{name:28}" + "".join(cells))
 
 
 def main():

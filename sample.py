@@ -22,18 +22,7 @@ from media.write import WRITERS, require_writer, write_samples
 from pipeline import Sampling
 from support.cli import Parser, add_flags, given_flags, number, run_main
 from support.devices import add_drawing_flags, choose_device, compile_for_sampling, precision_notes
-
-
-def read_prompts(path):
-    """The prompts of a text file, one per line; empty lines are skipped."""
-    try:  # utf-8-sig drops the byte order mark that some Windows editors write
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]  # without empty lines
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it; write one per line")
-    return prompts
+from support.files import read_prompts
 
 
 def generate(pipeline, prompts, sampling, seed, batch_size):

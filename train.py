@@ -203,8 +203,8 @@ def train_video(run, model, latents, captions, context_of, preview=None, num_pre
     unet.gradient_checkpointing = run.checkpointing
     model.sampling = options.sampling(options.num_frames)
     new = temporal_state(unet)
-    groups = [([p for name, p in unet.named_parameters() if name not in new], 1.0),
-              ([p for name, p in unet.named_parameters() if name in new], options.new_layers_rate)]
+    groups = [([p for name, p in unet.named_parameters() if (name in new) == own], rate)
+              for own, rate in ((False, 1.0), (True, options.new_layers_rate))]
     trainer = Trainer(run, "video", [group for group in groups if group[0]])
     predict = trainer.wrap(unet)
     preview = preview or run.draw_previews("video", model, captions)
@@ -269,7 +269,7 @@ def main():
     run = Run(args.run, options, finished, args.resume)
     run.start(clips, stages)
     if adopting:
-        run.adopt(lambda autoencoder: cache_latents(run, clips, autoencoder))
+        run.adopt(clips.captions, lambda autoencoder: cache_latents(run, clips, autoencoder))
     if run.device.type == "cuda" and rank_and_count()[1] == 1:
         rehearse(run, stages, clips.captions)
     for stage in stages:
@@ -283,8 +283,6 @@ def main():
             model = load_image_model(run.path, run.device, options.precision, options.temporal)
             model.unet = video_unet(model.unet, options)
             latents = cache_latents(run, clips, model.vae)
-            if options.init is not None:  # otherwise the image stage has said it
-                run.note(describe_cuts(model.tokenizer, clips.captions, "captions"))
             context_of = cache_texts(run, clips.captions, model)
             train_video(run, model, latents, clips.captions, context_of)
     return 0

@@ -14,13 +14,12 @@ it would have seen without the stop. The training state is one file, replaced as
 import hashlib
 import math
 import os
-import signal
 import time
-from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
 
+from support.cli import stop_signals
 from support.devices import (is_main, loss_scaler, mean, move_moments, rank_and_count,
                              step_in_parts, wrap)
 
@@ -47,24 +46,6 @@ def learning_rate_at(step, num_steps, peak, warmup_steps):
     """Half a cosine from the peak down to (almost) 0, times a linear warm-up."""
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))  # up to 1
     return peak * warmup * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
-
-
-@contextmanager
-def stop_signals():
-    """Yield a list that gets an entry at Ctrl-C or SIGTERM; a second signal stops at once."""
-    received = []
-
-    def receive(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)  # the training step in progress ends first
-
-    previous = {name: signal.signal(name, receive) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
 
 
 class Trainer:

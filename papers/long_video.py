@@ -31,10 +31,9 @@ from papers.chains import BETWEEN, Chain, interpolate, long_latents
 from papers.known_frames import Guidance, load_model
 from papers.scores import evaluate
 from papers.train_known_frames import LongOptions, train
-from support.cli import Parser, add_flags, given_flags, number, run_main
+from support.cli import Parser, add_flags, given_flags, number, run_main, stop_signals
 from support.devices import choose_device
 from support.files import write_json
-from trainer import stop_signals
 from training.options import merge_options, read_record
 from training.run import Run
 from vae import encode_clip

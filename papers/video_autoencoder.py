@@ -21,13 +21,13 @@ import torch
 import train
 import vae
 from checkpoints import weights
-from evaluate import choose_prompts, draw, evaluate_agreement, print_table, real_clips
+from evaluate import choose_prompts, draw, evaluate_agreement, real_clips
 from papers.autoencoder_3d import (VideoAutoencoder, VideoAutoencoderConfig, inflate,
                                    load_autoencoder)
 from papers.drawing import add_commands, run_command
 from papers.fidelity import appearance, fidelity, reconstruct
 from pipeline import Pipeline
-from support.cli import Parser, given_flags, option, run_main
+from support.cli import Parser, given_flags, option, print_table, run_main
 from support.devices import choose_device, freeze
 from trainer import Trainer
 from training.cache import cache_frames, cache_latents, cache_texts

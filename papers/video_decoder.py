@@ -22,11 +22,11 @@ import torch
 import vae
 from checkpoints import weights
 from checkpoints.configs import from_config
-from evaluate import choose_prompts, draw, print_table, real_clips
+from evaluate import choose_prompts, draw, real_clips
 from layers import per_frame
 from papers.drawing import add_commands, run_command
 from papers.fidelity import appearance, fidelity, reconstruct
-from support.cli import Parser, given_flags, option, run_main
+from support.cli import Parser, given_flags, option, print_table, run_main
 from support.devices import choose_device
 from support.files import read_json
 from temporal import (AttentionOverTime, DirectedAttention, TemporalAttention, TemporalConvolution,

@@ -1,4 +1,4 @@
-"""Command lines: flags made from a dataclass, and one-line errors.
+"""Command lines: flags made from a dataclass, tables, signals and one-line errors.
 
 Options are a dataclass whose fields carry help text and range, as in `option(8, "clips per step",
 low=1)`. A default is written only there. `add_flags` turns the fields into flags: `learning_rate`
@@ -10,10 +10,12 @@ import ctypes
 import dataclasses
 import math
 import re
+import signal
 import sys
 import types
 import typing
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -67,6 +69,32 @@ def given_flags(args, options):
     """{field: value} of the fields of `options` that the command line sets."""
     names = [field.name for field in dataclasses.fields(options)]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def print_table(title, rows):
+    """Print rows {name: {column: value}}, with a dash where a row lacks a column."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    for name, row in {title: {column: column for column in columns}, **rows}.items():
+        cells = [f"{row.get(column, '-'):>{max(11, len(column) + 2)}}" for column in columns]
+        print(f"{name:28}" + "".join(cells))
+
+
+@contextmanager
+def stop_signals():
+    """Yield a list that gets an entry at Ctrl-C or SIGTERM; a second signal stops at once."""
+    received = []
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)  # the training step in progress ends first
+
+    previous = {name: signal.signal(name, receive) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
 
 
 # Pattern of the flags that decide how much memory a command needs

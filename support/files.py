@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and JSON."""
+"""Files that are whole or absent: atomic writes, JSON, and lists of prompts."""
 
 import contextlib
 import dataclasses
@@ -58,3 +58,15 @@ def from_json(cls, values, where):
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def read_prompts(path):
+    """The prompts of a text file, one per line; empty lines are skipped."""
+    try:  # utf-8-sig drops the byte order mark that some Windows editors write
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]  # without empty lines
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it; write one per line")
+    return prompts

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import finite, weights
+from checkpoints.tokenizers import describe_cuts
 from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from model import UNet
 from support import devices
@@ -146,7 +147,7 @@ class Run:
                 shutil.rmtree(self.path / "cache", ignore_errors=True)
         barrier()
 
-    def adopt(self, read_clips):
+    def adopt(self, captions, read_clips):
         """Use the model that --init names as the result of stages one and two.
 
         read_clips(autoencoder) is called before anything is written, because it may fail.
@@ -160,7 +161,7 @@ class Run:
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
         self.save_record()  # a kill while the model is written leaves a run
-        self.note(model.report.notes)
+        self.note([*model.report.notes, *describe_cuts(model.tokenizer, captions, "captions")])
         if is_main():
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
