@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 import layers
 from checkpoints.weights import load_pipeline
 from diffusion import Diffusion, randn
-from evaluate import agreement, choose_prompts, crispness, draw, rates
+from evaluate import agreement, choose_prompts, draw
 from media.read import read_clip
 from media.write import SEPARATOR
 from model import UNet
-from papers.bouncing import track
 from pipeline import Pipeline
 from shapes import MovingShapes
 from shift import temporal_shift
@@ -27,7 +25,7 @@ from training.options import TrainOptions, read_record
 from training.run import load_image_model
 from vae import encode_clip
 
-MEASURED = 16  # clips that `measure` draws
+JUDGED = 128  # clips or images that `judge` draws
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,11 @@ def draw_prompt(model, prompt, seed):
     return model.decode(latents)[0]
 
 
-def measure(model):
-    """Three lines about drawn clips: percent right, distance moved, crispness."""
-    prompts = choose_prompts(MEASURED)
-    clips = draw(model, prompts, model.sampling.num_frames, 1000, MEASURED)
-    judged = [(clip, shape) for clip, (_, shape, _) in zip(clips, prompts, strict=True)]
-    paths = [track(clip, shape).centres for clip, shape in judged]
-    travel = np.nanmean([np.linalg.norm(path[-1] - path[0]) for path in paths])
-    overlap = np.mean([crispness(clip, shape) for clip, shape in judged])
-    right = rates(agreement(clips, prompts))["all"]
-    return f"{right:.0f} % right\nmoves {travel:.1f} px\ncrispness {overlap:.2f}"
+def judge(model, num_frames):
+    """(clips (JUDGED, num_frames, 3, h, w) of choose_prompts, which of them are right (JUDGED,))"""
+    prompts = choose_prompts(JUDGED)
+    clips = draw(model, prompts, num_frames, 1000, 16)
+    return clips, agreement(clips, prompts)[:, : 2 if num_frames == 1 else 3].all(1)
 
 
 def with_shifts(unet, shifts):
