@@ -217,8 +217,8 @@ def loss(run, figure):
 
 
 FIGURES = {  # heights in inches
-    whole: 3.8, block: 3.5, shift: 3.1, reach: 4, latents: 5, noise: 3, denoising: 5.2, guidance: 8.5, training: 5,
-    without: 5.4, held_out: 7.4, loss: 4.4,
+    whole: 3.8, block: 3.5, shift: 3.1, reach: 4, latents: 5, noise: 3, denoising: 5.2,
+    guidance: 8.5, training: 5, without: 5.4, held_out: 7.4, loss: 4.4,
 }
 
 

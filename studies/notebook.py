@@ -1,9 +1,6 @@
-"""docs/lesson.ipynb: the first pictures of docs/lesson.md with the code that draws them.
+"""docs/lesson.ipynb: sections of docs/lesson.md with the code that draws their pictures.
 
     python -m studies.figures runs/demo && python -m studies.notebook
-
-A notebook is JSON. Its texts are the lesson's sections, its code is the source of figures.py, and
-its outputs are the pictures in docs/lesson/.
 """
 
 import base64
@@ -15,11 +12,10 @@ from studies import figures
 from support.files import write_json
 
 DOCS = Path(__file__).parents[1] / "docs"
-PICTURES = list(figures.FIGURES.items())[:8]  # those from the text to guidance
+NUM_PICTURES = 8  # from the text to guidance; their notebook is smaller than 500 KB
 SETUP = """\
-# Fetch this project, unless the notebook is opened in a clone, and train the demo's model (minutes).
+# Fetch the project, unless this is a clone of it, and train the demo's model, which takes minutes.
 import os, subprocess, sys
-
 if os.path.exists("../studies"):
     os.chdir("..")  # from docs
 elif not os.path.exists("studies"):
@@ -31,32 +27,31 @@ subprocess.run([sys.executable, "train.py", "runs/demo", *resume], check=True)
 """
 
 
-def cells():
-    """Yield (a section of the lesson, code, name of its picture or None)."""
+def cell(kind, source, **fields):
+    return {"cell_type": kind, "metadata": {}, "source": source, **fields}
+
+
+def code(source, *outputs):
+    return cell("code", source, execution_count=None, outputs=list(outputs))
+
+
+def make():
+    """The notebook as JSON: the lesson's text, the source of figures.py, its pictures."""
     source, lesson = inspect.getsource(figures), (DOCS / "lesson.md").read_text(encoding="utf-8")
-    intro, *sections = re.sub(r"!\[.*?\]\(lesson/.*?\)\n\n", "", lesson).split("\n## ")
+    intro, *texts = re.split("\n(?=## )", re.sub(r"!\[.*?\]\(lesson/.*?\)\n\n", "", lesson))
     head = source.split('"""\n\n', 1)[1].split("\n\n\ndef whole")[0]  # imports and constants
-    yield intro, f"{SETUP}\n{head}\n\n\nrun = inside.load(Path('runs/demo'))", None
-    for section, (picture, height) in zip(sections, PICTURES, strict=False):
-        name = picture.__name__
-        yield f"## {section}", f"{inspect.getsource(picture)}\n\ndrawn({name}, run, {height})", name
-
-
-def main():
-    notebook = []
-    for text, code, name in cells():
-        outputs = []
-        if name:
-            png = base64.b64encode((DOCS / "lesson" / f"{name}.png").read_bytes()).decode()
-            outputs = [{"output_type": "execute_result", "execution_count": None, "metadata": {},
-                        "data": {"image/png": png}}]
-        notebook += [{"cell_type": "markdown", "metadata": {}, "source": text},
-                     {"cell_type": "code", "metadata": {}, "source": code, "outputs": outputs,
-                      "execution_count": None}]
+    cells = [cell("markdown", intro),
+             code(f'{SETUP}\n{head}\n\n\nrun = inside.load(Path("runs/demo"))')]
+    pictures = list(figures.FIGURES.items())[:NUM_PICTURES]
+    for text, (picture, height) in zip(texts, pictures, strict=False):
+        png = (DOCS / "lesson" / f"{picture.__name__}.png").read_bytes()
+        output = {"data": {"image/png": base64.b64encode(png).decode()}, "metadata": {},
+                  "output_type": "execute_result", "execution_count": None}
+        draw = f"drawn({picture.__name__}, run, {height})"
+        cells += [cell("markdown", text), code(f"{inspect.getsource(picture)}\n\n{draw}", output)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    write_json(DOCS / "lesson.ipynb", {"nbformat": 4, "nbformat_minor": 4, "cells": notebook,
-                                       "metadata": {"kernelspec": kernel}})
+    return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": kernel}, "cells": cells}
 
 
 if __name__ == "__main__":
-    main()
+    write_json(DOCS / "lesson.ipynb", make())
