@@ -7,6 +7,7 @@ One function draws one picture; inside.py measures. The same run always gives th
 notebook.py puts the first functions into docs/lesson.ipynb.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import ImageColor
 from diffusion import randn
 from evaluate import choose_prompts, crispness, draw, psnr, recognise
 from media.write import contact_sheet, enlarge, to_uint8
-from shapes import HELD_OUT, caption_of
+from shapes import HELD_OUT, SEEN, caption_of
 from shift import temporal_shift
 from studies import inside
 from studies.sheets import COLOURS, diagram, drawn, save, show
@@ -171,10 +172,15 @@ def guidance(run, figure):
 
 
 def training(run, figure):
-    """From the image model to the video model: a clip after some training steps."""
-    prompt, clips = inside.previews_of(run)
-    show(figure.subplots(), list(clips.values()), [f"{step:,} steps" for step in clips],
-         f'"{prompt}", from the same noise after N training steps')
+    """The image model, the same with the shift, and the video model that training makes of it."""
+    image, shifts = run.image.unet, run.options.shifts
+    unets = {"image model": inside.with_shifts(image, 0),
+             "with the shift": inside.with_shifts(image, shifts),
+             f"after {run.options.video_steps:,}\ntraining steps": run.video.unet}
+    models = [dataclasses.replace(run.video, unet=unet) for unet in unets.values()]
+    for axes, prompt in zip(figure.subplots(2), (PROMPT, caption_of(*SEEN[20])), strict=True):
+        clips = [inside.draw_prompt(model, prompt, SEED) for model in models]
+        show(axes, clips, list(unets), f'"{prompt}", from the same noise')
 
 
 def without(run, figure):
@@ -218,7 +224,7 @@ def loss(run, figure):
 
 FIGURES = {  # heights in inches
     whole: 3.8, block: 3.5, shift: 3.1, reach: 4, latents: 5, noise: 3, denoising: 5.2,
-    guidance: 8.5, training: 5, without: 5.4, held_out: 7.4, loss: 4.4,
+    guidance: 8.5, training: 6, without: 5.4, held_out: 7.4, loss: 4.4,
 }
 
 

@@ -14,8 +14,6 @@ import layers
 from checkpoints.weights import load_pipeline
 from diffusion import Diffusion, randn
 from evaluate import agreement, choose_prompts, draw
-from media.read import read_clip
-from media.write import SEPARATOR
 from model import UNet
 from pipeline import Pipeline
 from shapes import MovingShapes
@@ -133,20 +131,3 @@ def losses_of(model, clips, texts, levels, seed):
     noise, context = randn(x0.shape, torch.Generator().manual_seed(seed)), model.encode_text(texts)
     return [denoising_loss(model.unet, model.diffusion, x0, noise, level.expand(len(x0)), context)
             for level in levels]
-
-
-def previews_of(run):
-    """(prompt, {step: clip (t, 3, h, w)}): the middle one of the nine clips of each preview.
-
-    Step 0 is drawn here, from the same noise, by the image model with the shift.
-    """
-    seed, size = 4, run.options.image_size  # Run.draw_previews counts seeds from 0
-    prompts = list(dict.fromkeys(MovingShapes(run.options.num_clips).captions))
-    prompt = prompts[seed * max(1, len(prompts) // 9)]  # as Run.draw_previews chooses it
-    unet = with_shifts(run.image.unet, run.options.shifts)
-    clips = {0: draw_prompt(dataclasses.replace(run.video, unet=unet), prompt, seed)}
-    middle = slice(size + SEPARATOR, 2 * size + SEPARATOR)  # the middle of three rows and columns
-    for path in sorted((run.path / "previews").glob("video-*.gif")):
-        frames = torch.from_numpy(read_clip(path)[0]).movedim(-1, 1)  # t h w 3 -> t 3 h w
-        clips[int(path.stem.split("-")[1])] = frames[:, :, middle, middle] / 127.5 - 1
-    return prompt, clips

@@ -27,12 +27,9 @@ subprocess.run([sys.executable, "train.py", "runs/demo", *resume], check=True)
 """
 
 
-def cell(kind, source, **fields):
-    return {"cell_type": kind, "metadata": {}, "source": source, **fields}
-
-
-def code(source, *outputs):
-    return cell("code", source, execution_count=None, outputs=list(outputs))
+def cell(kind, source, *outputs):
+    code = {"execution_count": None, "outputs": list(outputs)} if kind == "code" else {}
+    return {"cell_type": kind, "metadata": {}, "source": source, **code}
 
 
 def make():
@@ -41,14 +38,15 @@ def make():
     intro, *texts = re.split("\n(?=## )", re.sub(r"!\[.*?\]\(lesson/.*?\)\n\n", "", lesson))
     head = source.split('"""\n\n', 1)[1].split("\n\n\ndef whole")[0]  # imports and constants
     cells = [cell("markdown", intro),
-             code(f'{SETUP}\n{head}\n\n\nrun = inside.load(Path("runs/demo"))')]
+             cell("code", f'{SETUP}\n{head}\n\n\nrun = inside.load(Path("runs/demo"))')]
     pictures = list(figures.FIGURES.items())[:NUM_PICTURES]
     for text, (picture, height) in zip(texts, pictures, strict=False):
         png = (DOCS / "lesson" / f"{picture.__name__}.png").read_bytes()
         output = {"data": {"image/png": base64.b64encode(png).decode()}, "metadata": {},
                   "output_type": "execute_result", "execution_count": None}
         draw = f"drawn({picture.__name__}, run, {height})"
-        cells += [cell("markdown", text), code(f"{inspect.getsource(picture)}\n\n{draw}", output)]
+        cells += [cell("markdown", text),
+                  cell("code", f"{inspect.getsource(picture)}\n\n{draw}", output)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"nbformat": 4, "nbformat_minor": 4, "metadata": {"kernelspec": kernel}, "cells": cells}
 
