@@ -205,7 +205,8 @@ def held_out(run, figure):
         wrong = "✗\nseen as " + " ".join(word or "nothing" for word in seen)
         verdict = "✓" if seen == prompt else wrong
         rows.append(f"{' '.join(prompt)} {verdict} {crispness(clip, prompt[1]):.2f}")
-    show(figure.subplots(), list(clips), rows, "Combinations that training has not seen")
+    show(figure.subplots(), list(clips), rows,
+         "Combinations that training has not seen: right or wrong, and crispness")
 
 
 def loss(run, figure):
