@@ -4,8 +4,11 @@
     python -m studies.figures runs/demo --only shift reach --output my_pictures
 
 One function draws one picture; inside.py measures. The same run always gives the same pixels.
+notebook.py puts the first functions into docs/lesson.ipynb.
 """
 
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +16,61 @@ import torch
 from PIL import ImageColor
 
 from diffusion import randn
-from evaluate import draw, psnr, recognise
-from media.write import enlarge
-from shapes import HELD_OUT, caption_of
+from evaluate import choose_prompts, crispness, draw, psnr, recognise
+from media.write import contact_sheet, enlarge, to_uint8
+from shapes import HELD_OUT, SEEN, caption_of
 from shift import temporal_shift
 from studies import inside
-from studies.sheets import COLOURS, new_figure, save, show
+from studies.sheets import COLOURS, diagram, drawn, save, show
 from support.cli import Parser, run_main
 from vae import encode_clip
 
 PROMPT = caption_of(*HELD_OUT[2])  # prompt of most pictures; training has never seen it
 SEED = 3  # seed of the noise
-TITLE = f'"{PROMPT}", always from the same noise; numbers of {inside.MEASURED} other clips'
+TITLE = f'"{PROMPT}", always from the same noise; numbers of {inside.JUDGED} other clips'
 LOSS_CLIPS, LOSS_LEVELS = 24, 11
+GRAY, BLUE, ORANGE = "#E8E8E8", "#BBDDF3", "#F9C99B"  # of boxes: data, networks, the shift
+
+
+def colours_of(z, zoom=1):
+    """Latents (t, c, h, w) as images: three of their channels as red, green and blue."""
+    return enlarge((z[:, :3] / 3).clamp(-1, 1), zoom)
+
+
+def whole(run, figure):
+    """From a text and noise to a clip: the text encoder, the U-Net in a loop, the decoder."""
+    model, axes, f = run.video, figure.subplots(), run.video.vae.config.downscale
+    steps = inside.denoise(model, PROMPT, SEED)  # (t, x_t, x0) of each
+    noise, latents = steps[0][1], steps[-1][2]  # 1 t c h w
+    clips = colours_of(noise[0], f), colours_of(latents[0], f), model.decode(latents)[0]
+    for x, name, clip in zip((1.1, 4.8, 7.4), ("noise", "latents", "frames"), clips, strict=True):
+        sheet = to_uint8(contact_sheet(clip[[0, len(clip) // 2, -1]].split(1)))[0]
+        axes.imshow(sheet, extent=(x - 0.45, x + 0.45, 0.1, 2.86), interpolation="nearest")
+        axes.text(x, 2.95, name, ha="center")
+    axes.text(0.3, 1.5, f"frames 1, {len(clip) // 2 + 1} and {len(clip)}", va="center",
+              rotation=90)
+    boxes = [(1.1, 3.5, f'"{PROMPT}"', GRAY), (3, 3.5, "tokenizer,\ntext encoder", BLUE),
+             (3, 1.5, f"U-Net,\nin each of\n{len(steps)} steps", BLUE), (6.1, 1.5, "decoder", BLUE)]
+    stops = (1.6, 2.55), (3.45, 4.3), (5.3, 5.7), (6.5, 6.9)
+    arrows = [(2.1, 3.5, 2.5, 3.5), (3, 3.22, 3, 1.85), *((a, 1.5, b, 1.5) for a, b in stops)]
+    diagram(axes, boxes, arrows)
+
+
+def block(run, figure):
+    """A ResNet block with the shift in it, for three frames."""
+    axes, boxes, arrows = figure.subplots(), [], []
+    for frame, y in (("frame i-1", 2.8), ("frame i", 1.65), ("frame i+1", 0.5)):
+        axes.plot([1.3, 1.3, 6.6, 6.6], [y, y + 0.45, y + 0.45, y], "gray", linewidth=1)
+        boxes += [(0.7, y, frame, GRAY), (2.2, y, "norm, SiLU,\nconv1", BLUE), (6.6, y, "+", GRAY),
+                  (3.7, y, "SHIFT", ORANGE), (5.2, y, "norm, SiLU,\nconv2", BLUE)]
+        stops = (1.1, 1.75), (2.65, 3.4), (4, 4.75), (5.65, 6.45), (6.75, 7.4)
+        arrows += [(start, y, end, y) for start, end in stops]
+        if y < 2:  # to the lane above and from it
+            arrows += [(3.55, y + 0.2, 3.55, y + 0.97), (3.85, y + 0.97, 3.85, y + 0.2)]
+            axes.text(3.5, y + 0.65, "last third", ha="right")
+            axes.text(3.9, y + 0.65, "first third")
+    axes.text(1.4, 3.3, "skip connection", color="gray")
+    diagram(axes, boxes, arrows)
 
 
 def shift(run, figure):
@@ -69,8 +114,9 @@ def latents(run, figure):
     model, clip = run.video, run.clips(2)[0][1]
     z = encode_clip(model.vae, 127.5 * (clip + 1))  # t c h w
     decoded, f = model.decode(z[None])[0], model.vae.config.downscale
-    gray = [enlarge((z[:, [i, i, i]] / 3).clamp(-1, 1), f) for i in range(z.shape[1])]
-    rows = ["frames", *(f"latents, channel {i + 1}" for i in range(len(gray))),
+    scale = z.std((0, 2, 3)).tolist()  # one for each channel
+    gray = [enlarge((z[:, [i, i, i]] / (3 * s)).clamp(-1, 1), f) for i, s in enumerate(scale)]
+    rows = ["frames", *(f"latents, channel {i}\ndeviation {s:.2f}" for i, s in enumerate(scale, 1)),
             f"decoded: {psnr(decoded, clip).mean():.1f} dB"]
     show(figure.subplots(), [clip, *gray, decoded], rows,
          f"Frames of {clip[0].numel():,} numbers, their {z[0].numel():,} latents, and back")
@@ -79,15 +125,17 @@ def latents(run, figure):
 def noise(run, figure):
     """A frame at rising noise levels, in pixels and in latents."""
     model, diffusion, frame = run.video, run.video.diffusion, run.clips(2)[0][1, :1]
-    levels = torch.linspace(0, diffusion.num_train_timesteps - 1, 9).long()
+    log_snr = torch.logit(diffusion.alphas_cumprod)  # log(a / (1 - a))
+    levels = [(log_snr - k * math.log(4)).abs().argmin().item() for k in range(4, -5, -1)]
+    levels = torch.tensor([*levels, diffusion.num_train_timesteps - 1])
     pixels, z = (diffusion.add_noise(x0.expand(len(levels), -1, -1, -1),
                                      randn(x0.shape, torch.Generator().manual_seed(SEED)), levels)
                  for x0 in (frame, encode_clip(model.vae, 127.5 * (frame + 1))))
-    colours = enlarge((z[:, :3] / 3).clamp(-1, 1), model.vae.config.downscale)
-    columns = [f"{t}\n{diffusion.snr(t):.3g}" for t in levels.tolist()]
-    show(figure.subplots(), [pixels.clamp(-1, 1), colours, model.decode(z[None])[0]],
+    columns = [f"{float(f'{diffusion.snr(t):.2g}'):g}\n{t}" for t in levels.tolist()]
+    show(figure.subplots(), [pixels.clamp(-1, 1), colours_of(z, model.vae.config.downscale),
+                             model.decode(z[None])[0]],
          ["noise on pixels", "noise on latents", "the same, decoded"],
-         "A frame disappears in noise", "timestep, and its signal-to-noise ratio", columns)
+         "A frame disappears in noise", "signal-to-noise ratio, and its timestep", columns)
 
 
 def denoising(run, figure):
@@ -105,34 +153,47 @@ def denoising(run, figure):
 
 
 def guidance(run, figure):
-    """The same noise with a rising weight of the text."""
-    clips, rows = [], []
-    for scale, max_snr in ((1, None), (2, None), (3, None), (4, None), (6, None), (6, 0.2)):
-        model = run.variant(guidance_scale=scale, guidance_max_snr=max_snr)
-        name = f"guidance {scale}" if max_snr is None else f"{scale}, SNR <= {max_snr}"
-        clips.append(inside.draw_prompt(model, PROMPT, SEED))
-        rows.append(f"{name}\n{inside.measure(model)}")
-    show(figure.subplots(), clips, rows, TITLE)
+    """Images and clips that are wrong without guidance, and what too much of it does."""
+    models = {"no guidance": run.variant(guidance_scale=1),
+              f"guidance {run.video.sampling.guidance_scale}": run.video,
+              "6, in all steps": run.variant(guidance_scale=6, guidance_max_snr=None)}
+    panels, prompts = figure.subplots(3, height_ratios=(1.2, 1, 1)), choose_prompts(inside.JUDGED)
+    for t, part in ((1, panels[:1]), (run.options.num_frames, panels[1:])):
+        clips, right = zip(*(inside.judge(model, t) for model in models.values()), strict=True)
+        rows = [f"{name}\n{100 * n.mean():.0f} % right"
+                for name, n in zip(models, right, strict=True)]
+        mended = np.argsort(right[0] | ~right[1], kind="stable")  # right only with guidance: first
+        groups = mended[:8][None] if t == 1 else mended[:2, None]
+        for axes, group in zip(part, groups, strict=True):
+            title = "Images" if t == 1 else f'"{caption_of(*prompts[group[0]])}"'
+            columns = ["\n".join(prompts[i][:2]) for i in group] if t == 1 else None
+            show(axes, [drawn[group].flatten(0, 1) for drawn in clips], rows, title,
+                 "" if columns else "frame", columns)
 
 
 def training(run, figure):
-    """From the image model to the video model: a clip after some training steps."""
-    prompt, clips = inside.previews_of(run)
-    show(figure.subplots(), list(clips.values()), [f"{step:,} steps" for step in clips],
-         f'"{prompt}", from the same noise after N training steps')
+    """The image model, the same with the shift, and the video model that training makes of it."""
+    image, shifts = run.image.unet, run.options.shifts
+    unets = {"image model": inside.with_shifts(image, 0),
+             "with the shift": inside.with_shifts(image, shifts),
+             f"after {run.options.video_steps:,}\ntraining steps": run.video.unet}
+    models = [dataclasses.replace(run.video, unet=unet) for unet in unets.values()]
+    for axes, prompt in zip(figure.subplots(2), (PROMPT, caption_of(*SEEN[20])), strict=True):
+        clips = [inside.draw_prompt(model, prompt, SEED) for model in models]
+        show(axes, clips, list(unets), f'"{prompt}", from the same noise')
 
 
 def without(run, figure):
     """The trained model with parts of the shift taken out, and with more frames."""
-    t, model, clips, rows = run.options.num_frames, run.video, [], []
+    t, clips, rows = run.options.num_frames, [], []
     for name, thirds in (("as trained", []), ("no shift", ["past", "future"]),
                          ("without the past", ["past"]), ("without the future", ["future"])):
         with inside.shift_without(*thirds):
-            clips.append(inside.draw_prompt(model, PROMPT, SEED))
-            rows.append(f"{name}\n{inside.measure(model)}")
-    longer = run.variant(num_frames=2 * t)
-    clips += inside.draw_prompt(longer, PROMPT, SEED).split(t)
-    rows += [f"{2 * t} frames at once\n{inside.measure(longer)}", "and its second half"]
+            clips.append(inside.draw_prompt(run.video, PROMPT, SEED))
+            rows.append(f"{name}\n{100 * inside.judge(run.video, t)[1].mean():.0f} % right")
+    clips += inside.draw_prompt(run.variant(num_frames=2 * t), PROMPT, SEED).split(t)
+    right = 100 * inside.judge(run.video, 2 * t)[1].mean()
+    rows += [f"{2 * t} frames at once\n{right:.0f} % right", "and its second half"]
     show(figure.subplots(), clips, rows, TITLE)
 
 
@@ -142,8 +203,10 @@ def held_out(run, figure):
     for clip, prompt in zip(clips, HELD_OUT, strict=True):
         seen = recognise((clip.double().numpy() + 1) / 2)
         wrong = "✗\nseen as " + " ".join(word or "nothing" for word in seen)
-        rows.append(f"{' '.join(prompt)} {'✓' if seen == prompt else wrong}")
-    show(figure.subplots(), list(clips), rows, "Combinations that training has not seen")
+        verdict = "✓" if seen == prompt else wrong
+        rows.append(f"{' '.join(prompt)} {verdict} {crispness(clip, prompt[1]):.2f}")
+    show(figure.subplots(), list(clips), rows,
+         "Combinations that training has not seen: right or wrong, and crispness")
 
 
 def loss(run, figure):
@@ -161,8 +224,8 @@ def loss(run, figure):
 
 
 FIGURES = {  # heights in inches
-    shift: 3.1, reach: 4, latents: 5, noise: 3.1, denoising: 5.2, guidance: 5.4, training: 5,
-    without: 5.4, held_out: 7.4, loss: 4.4,
+    whole: 3.8, block: 3.5, shift: 3.1, reach: 4, latents: 5, noise: 3, denoising: 5.2,
+    guidance: 8.5, training: 6, without: 5.4, held_out: 7.4, loss: 4.4,
 }
 
 
@@ -179,10 +242,7 @@ def main():
     run = inside.load(args.run)
     for picture, height in FIGURES.items():
         if picture.__name__ in args.only:
-            figure = new_figure(height)
-            with torch.no_grad():
-                picture(run, figure)
-            save(figure, args.output / f"{picture.__name__}.png")
+            save(drawn(picture, run, height), args.output / f"{picture.__name__}.png")
 
 
 if __name__ == "__main__":

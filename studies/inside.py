@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 import layers
 from checkpoints.weights import load_pipeline
 from diffusion import Diffusion, randn
-from evaluate import agreement, choose_prompts, crispness, draw, rates
-from media.read import read_clip
-from media.write import SEPARATOR
+from evaluate import agreement, choose_prompts, draw
 from model import UNet
-from papers.bouncing import track
 from pipeline import Pipeline
 from shapes import MovingShapes
 from shift import temporal_shift
@@ -27,7 +23,7 @@ from training.options import TrainOptions, read_record
 from training.run import load_image_model
 from vae import encode_clip
 
-MEASURED = 16  # clips that `measure` draws
+JUDGED = 128  # clips or images that `judge` draws
 
 
 @dataclass(frozen=True)
@@ -67,16 +63,11 @@ def draw_prompt(model, prompt, seed):
     return model.decode(latents)[0]
 
 
-def measure(model):
-    """Three lines about drawn clips: percent right, distance moved, crispness."""
-    prompts = choose_prompts(MEASURED)
-    clips = draw(model, prompts, model.sampling.num_frames, 1000, MEASURED)
-    judged = [(clip, shape) for clip, (_, shape, _) in zip(clips, prompts, strict=True)]
-    paths = [track(clip, shape).centres for clip, shape in judged]
-    travel = np.nanmean([np.linalg.norm(path[-1] - path[0]) for path in paths])
-    overlap = np.mean([crispness(clip, shape) for clip, shape in judged])
-    right = rates(agreement(clips, prompts))["all"]
-    return f"{right:.0f} % right\nmoves {travel:.1f} px\ncrispness {overlap:.2f}"
+def judge(model, num_frames):
+    """(clips (JUDGED, num_frames, 3, h, w) of choose_prompts, which of them are right (JUDGED,))"""
+    prompts = choose_prompts(JUDGED)
+    clips = draw(model, prompts, num_frames, 1000, 16)
+    return clips, agreement(clips, prompts)[:, : 2 if num_frames == 1 else 3].all(1)
 
 
 def with_shifts(unet, shifts):
@@ -140,20 +131,3 @@ def losses_of(model, clips, texts, levels, seed):
     noise, context = randn(x0.shape, torch.Generator().manual_seed(seed)), model.encode_text(texts)
     return [denoising_loss(model.unet, model.diffusion, x0, noise, level.expand(len(x0)), context)
             for level in levels]
-
-
-def previews_of(run):
-    """(prompt, {step: clip (t, 3, h, w)}): the middle one of the nine clips of each preview.
-
-    Step 0 is drawn here, from the same noise, by the image model with the shift.
-    """
-    seed, size = 4, run.options.image_size  # Run.draw_previews counts seeds from 0
-    prompts = list(dict.fromkeys(MovingShapes(run.options.num_clips).captions))
-    prompt = prompts[seed * max(1, len(prompts) // 9)]  # as Run.draw_previews chooses it
-    unet = with_shifts(run.image.unet, run.options.shifts)
-    clips = {0: draw_prompt(dataclasses.replace(run.video, unet=unet), prompt, seed)}
-    middle = slice(size + SEPARATOR, 2 * size + SEPARATOR)  # the middle of three rows and columns
-    for path in sorted((run.path / "previews").glob("video-*.gif")):
-        frames = torch.from_numpy(read_clip(path)[0]).movedim(-1, 1)  # t h w 3 -> t 3 h w
-        clips[int(path.stem.split("-")[1])] = frames[:, :, middle, middle] / 127.5 - 1
-    return prompt, clips

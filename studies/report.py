@@ -3,7 +3,7 @@
 import statistics
 
 from studies.measuring import table
-from studies.sheets import new_figure, save, show
+from studies.sheets import image_of, new_figure, save, show
 from support.files import write_text
 
 
@@ -60,7 +60,7 @@ def write_sheet(path, prompts, clips):
     figure = new_figure(len(prompts) * (0.4 + 0.7 * len(clips)))
     for i, axes in enumerate(figure.subplots(len(prompts), squeeze=False)[:, 0]):
         show(axes, [drawn[i] for drawn in clips.values()], list(clips), prompts[i])
-    save(figure, path)
+    save(image_of(figure), path)
 
 
 def write_report(output, title, results, references):
