@@ -6,8 +6,8 @@ def require_finite(pipeline, path):
     damaged = {name: None for (part, ours), name in pipeline.report.used.items()
                if not getattr(pipeline, part).get_parameter(ours).float().isfinite().all()}
     if damaged:
-        raise ValueError(f"{path}: {len(damaged)} tensors hold NaN or infinity: "
-                         f"{', '.join(damaged)}; use another copy or version of the model")
+        raise ValueError(f"{path}: holds NaN or infinity in {', '.join(damaged)}; use another copy "
+                         "or version of the model")
 
 
 def decode_finite(pipeline, prompts, latents):

@@ -153,7 +153,7 @@ def test_a_beginning_without_a_tokenizer_is_refused_before_training(files, tmp_p
 def test_a_beginning_that_holds_nan_is_refused_before_training(files, tmp_path):
     tensors, name = load_safetensors(files / "sd1.safetensors"), "first_stage_model.quant_conv.bias"
     save_safetensors(tmp_path / "x", tensors | {name: tensors[name] * torch.nan})
-    with pytest.raises(ValueError, match=f"1 tensors hold NaN or infinity: {name};"):
+    with pytest.raises(ValueError, match=f"holds NaN or infinity in {name};"):
         train_quickly(tmp_path / "run", "--init", tmp_path / "x", *flags(**ONLY_VIDEO))
 
 

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import finite, weights
+from checkpoints.errors import DAMAGED
 from checkpoints.tokenizers import describe_cuts
 from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from model import UNet
@@ -246,7 +247,7 @@ def read_state(path):
     """A training state. Only loads tensors and plain values. Raises ValueError if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler may raise anything for a damaged file
+    except DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a training state ({reason}); remove it to start the stage "
                          "again") from None
