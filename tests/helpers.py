@@ -30,7 +30,8 @@ TOLERANCE = 5e-7  # for outputs of about 0.03, which float32 rounds by less than
 # lose a step after the last saved one.
 SMALL = {
     "data": "shapes", "num_clips": 8, "num_frames": 3, "image_size": 16,
-    "vae_steps": 4, "image_steps": 4, "video_steps": 4, "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
+    "vae_steps": 4, "image_steps": 4, "video_steps": 4,
+    "vae_batch_size": 4, "image_batch_size": 4, "video_batch_size": 2,
     "image_every": 3, "warmup_steps": 2, "save_every": 2, "workers": 0, "device": "cpu",
 }
 SMALL_UNET = model.UNetConfig(
