@@ -24,4 +24,5 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line("\n".join(LINES))
+    right = sum(line.endswith(" right") for line in LINES)
+    terminalreporter.write_line("\n".join([*LINES, f"{right} of {len(LINES)} right"]))
