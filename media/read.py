@@ -106,7 +106,9 @@ def _video_frames(path, frame_rate):
     """Decode a video with ffmpeg: every frame, or with frame_rate those on screen at its times."""
     require_programs("ffmpeg", purpose=path, remedy="convert the clip to GIF")
     duration = 1 / Fraction(frame_rate) if frame_rate else _average_duration(path)
-    resample = f"fps={frame_rate}:round=down," if frame_rate else ""
+    # Matroska and WebM round times to 1/1000 s, so frames count 2/1000 s before they are due.
+    resample = (f"settb=AVTB,setpts=PTS-STARTPTS+2000,fps={frame_rate}:round=down,"
+                if frame_rate else "")
     # Make pixels square. Number the frames and ignore their times; otherwise ffmpeg drops and
     # repeats frames to get a constant rate. Each PPM image has its own size, after any rotation.
     filters = ["-vf", f"{resample}scale=iw*sar:ih,setsar=1,setpts=N/TB", "-r", "1"]
@@ -145,7 +147,8 @@ def _resample(frames, frame_rate):
 
     A frame without a duration, of a folder of images or a still, is yielded once.
     """
-    step, time, end = 1 / Fraction(frame_rate), Fraction(0), Fraction(0)
+    step, end = 1 / Fraction(frame_rate), Fraction(0)
+    time = min(step / 2, Fraction(1, 200))  # not 0, because GIF rounds its times to 1/100 s
     for image, duration in frames:
         end = end + (duration or step)
         while time < end:
