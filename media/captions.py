@@ -21,7 +21,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from media.read import CLIP_SUFFIXES, VIDEO_SUFFIXES, natural_key
+from media.read import CLIP_SUFFIXES, IGNORED, VIDEO_SUFFIXES, natural_key
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 NAMES = ("file_name", "filename", "file", "video", "video_path", "path")
@@ -32,8 +32,6 @@ EXAMPLE = '{"file_name": "...", "text": "..."}'
 TEXT_SUFFIXES = (".txt", ".caption")
 MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
 STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
-IGNORED = re.compile(r"\..*|.*\.md|(readme|license)(\.(txt|rst|html))?|(eh)?thumbs\.db|desktop\.ini"
-                     "|__macosx|@eadir")
 
 
 def _kind(path):

@@ -22,6 +22,9 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 CLIP_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+# Files that systems and authors add to a folder, in lower case
+IGNORED = re.compile(r"\..*|.*\.md|(readme|license)(\.(txt|rst|html))?|(eh)?thumbs\.db|desktop\.ini"
+                     "|__macosx|@eadir")
 # Most bytes of a clip's frames in memory, enough for 14 minutes of 256x256 at 25 frames per second
 MAX_CLIP_BYTES = 4 * 2**30
 REMEDY = "export or download it again, or remove it"
@@ -73,7 +76,7 @@ def _image_frames(path):
 
 def _folder_frames(path):
     """Decode a folder of images, in natural order of their names."""
-    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    files = [file for file in path.iterdir() if not IGNORED.fullmatch(file.name.lower())]
     for file in sorted(files, key=lambda file: natural_key(file.name)):
         yield from ((image, None) for image, _ in _image_frames(file))
 

@@ -40,7 +40,8 @@ def test_a_folder_of_frames_is_sorted_as_people_count(tmp_path):
     """It has no frame rate, so it gets the one that is asked for."""
     for number, frame in zip((1, 2, 3, 10, 11, 100), gray_frames(), strict=True):
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
-    (tmp_path / ".DS_Store").touch()
+    for name in (".DS_Store", "Thumbs.db", "README.txt"):
+        (tmp_path / name).touch()
     for frame_rate in (None, 8):
         frames, rate = read_clip(tmp_path, frame_rate=frame_rate)
         assert grays_of(frames) == list(GRAYS) and rate == frame_rate
