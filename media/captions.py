@@ -73,6 +73,8 @@ def _problem(path, caption):
         return "a link to a file that does not exist; download it, or remove the link"
     if not path.is_dir() and _kind(path) not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
+    if path.is_dir() and any(_kind(p) in MOVING or p.is_dir() for p in path.iterdir()):
+        return "a folder of clips, not of frames; give each clip its own row"
     # U+FFFD replaces bytes that are not UTF-8; surrogates stand for such bytes in names.
     if not caption.split() or re.search("[\ufffd\ud800-\udfff]", caption):
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
@@ -118,13 +120,15 @@ def _entry(row):
     try:
         row = {key.strip().lower(): value for key, value in row.items()}  # csv: too many have None
         columns = (*TEXTS, "name") if "videoid" in row else TEXTS  # WebVid's caption is in "name"
-        texts = [row[column] for column in columns if column in row][0]
-        texts = [" ".join(text.split()) for text in (texts if isinstance(texts, list) else [texts])]
-        if names := [row[column].strip().replace("\\", "/") for column in NAMES if column in row]:
-            return names[:1], texts, False
+        texts = max((row[column] for column in columns if column in row), key=bool)  # if not empty
+        texts = texts or [""] if isinstance(texts, list) else [texts]
+        texts = [" ".join(text.split()) for text in texts]
+        names = (str(row.get(column) or "").strip().replace("\\", "/") for column in NAMES)
+        if name := next(filter(None, names), None):
+            return [name], texts, False
         number = str([row[column] for column in IDS if column in row][0])
         return [f"{row.get('page_dir')}/{number}", number], texts, True
-    except (LookupError, AttributeError):
+    except (LookupError, ValueError, AttributeError):  # ValueError: no column of captions
         return None
 
 

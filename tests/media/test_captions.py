@@ -72,13 +72,17 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
     ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: row 2 needs"),
     ({"file_name": "b.gif", "text": "\ud83d"}, "b.gif: needs a caption of words"),  # a surrogate
     ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
+    ({"file_name": "b.gif", "text": []}, "b.gif: needs a caption of words"),
+    ({"file_name": " ", "text": "x"}, "metadata.jsonl: row 2 needs"),  # not the whole folder
+    ({"file_name": "sub", "text": "x"}, "sub: a folder of clips, not of frames"),
     ({"file_name": "c.gif", "text": "x"}, "metadata.jsonl: row 2: no clip c.gif; "),
     ({"file_name": "d.flv", "text": "x"}, "d.flv: not a clip"),
     (b"", "b.gif: not in metadata.jsonl; add a row or remove the file"),
 ])
 def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
     make_clip(tmp_path / "a.gif")
-    for name in ("b.gif", "d.flv"):
+    for name in ("b.gif", "d.flv", "sub/e.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     write_metadata(tmp_path, {"file_name": "a.gif", "text": "an ape"}, line)
     clips, problems = found(tmp_path)
@@ -105,7 +109,7 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
 
 @pytest.mark.parametrize("name, text", [
     ("metadata.jsonl",
-     '{"video": "a.gif", "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
+     '{"video": "a.gif", "text": null, "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
     ("all.json",
      '[{"file": "a.gif", "caption": "an ape"}, {"file_name": "b.gif", "text": ["x", "y"]}]'),
     ("all.json", '{"a.gif": "an ape", "v/b": {"caption": ["x", "y"]}}'),
