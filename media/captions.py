@@ -143,22 +143,23 @@ def _entries(table):
 
 def _by_tables(folder, paths, folders, tables):
     """Yield (path, caption, problem or None) from tables, {path: entries}."""
-    # A name is relative to the table's folder, or a clip's name anywhere; it may lack the suffix.
-    short = {path: path.relative_to(folder) for path in paths
-             if path in folders or _kind(path) in CLIP_SUFFIXES}
-    index = _index((name, path) for path, p in short.items() for name in {
-        str(p), str(p.with_suffix("")), p.name, p.stem})
+    # A name is relative to the table's folder or to any other; it may lack the suffix.
+    short = [(path, path.relative_to(folder)) for path in paths
+             if path in folders or _kind(path) in CLIP_SUFFIXES]
+    whole = _index((name, path) for path, p in short for name in {p, p.with_suffix("")})
+    parts = _index((name, path) for path, p in short for i in range(1, len(p.parts))
+                   for end in [Path(*p.parts[i:])] for name in {end, end.with_suffix("")})
     listed = set()
     for table, entries in tables.items():
         for number, entry in enumerate(entries, start=1):
             names, captions, may_miss = entry or ([""], [], False)
             places = [os.path.relpath(table.parent / name, folder) for name in names]
-            found = next(filter(None, (_find(name, index) for name in (*places, *names))),
-                         [folder / places[0]])
+            found = next(filter(None, (_find(name, index) for index in (whole, parts)
+                                       for name in (*places, *names))), [folder / places[0]])
             if not entry:
                 yield table, "", f"row {number} needs {EXAMPLE} in UTF-8"
             elif len(found) > 1:
-                yield table, "", f"row {number}: name the folder of {names[-1]}, too"
+                yield table, "", f"row {number}: several clips {names[-1]}; write folder and suffix"
             elif os.path.lexists(found[0]):
                 listed.add(found[0])
                 yield from ((found[0], text, _problem(found[0], text)) for text in captions)

@@ -160,7 +160,7 @@ def test_a_table_without_captions_is_named(tmp_path, name, text):
 
 @pytest.mark.parametrize("row, problem", [
     ("a.gif,an ape, sitting", "all.csv: row 2 needs"),  # the comma is not in quotes
-    ("same,an ape", "all.csv: row 2: name the folder of same, too"),
+    ("same,an ape", "all.csv: row 2: several clips same; write folder"),
 ])
 def test_a_row_that_could_mean_two_things_is_a_problem(tmp_path, row, problem):
     for name in ("1/same.gif", "2/same.gif", "a.gif"):
@@ -180,6 +180,16 @@ def test_names_that_differ_in_case_or_composition_are_found(tmp_path, on_disk, t
     else:
         (tmp_path / text_file).write_text("x")
     assert found(tmp_path) == ([(on_disk, "x")], [])
+
+
+def test_a_whole_path_comes_before_the_end_of_another(tmp_path):
+    """A name may begin at an inner folder, as WebVid's do."""
+    for name in ("a", "x/a", "w/x/b", "w/y/b"):
+        make_clip(tmp_path / f"{name}.gif")
+    write_metadata(tmp_path, {"file": "a.gif", "text": "1"}, {"file": "x/a.gif", "text": "2"},
+                   {"videoid": "b", "page_dir": "x", "name": "3"}, {"file": "y/b", "text": "4"})
+    assert found(tmp_path) == (
+        [("a.gif", "1"), ("x/a.gif", "2"), ("w/x/b.gif", "3"), ("w/y/b.gif", "4")], [])
 
 
 def test_exact_names_come_first(tmp_path):
