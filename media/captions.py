@@ -29,6 +29,7 @@ NAMES = ("file_name", "filename", "file", "video", "video_path", "path")
 IDS = ("videoid", "video_id", "image_id")
 TEXTS = ("text", "caption", "captions", "prompt", "sentence")
 EXAMPLE = '{"file_name": "...", "text": "..."}'
+PROMPTS = ("prompt.txt", "prompts.txt", "captions.txt")  # beside videos.txt
 TEXT_SUFFIXES = (".txt", ".caption")
 MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
 STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
@@ -93,8 +94,9 @@ def _json(text):
 
 
 def _prompts(path):
-    """prompt.txt or prompts.txt, the captions of the list of clips beside it, videos.txt."""
-    return next(path.parent.glob("prompt*.txt"), None) if path.name == "videos.txt" else None
+    """The captions of the list of clips beside it, videos.txt, or None."""
+    names = PROMPTS if path.name == "videos.txt" else ()
+    return next(filter(Path.is_file, map(path.with_name, names)), None)
 
 
 def _rows(table):
@@ -104,7 +106,7 @@ def _rows(table):
     if _kind(table) == ".csv":
         return csv.DictReader(io.StringIO(_text(table)))
     if _kind(table) == ".txt":
-        lines = (_text(path).strip().split("\n") for path in (table, _prompts(table)))
+        lines = (_text(path).rstrip().split("\n") for path in (table, _prompts(table)))
         return [{"file": name, "text": text} for name, text in itertools.zip_longest(*lines)]
     rows = _json(_text(table)) if _kind(table) == ".json" else None
     if isinstance(rows, dict):  # MSR-VTT, or of the clip beside, or {name: caption or row}
@@ -157,7 +159,7 @@ def _by_tables(folder, paths, folders, tables):
             found = next(filter(None, (_find(name, index) for index in (whole, parts)
                                        for name in (*places, *names))), [folder / places[0]])
             if not entry:
-                yield table, "", f"row {number} needs {EXAMPLE} in UTF-8"
+                yield table, "", f"row {number} needs a clip and a caption, as {EXAMPLE}, in UTF-8"
             elif len(found) > 1:
                 yield table, "", f"row {number}: several clips {names[-1]}; write folder and suffix"
             elif os.path.lexists(found[0]):

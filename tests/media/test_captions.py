@@ -128,15 +128,19 @@ def test_a_table_gives_captions(tmp_path, name, text):
     assert sorted(clips) == [("v/a.gif", "an ape"), ("v/b.gif", "x | y")] and problems == []
 
 
-def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path):
-    for name in ("b", "a", "c"):
-        make_clip(tmp_path / f"videos/{name}.gif")
-    (tmp_path / "videos.txt").write_text("videos/b.gif\nvideos/a.gif\nvideos/c.gif\n")
-    (tmp_path / "prompt.txt").write_text("a bee\r\nan ape\n")
-    assert found(tmp_path) == ([("videos/b.gif", "a bee"), ("videos/a.gif", "an ape")], [
-        'videos.txt: row 3 needs {"file_name": "...", "text": "..."} in UTF-8',
-        "videos/c.gif: not in videos.txt; add a row or remove the file"])
-    (tmp_path / "prompt.txt").unlink()
+@pytest.mark.parametrize("name", ["prompt.txt", "prompts.txt", "captions.txt"])
+def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path, name):
+    """Also if a line is empty or missing. A file of another name is not theirs."""
+    for clip in ("b", "a", "c"):
+        make_clip(tmp_path / f"videos/{clip}.gif")
+    (tmp_path / "videos.txt").write_text("videos/b.gif\nvideos/a.gif\nvideos/c.gif\n\n")
+    (tmp_path / "prompt_old.txt").write_text("x\ny\nz")
+    (tmp_path / name).write_text("\r\nan ape\r\n")
+    assert found(tmp_path) == ([("videos/a.gif", "an ape")], [
+        "videos/b.gif: needs a caption of words in UTF-8, got ''",
+        'videos.txt: row 3 needs a clip and a caption, as {"file_name": "...", "text": "..."}, '
+        "in UTF-8", "videos/c.gif: not in videos.txt; add a row or remove the file"])
+    (tmp_path / name).unlink()
     assert found(tmp_path)[0] == []  # videos.txt is not the caption of a clip "videos"
 
 
