@@ -1,7 +1,7 @@
 """Find the clips of a folder and their captions.
 
 1.  If the folder has tables, all captions come from them, and a clip that none lists is a problem.
-    A table is a .jsonl, .json (a list of objects) or .csv file with a row per caption, such as
+    A table is a .jsonl, .json (a list of objects), .csv or .tsv file with a row per caption, as
     {"file_name": "dogs/1.mp4", "text": "a dog barks"}, or the two files videos.txt and prompt.txt.
 2.  Otherwise a caption is the text of the .txt or .caption file beside the clip (1.mp4, 1.txt), or
     the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. A single
@@ -23,11 +23,12 @@ from pathlib import Path
 
 from media.read import CLIP_SUFFIXES, IGNORED, VIDEO_SUFFIXES, natural_key
 
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
-NAMES = ("file_name", "filename", "file", "video", "video_path", "path")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+NAMES = ("file_name", "filename", "file", "video", "video_path", "file_path", "filepath", "path",
+         "clip", "image")
 # Numbers of clips in WebVid and MSR-VTT. Their tables list more clips than most people download.
-IDS = ("videoid", "video_id", "image_id")
-TEXTS = ("text", "caption", "captions", "prompt", "sentence")
+IDS = ("videoid", "video_id", "image_id", "clip_id", "id")
+TEXTS = ("text", "caption", "captions", "prompt", "sentence", "description")
 EXAMPLE = '{"file_name": "...", "text": "..."}'
 PROMPTS = ("prompt.txt", "prompts.txt", "captions.txt")  # beside videos.txt
 TEXT_SUFFIXES = (".txt", ".caption")
@@ -101,19 +102,22 @@ def _prompts(path):
 
 def _rows(table):
     """The rows of a table; one that cannot be read is None."""
-    if _kind(table) == ".jsonl":
-        return [_json(line) for line in _text(table).split("\n") if line.strip()]
-    if _kind(table) == ".csv":
-        return csv.DictReader(io.StringIO(_text(table)))
+    text = _text(table) if _kind(table) != ".parquet" else ""
+    if _kind(table) in (".csv", ".tsv"):
+        header, _, _ = text.partition("\n")  # spreadsheets also write semicolons and tabs
+        return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
     if _kind(table) == ".txt":
-        lines = (_text(path).rstrip().split("\n") for path in (table, _prompts(table)))
+        lines = (lines.rstrip().split("\n") for lines in (text, _text(_prompts(table))))
         return [{"file": name, "text": text} for name, text in itertools.zip_longest(*lines)]
-    rows = _json(_text(table)) if _kind(table) == ".json" else None
-    if isinstance(rows, dict):  # MSR-VTT, or of the clip beside, or {name: caption or row}
-        return (rows.get("sentences") or rows.get("annotations")
-                or rows.keys() & {*TEXTS} and [{"file_name": table.stem} | rows]
-                or [{"file_name": name} | (row if isinstance(row, dict) else {"text": row})
-                    for name, row in rows.items()])
+    rows = _json(text)
+    if rows is None or isinstance(rows, dict) and _kind(table) == ".jsonl":
+        return [_json(line) for line in text.split("\n") if line.strip()]
+    if isinstance(rows, dict):  # of the clip beside, or of a list, or {name: caption or row}
+        beside = {"file_name": table.stem} | rows
+        lists = [x for x in rows.values() if isinstance(x, list) and any(map(_entry, x))]
+        return _entry(beside) and [beside] or [*itertools.chain(*lists)] or [
+            {"file_name": name} | (row if isinstance(row, dict) else {"text": row})
+            for name, row in rows.items()]
     return rows if isinstance(rows, list) else []
 
 

@@ -116,6 +116,12 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
     ("MSR_VTT.json",
      '{"annotations": [{"image_id": "b", "caption": "x"}, {"image_id": "z", "caption": "?"}, '
      '{"image_id": "a", "caption": "an ape"}, {"image_id": "b", "caption": "y"}]}'),
+    ("all.json", '{"of": 1, "clips": [{"clip": "v/a", "description": "an ape"}, '
+     '{"id": "b", "text": ["x", "y"]}]}'),
+    ("all.json", '{"file": "a.gif", "text": "an ape"}\n{"file": "b.gif", "text": ["x", "y"]}\n'),
+    ("all.jsonl", '[{"file": "a.gif", "text": "an ape"},\n{"file": "b.gif", "text": ["x", "y"]}]'),
+    ("all.csv", 'file;text\na.gif;an ape\nb.gif;x\nb.gif;"y"\n'),
+    ("all.tsv", 'file\ttext\na.gif\tan ape\nb.gif\tx\nb.gif\ty\n'),
     ("metadata.csv", '\ufeffFile_Name,Text\nV\\A.gif,an ape\nb.gif,x\nb.gif,y\n'),
     ("webvid.csv", 'videoid,page_dir,name\na,v,"an ape"\nb,0_9,x\nb,0_9,y\nmissing,v,?\n'),
 ])
@@ -146,7 +152,7 @@ def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path, name):
 
 def test_a_json_beside_a_clip_can_have_its_caption(tmp_path):
     make_clip(tmp_path / "1/a.gif")
-    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "url": "?"}')
+    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "segments": [{"id": 1, "text": "?"}]}')
     assert found(tmp_path) == ([("1/a.gif", "an ape")], [])
 
 
