@@ -4,8 +4,8 @@
     A table is a .jsonl, .json (a list of objects), .csv or .tsv file with a row per caption, as
     {"file_name": "dogs/1.mp4", "text": "a dog barks"}, or the two files videos.txt and prompt.txt.
 2.  Otherwise a caption is the text of the .txt or .caption file beside the clip (1.mp4, 1.txt), or
-    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. A single
-    sub-folder is more often called "videos" or "train", so its name is no caption.
+    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. The name
+    of a single sub-folder is no caption, and neither are names such as "train", "clips" or "001".
 
 A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
 also be a class of stills, so it is one clip only if it has its own caption: a row of a table, or
@@ -34,6 +34,10 @@ PROMPTS = ("prompt.txt", "prompts.txt", "captions.txt")  # beside videos.txt
 TEXT_SUFFIXES = (".txt", ".caption")
 MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
 STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
+
+# Names of sub-folders that say nothing about their clips
+NO_CAPTION = re.compile(r"(train|val(id(ation)?)?|test|all|data|part|chunk|videos?|clips?|images?|"
+                        r"frames?)?[\d_ .-]*", re.IGNORECASE)
 
 
 def _kind(path):
@@ -187,7 +191,8 @@ def _by_name(folder, paths, folders):
     texts = {path: _find(path if path in frames else path.with_suffix(""), index)
              for path in paths if path not in others}
     names = {path.parent.name for path, found in texts.items()
-             if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES}
+             if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES
+             and not NO_CAPTION.fullmatch(path.parent.name)}
     for path, found in texts.items():
         for caption in [" ".join(_text(text).split()) for text in found]:
             yield path, caption, _problem(path, caption)
@@ -195,9 +200,10 @@ def _by_name(folder, paths, folders):
             name = path.parent.name  # "PlayingChess" and "playing_chess" are "playing chess"
             caption = re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
             problem = _problem(path, caption)
-            if path.parent == folder or len(names) < 2 and not path.name.startswith(f"v_{name}_g"):
-                problem = problem or (f"clip without a caption; write it into {path.stem}.txt "
-                                      "(the name of a sub-folder counts if there are two)")
+            if (path.parent == folder or name not in names
+                    or len(names) < 2 and not path.name.startswith(f"v_{name}_g")):
+                problem = problem or (f"clip without a caption; write it into {path.stem}.txt (a "
+                                      "sub-folder's name counts if there are two, but not train)")
             yield path, caption, problem
     for path in sorted(captions.difference(*texts.values()).intersection(paths)):
         yield path, "", "caption without a clip; remove it or add the clip"

@@ -152,7 +152,7 @@ def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path, name):
 
 def test_a_json_beside_a_clip_can_have_its_caption(tmp_path):
     make_clip(tmp_path / "1/a.gif")
-    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "segments": [{"id": 1, "text": "?"}]}')
+    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "said": [{"id": 1, "text": "?"}]}')
     assert found(tmp_path) == ([("1/a.gif", "an ape")], [])
 
 
@@ -211,6 +211,7 @@ def test_exact_names_come_first(tmp_path):
 
 @pytest.mark.parametrize("names, captions", [
     (["videos/1.gif"], []), (["train/videos/1.gif", "test/videos/2.gif"], []),
+    (["train/1.gif", "test/2.gif"], []), (["001/1.gif", "clip_002/2.gif", "All/3.gif"], []),
     (["YoYo/v_YoYo_g01.gif"], ["yo yo"]),
     (["YoYo/1.gif", "ApplyEyeMakeup/1.gif"], ["apply eye makeup", "yo yo"])])
 def test_one_sub_folder_is_no_caption_but_a_class_of_ucf_101_is(tmp_path, names, captions):
