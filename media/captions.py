@@ -182,12 +182,12 @@ def _by_tables(folder, paths, folders, tables):
 
 def _by_name(folder, paths, folders):
     """Yield (path, caption, problem or None) with captions from .txt files or sub-folders."""
-    captions = {path for path in paths if _kind(path) in TEXT_SUFFIXES}
+    captions = [path for path in paths if _kind(path) in TEXT_SUFFIXES and path.is_file()]
     index = _index((path.with_suffix(""), path) for path in captions)
     of_clips = {path.parent for path in paths if _kind(path) in MOVING}
     frames = {path for path in folders - of_clips if _find(path, index)}
     paths = [path for path in paths if not frames.intersection(path.parents)]
-    others = captions | folders - frames
+    others = {*captions, *folders} - frames
     texts = {path: _find(path if path in frames else path.with_suffix(""), index)
              for path in paths if path not in others}
     names = {path.parent.name for path, found in texts.items()
@@ -205,7 +205,7 @@ def _by_name(folder, paths, folders):
                 problem = problem or (f"clip without a caption; write it into {path.stem}.txt (a "
                                       "sub-folder's name counts if there are two, but not train)")
             yield path, caption, problem
-    for path in sorted(captions.difference(*texts.values()).intersection(paths)):
+    for path in sorted({*captions}.difference(*texts.values()).intersection(paths)):
         yield path, "", "caption without a clip; remove it or add the clip"
 
 
@@ -222,7 +222,8 @@ def find_clips(folder):
     paths = list(_walk(folder, set()))
     folders = {path for path in paths if path.is_dir()}
     moving = {path.with_suffix("") for path in paths if _kind(path) in MOVING}
-    tables = {path: _entries(path) for path in paths if _kind(path) in TABLES or _prompts(path)}
+    tables = {path: _entries(path) for path in paths
+              if path.is_file() and (_kind(path) in TABLES or _prompts(path))}
     paths = [path for path in paths if path not in tables
              and not (_kind(path) in STILLS and path.with_suffix("") in moving)]
     problems = [f"{path}: its captions cannot be read; write a line {EXAMPLE} for each clip into "

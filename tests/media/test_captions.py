@@ -231,6 +231,10 @@ def test_links_are_followed_and_a_link_back_up_is_no_endless_walk(tmp_path):
     (tmp_path / "data/cat").symlink_to(tmp_path / "disk/cat")
     (tmp_path / "data/dog/loop").symlink_to(tmp_path / "data")
     (tmp_path / "data/dog/gone.gif").symlink_to(tmp_path / "nowhere")
-    clips, (problem,) = found(tmp_path / "data")
+    (tmp_path / "data/dog/gone.txt").symlink_to("gone.txt")
+    (tmp_path / "data/gone.csv").symlink_to("nowhere")
+    clips, problems = found(tmp_path / "data")
     assert sorted(clips) == [("cat/1.gif", "cat"), ("dog/a.gif", "dog")]
-    assert problem.startswith("dog/gone.gif: a link to a file that does not exist")
+    assert sorted(problems) == [
+        f"{name}: a link to a file that does not exist; download it, or remove the link"
+        for name in ("dog/gone.gif", "dog/gone.txt", "gone.csv")]
