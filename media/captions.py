@@ -81,8 +81,9 @@ def _problem(path, caption):
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
     if path.is_dir() and any(_kind(p) in MOVING or p.is_dir() for p in path.iterdir()):
         return "a folder of clips, not of frames; give each clip its own row"
-    # U+FFFD replaces bytes that are not UTF-8; surrogates stand for such bytes in names.
-    if not caption.split() or re.search("[\ufffd\ud800-\udfff]", caption):
+    # U+FFFD replaces bytes that are not UTF-8, surrogates stand for such bytes in names, and U+0000
+    # comes from UTF-16.
+    if not caption.split() or re.search("[\0\ufffd\ud800-\udfff]", caption):
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
     return None
 

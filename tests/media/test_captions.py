@@ -72,6 +72,7 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
     ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: row 2 needs"),
     ({"file_name": "b.gif", "text": "\ud83d"}, "b.gif: needs a caption of words"),  # a surrogate
     ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
+    ({"file_name": "b.gif", "text": "a\0b\0"}, "b.gif: needs a caption of words"),  # UTF-16
     ({"file_name": "b.gif", "text": []}, "b.gif: needs a caption of words"),
     ({"file_name": " ", "text": "x"}, "metadata.jsonl: row 2 needs"),  # not the whole folder
     ({"file_name": "sub", "text": "x"}, "sub: a folder of clips, not of frames"),
