@@ -24,20 +24,18 @@ from pathlib import Path
 from media.read import CLIP_SUFFIXES, IGNORED, VIDEO_SUFFIXES, natural_key
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-NAMES = ("file_name", "filename", "file", "video", "video_path", "file_path", "filepath", "path",
-         "clip", "image")
+NAMES = ("filename", "file", "video", "videopath", "filepath", "path", "clip", "image")  # no "_"
 # Numbers of clips in WebVid and MSR-VTT. Their tables list more clips than most people download.
-IDS = ("videoid", "video_id", "image_id", "clip_id", "id")
+IDS = ("videoid", "imageid", "clipid", "id")
 TEXTS = ("text", "caption", "captions", "prompt", "sentence", "description")
 EXAMPLE = '{"file_name": "...", "text": "..."}'
 PROMPTS = ("prompt.txt", "prompts.txt", "captions.txt")  # beside videos.txt
 TEXT_SUFFIXES = (".txt", ".caption")
 MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
 STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
-
 # Names of sub-folders that say nothing about their clips
-NO_CAPTION = re.compile(r"(train|val(id(ation)?)?|test|all|data|part|chunk|videos?|clips?|images?|"
-                        r"frames?)?[\d_ .-]*", re.IGNORECASE)
+NO_CAPTION = re.compile(
+    r"(?i)(train|val(idation)?|test|all|data|part|chunk|(video|clip|image|frame)s?)?[\d_ .-]*")
 
 
 def _kind(path):
@@ -81,8 +79,7 @@ def _problem(path, caption):
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
     if path.is_dir() and any(_kind(p) in MOVING or p.is_dir() for p in path.iterdir()):
         return "a folder of clips, not of frames; give each clip its own row"
-    # U+FFFD replaces bytes that are not UTF-8, surrogates stand for such bytes in names, and U+0000
-    # comes from UTF-16.
+    # Signs of bytes that are not UTF-8: U+0000 (UTF-16), U+FFFD (replaced) and surrogates (names)
     if not caption.split() or re.search("[\0\ufffd\ud800-\udfff]", caption):
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
     return None
@@ -129,17 +126,17 @@ def _rows(table):
 def _entry(row):
     """(names to look for, captions, whether the clip may be missing) of a row, None without them"""
     try:
-        row = {key.strip().lower(): value for key, value in row.items()}  # csv: too many have None
-        columns = (*TEXTS, "name") if "videoid" in row else TEXTS  # WebVid's caption is in "name"
-        texts = max((row[column] for column in columns if column in row), key=bool)  # if not empty
+        row = {key.strip().lower().replace("_", ""): value for key, value in row.items()}
+        webvid = row.get("name") if "videoid" in row else None  # the caption's column there
+        texts = max((row[text] for text in TEXTS if text in row), key=bool, default=webvid)
         texts = texts or [""] if isinstance(texts, list) else [texts]
         texts = [" ".join(text.split()) for text in texts]
         names = (str(row.get(column) or "").strip().replace("\\", "/") for column in NAMES)
         if name := next(filter(None, names), None):
             return [name], texts, False
         number = str([row[column] for column in IDS if column in row][0])
-        return [f"{row.get('page_dir')}/{number}", number], texts, True
-    except (LookupError, ValueError, AttributeError):  # ValueError: no column of captions
+        return [f"{row.get('pagedir')}/{number}", number], texts, True
+    except (LookupError, AttributeError):  # csv: the key of too many values is None
         return None
 
 
@@ -170,7 +167,7 @@ def _by_tables(folder, paths, folders, tables):
             if not entry:
                 yield table, "", f"row {number} needs a clip and a caption, as {EXAMPLE}, in UTF-8"
             elif len(found) > 1:
-                yield table, "", f"row {number}: several clips {names[-1]}; write folder and suffix"
+                yield table, "", f"row {number}: {names[-1]} is several clips; write it in full"
             elif os.path.lexists(found[0]):
                 listed.add(found[0])
                 yield from ((found[0], text, _problem(found[0], text)) for text in captions)

@@ -135,7 +135,6 @@ def test_its_own_frame_rate_keeps_each_frame_of_a_video_once(tmp_path, suffix, e
 
 
 def test_its_own_frame_rate_keeps_each_frame_of_a_gif_once(tmp_path):
-    """At 30 frames per second, in whole 1/100 s."""
     save_animation(tmp_path / "a.gif", gray_frames(), duration=[30, 40, 30, 30, 40, 30])
     assert grays_of(read_clip(tmp_path / "a.gif", frame_rate=30)[0]) == list(GRAYS)
 
