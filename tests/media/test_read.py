@@ -129,7 +129,6 @@ def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
 @pytest.mark.parametrize("suffix, exact, rate", [
     (".mp4", "30000/1001", 29.97), (".mkv", "24000/1001", 23.976), (".webm", "30", 30)])
 def test_its_own_frame_rate_keeps_each_frame_of_a_video_once(tmp_path, suffix, exact, rate):
-    """People round the rate, and Matroska the times to 1/1000 s."""
     encode(tmp_path / f"a{suffix}", gray_frames(), rate=exact)
     assert grays_of(read_clip(tmp_path / f"a{suffix}", frame_rate=rate)[0]) == list(GRAYS)
 
