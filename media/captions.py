@@ -200,8 +200,8 @@ def _by_name(folder, paths, folders):
             problem = _problem(path, caption)
             if (path.parent == folder or name not in names
                     or len(names) < 2 and not path.name.startswith(f"v_{name}_g")):
-                problem = problem or (f"clip without a caption; write it into {path.stem}.txt (a "
-                                      "sub-folder's name counts if there are two, but not train)")
+                problem = problem or (f"clip without a caption; write it into {path.stem}.txt "
+                                      '(sub-folders\' names count if two say more than "train")')
             yield path, caption, problem
     for path in sorted({*captions}.difference(*texts.values()).intersection(paths)):
         yield path, "", "caption without a clip; remove it or add the clip"
