@@ -1,11 +1,11 @@
 """Find the clips of a folder and their captions.
 
 1.  If the folder has tables, all captions come from them, and a clip that none lists is a problem.
-    A table is a .jsonl, .json (a list of objects) or .csv file with a row per caption, such as
+    A table is a .jsonl, .json (a list of objects), .csv or .tsv file with a row per caption, as
     {"file_name": "dogs/1.mp4", "text": "a dog barks"}, or the two files videos.txt and prompt.txt.
 2.  Otherwise a caption is the text of the .txt or .caption file beside the clip (1.mp4, 1.txt), or
-    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. A single
-    sub-folder is more often called "videos" or "train", so its name is no caption.
+    the name of its sub-folder (ApplyEyeMakeup/1.avi: "apply eye makeup"), as in UCF-101. The name
+    of a single sub-folder is no caption, and neither are names such as "train", "clips" or "001".
 
 A clip is a file that media/read.py reads, or a folder of images, its frames. A folder of images can
 also be a class of stills, so it is one clip only if it has its own caption: a row of a table, or
@@ -21,19 +21,21 @@ import re
 import unicodedata
 from pathlib import Path
 
-from media.read import CLIP_SUFFIXES, VIDEO_SUFFIXES, natural_key
+from media.read import CLIP_SUFFIXES, IGNORED, VIDEO_SUFFIXES, natural_key
 
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
-NAMES = ("file_name", "filename", "file", "video", "video_path", "path")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+NAMES = ("filename", "file", "video", "videopath", "filepath", "path", "clip", "image")  # no "_"
 # Numbers of clips in WebVid and MSR-VTT. Their tables list more clips than most people download.
-IDS = ("videoid", "video_id", "image_id")
-TEXTS = ("text", "caption", "captions", "prompt", "sentence")
+IDS = ("videoid", "imageid", "clipid", "id")
+TEXTS = ("text", "caption", "captions", "prompt", "sentence", "description")
 EXAMPLE = '{"file_name": "...", "text": "..."}'
+PROMPTS = ("prompt.txt", "prompts.txt", "captions.txt")  # beside videos.txt
 TEXT_SUFFIXES = (".txt", ".caption")
 MOVING = (*VIDEO_SUFFIXES, ".gif", ".apng")
 STILLS = (".jpg", ".jpeg", ".png", ".webp")  # a thumbnail if beside MOVING of the same stem
-IGNORED = re.compile(r"\..*|.*\.md|(readme|license)(\.(txt|rst|html))?|(eh)?thumbs\.db|desktop\.ini"
-                     "|__macosx|@eadir")
+# Names of sub-folders that say nothing about their clips
+NO_CAPTION = re.compile(
+    r"(?i)(train|val(idation)?|test|all|data|part|chunk|(video|clip|image|frame)s?)?[\d_ .-]*")
 
 
 def _kind(path):
@@ -75,8 +77,10 @@ def _problem(path, caption):
         return "a link to a file that does not exist; download it, or remove the link"
     if not path.is_dir() and _kind(path) not in CLIP_SUFFIXES:
         return f"not a clip (known: {' '.join(CLIP_SUFFIXES)}); convert or remove it"
-    # U+FFFD replaces bytes that are not UTF-8; surrogates stand for such bytes in names.
-    if not caption.split() or re.search("[\ufffd\ud800-\udfff]", caption):
+    if path.is_dir() and any(_kind(p) in MOVING or p.is_dir() for p in path.iterdir()):
+        return "a folder of clips, not of frames; give each clip its own row"
+    # Signs of bytes that are not UTF-8: U+0000 (UTF-16), U+FFFD (replaced) and surrogates (names)
+    if not caption.split() or re.search("[\0\ufffd\ud800-\udfff]", caption):
         return f"needs a caption of words in UTF-8, got {caption!r:.50}"
     return None
 
@@ -93,40 +97,46 @@ def _json(text):
 
 
 def _prompts(path):
-    """prompt.txt or prompts.txt, the captions of the list of clips beside it, videos.txt."""
-    return next(path.parent.glob("prompt*.txt"), None) if path.name == "videos.txt" else None
+    """The captions of the list of clips beside it, videos.txt, or None."""
+    names = PROMPTS if path.name == "videos.txt" else ()
+    return next(filter(Path.is_file, map(path.with_name, names)), None)
 
 
 def _rows(table):
     """The rows of a table; one that cannot be read is None."""
-    if _kind(table) == ".jsonl":
-        return [_json(line) for line in _text(table).split("\n") if line.strip()]
-    if _kind(table) == ".csv":
-        return csv.DictReader(io.StringIO(_text(table)))
+    text = _text(table) if _kind(table) != ".parquet" else ""
+    if _kind(table) in (".csv", ".tsv"):
+        header, _, _ = text.partition("\n")  # spreadsheets also write semicolons and tabs
+        return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
     if _kind(table) == ".txt":
-        lines = (_text(path).strip().split("\n") for path in (table, _prompts(table)))
+        lines = (lines.rstrip().split("\n") for lines in (text, _text(_prompts(table))))
         return [{"file": name, "text": text} for name, text in itertools.zip_longest(*lines)]
-    rows = _json(_text(table)) if _kind(table) == ".json" else None
-    if isinstance(rows, dict):  # MSR-VTT, or of the clip beside, or {name: caption or row}
-        return (rows.get("sentences") or rows.get("annotations")
-                or rows.keys() & {*TEXTS} and [{"file_name": table.stem} | rows]
-                or [{"file_name": name} | (row if isinstance(row, dict) else {"text": row})
-                    for name, row in rows.items()])
+    rows = _json(text)
+    if rows is None or isinstance(rows, dict) and _kind(table) == ".jsonl":
+        return [_json(line) for line in text.split("\n") if line.strip()]
+    if isinstance(rows, dict):  # of the clip beside, or of a list, or {name: caption or row}
+        beside = {"file_name": table.stem} | rows
+        lists = [x for x in rows.values() if isinstance(x, list) and any(map(_entry, x))]
+        return _entry(beside) and [beside] or [*itertools.chain(*lists)] or [
+            {"file_name": name} | (row if isinstance(row, dict) else {"text": row})
+            for name, row in rows.items()]
     return rows if isinstance(rows, list) else []
 
 
 def _entry(row):
     """(names to look for, captions, whether the clip may be missing) of a row, None without them"""
     try:
-        row = {key.strip().lower(): value for key, value in row.items()}  # csv: too many have None
-        columns = (*TEXTS, "name") if "videoid" in row else TEXTS  # WebVid's caption is in "name"
-        texts = [row[column] for column in columns if column in row][0]
-        texts = [" ".join(text.split()) for text in (texts if isinstance(texts, list) else [texts])]
-        if names := [row[column].strip().replace("\\", "/") for column in NAMES if column in row]:
-            return names[:1], texts, False
+        row = {key.strip().lower().replace("_", ""): value for key, value in row.items()}
+        webvid = row.get("name") if "videoid" in row else None  # the caption's column there
+        texts = max((row[text] for text in TEXTS if text in row), key=bool, default=webvid)
+        texts = texts or [""] if isinstance(texts, list) else [texts]
+        texts = [" ".join(text.split()) for text in texts]
+        names = (str(row.get(column) or "").strip().replace("\\", "/") for column in NAMES)
+        if name := next(filter(None, names), None):
+            return [name], texts, False
         number = str([row[column] for column in IDS if column in row][0])
-        return [f"{row.get('page_dir')}/{number}", number], texts, True
-    except (LookupError, AttributeError):
+        return [f"{row.get('pagedir')}/{number}", number], texts, True
+    except (LookupError, AttributeError):  # csv: the key of too many values is None
         return None
 
 
@@ -141,22 +151,23 @@ def _entries(table):
 
 def _by_tables(folder, paths, folders, tables):
     """Yield (path, caption, problem or None) from tables, {path: entries}."""
-    # A name is relative to the table's folder, or a clip's name anywhere; it may lack the suffix.
-    short = {path: path.relative_to(folder) for path in paths
-             if path in folders or _kind(path) in CLIP_SUFFIXES}
-    index = _index((name, path) for path, p in short.items() for name in {
-        str(p), str(p.with_suffix("")), p.name, p.stem})
+    # A name is relative to the table's folder or to any other; it may lack the suffix.
+    short = [(path, path.relative_to(folder)) for path in paths
+             if path in folders or _kind(path) in CLIP_SUFFIXES]
+    whole = _index((name, path) for path, p in short for name in {p, p.with_suffix("")})
+    parts = _index((name, path) for path, p in short for i in range(1, len(p.parts))
+                   for end in [Path(*p.parts[i:])] for name in {end, end.with_suffix("")})
     listed = set()
     for table, entries in tables.items():
         for number, entry in enumerate(entries, start=1):
             names, captions, may_miss = entry or ([""], [], False)
             places = [os.path.relpath(table.parent / name, folder) for name in names]
-            found = next(filter(None, (_find(name, index) for name in (*places, *names))),
-                         [folder / places[0]])
+            found = next(filter(None, (_find(name, index) for index in (whole, parts)
+                                       for name in (*places, *names))), [folder / places[0]])
             if not entry:
-                yield table, "", f"row {number} needs {EXAMPLE} in UTF-8"
+                yield table, "", f"row {number} needs a clip and a caption, as {EXAMPLE}, in UTF-8"
             elif len(found) > 1:
-                yield table, "", f"row {number}: name the folder of {names[-1]}, too"
+                yield table, "", f"row {number}: {names[-1]} is several clips; write it in full"
             elif os.path.lexists(found[0]):
                 listed.add(found[0])
                 yield from ((found[0], text, _problem(found[0], text)) for text in captions)
@@ -169,16 +180,17 @@ def _by_tables(folder, paths, folders, tables):
 
 def _by_name(folder, paths, folders):
     """Yield (path, caption, problem or None) with captions from .txt files or sub-folders."""
-    captions = {path for path in paths if _kind(path) in TEXT_SUFFIXES}
+    captions = [path for path in paths if _kind(path) in TEXT_SUFFIXES and path.is_file()]
     index = _index((path.with_suffix(""), path) for path in captions)
     of_clips = {path.parent for path in paths if _kind(path) in MOVING}
     frames = {path for path in folders - of_clips if _find(path, index)}
     paths = [path for path in paths if not frames.intersection(path.parents)]
-    others = captions | folders - frames
+    others = {*captions, *folders} - frames
     texts = {path: _find(path if path in frames else path.with_suffix(""), index)
              for path in paths if path not in others}
     names = {path.parent.name for path, found in texts.items()
-             if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES}
+             if not found and path.parent != folder and _kind(path) in CLIP_SUFFIXES
+             and not NO_CAPTION.fullmatch(path.parent.name)}
     for path, found in texts.items():
         for caption in [" ".join(_text(text).split()) for text in found]:
             yield path, caption, _problem(path, caption)
@@ -186,11 +198,12 @@ def _by_name(folder, paths, folders):
             name = path.parent.name  # "PlayingChess" and "playing_chess" are "playing chess"
             caption = re.sub("(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
             problem = _problem(path, caption)
-            if path.parent == folder or len(names) < 2 and not path.name.startswith(f"v_{name}_g"):
+            if (path.parent == folder or name not in names
+                    or len(names) < 2 and not path.name.startswith(f"v_{name}_g")):
                 problem = problem or (f"clip without a caption; write it into {path.stem}.txt "
-                                      "(the name of a sub-folder counts if there are two)")
+                                      '(sub-folders\' names count if two say more than "train")')
             yield path, caption, problem
-    for path in sorted(captions.difference(*texts.values()).intersection(paths)):
+    for path in sorted({*captions}.difference(*texts.values()).intersection(paths)):
         yield path, "", "caption without a clip; remove it or add the clip"
 
 
@@ -207,7 +220,8 @@ def find_clips(folder):
     paths = list(_walk(folder, set()))
     folders = {path for path in paths if path.is_dir()}
     moving = {path.with_suffix("") for path in paths if _kind(path) in MOVING}
-    tables = {path: _entries(path) for path in paths if _kind(path) in TABLES or _prompts(path)}
+    tables = {path: _entries(path) for path in paths
+              if path.is_file() and (_kind(path) in TABLES or _prompts(path))}
     paths = [path for path in paths if path not in tables
              and not (_kind(path) in STILLS and path.with_suffix("") in moving)]
     problems = [f"{path}: its captions cannot be read; write a line {EXAMPLE} for each clip into "

@@ -22,6 +22,9 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 CLIP_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+# Files that systems and authors add to a folder, in lower case
+IGNORED = re.compile(r"\..*|.*\.md|(readme|license)(\.(txt|rst|html))?|(eh)?thumbs\.db|desktop\.ini"
+                     "|__macosx|@eadir")
 # Most bytes of a clip's frames in memory, enough for 14 minutes of 256x256 at 25 frames per second
 MAX_CLIP_BYTES = 4 * 2**30
 REMEDY = "export or download it again, or remove it"
@@ -73,7 +76,7 @@ def _image_frames(path):
 
 def _folder_frames(path):
     """Decode a folder of images, in natural order of their names."""
-    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    files = [file for file in path.iterdir() if not IGNORED.fullmatch(file.name.lower())]
     for file in sorted(files, key=lambda file: natural_key(file.name)):
         yield from ((image, None) for image, _ in _image_frames(file))
 
@@ -106,7 +109,9 @@ def _video_frames(path, frame_rate):
     """Decode a video with ffmpeg: every frame, or with frame_rate those on screen at its times."""
     require_programs("ffmpeg", purpose=path, remedy="convert the clip to GIF")
     duration = 1 / Fraction(frame_rate) if frame_rate else _average_duration(path)
-    resample = f"fps={frame_rate}:round=down," if frame_rate else ""
+    # Matroska and WebM round times to 1/1000 s, so frames count 2/1000 s before they are due.
+    resample = (f"settb=AVTB,setpts=PTS-STARTPTS+2000,fps={frame_rate}:round=down,"
+                if frame_rate else "")
     # Make pixels square. Number the frames and ignore their times; otherwise ffmpeg drops and
     # repeats frames to get a constant rate. Each PPM image has its own size, after any rotation.
     filters = ["-vf", f"{resample}scale=iw*sar:ih,setsar=1,setpts=N/TB", "-r", "1"]
@@ -145,7 +150,8 @@ def _resample(frames, frame_rate):
 
     A frame without a duration, of a folder of images or a still, is yielded once.
     """
-    step, time, end = 1 / Fraction(frame_rate), Fraction(0), Fraction(0)
+    step, end = 1 / Fraction(frame_rate), Fraction(0)
+    time = min(step / 2, Fraction(1, 200))  # not 0, because GIF rounds its times to 1/100 s
     for image, duration in frames:
         end = end + (duration or step)
         while time < end:

@@ -72,13 +72,18 @@ def test_hidden_and_known_other_files_are_ignored(tmp_path):
     ({"file_name": "b.gif", "text": 3}, "metadata.jsonl: row 2 needs"),
     ({"file_name": "b.gif", "text": "\ud83d"}, "b.gif: needs a caption of words"),  # a surrogate
     ({"file_name": "b.gif", "text": " "}, "b.gif: needs a caption of words"),
+    ({"file_name": "b.gif", "text": "a\0b\0"}, "b.gif: needs a caption of words"),  # UTF-16
+    ({"file_name": "b.gif", "text": []}, "b.gif: needs a caption of words"),
+    ({"file_name": " ", "text": "x"}, "metadata.jsonl: row 2 needs"),  # not the whole folder
+    ({"file_name": "sub", "text": "x"}, "sub: a folder of clips, not of frames"),
     ({"file_name": "c.gif", "text": "x"}, "metadata.jsonl: row 2: no clip c.gif; "),
     ({"file_name": "d.flv", "text": "x"}, "d.flv: not a clip"),
     (b"", "b.gif: not in metadata.jsonl; add a row or remove the file"),
 ])
 def test_every_bad_line_of_metadata_is_a_problem(tmp_path, line, problem):
     make_clip(tmp_path / "a.gif")
-    for name in ("b.gif", "d.flv"):
+    for name in ("b.gif", "d.flv", "sub/e.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     write_metadata(tmp_path, {"file_name": "a.gif", "text": "an ape"}, line)
     clips, problems = found(tmp_path)
@@ -105,13 +110,18 @@ def test_every_bad_name_is_a_problem(tmp_path, name, text, problem):
 
 @pytest.mark.parametrize("name, text", [
     ("metadata.jsonl",
-     '{"video": "a.gif", "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
+     '{"video": "a.gif", "text": null, "prompt": "an ape"}\n{"path": "b", "captions": ["x", "y"]}'),
     ("all.json",
      '[{"file": "a.gif", "caption": "an ape"}, {"file_name": "b.gif", "text": ["x", "y"]}]'),
     ("all.json", '{"a.gif": "an ape", "v/b": {"caption": ["x", "y"]}}'),
     ("MSR_VTT.json",
      '{"annotations": [{"image_id": "b", "caption": "x"}, {"image_id": "z", "caption": "?"}, '
      '{"image_id": "a", "caption": "an ape"}, {"image_id": "b", "caption": "y"}]}'),
+    ("all.json", '{"d": [{"clip": "a", "text": "an ape"}, {"id": "b", "text": ["x", "y"]}]}'),
+    ("all.json", '{"file": "a.gif", "text": "an ape"}\n{"file": "b.gif", "text": ["x", "y"]}\n'),
+    ("all.jsonl", '[{"file": "a.gif", "text": "an ape"},\n{"file": "b.gif", "text": ["x", "y"]}]'),
+    ("all.csv", 'file;text\na.gif;an ape\nb.gif;x\nb.gif;"y"\n'),
+    ("all.tsv", 'file\ttext\na.gif\tan ape\nb.gif\tx\nb.gif\ty\n'),
     ("metadata.csv", '\ufeffFile_Name,Text\nV\\A.gif,an ape\nb.gif,x\nb.gif,y\n'),
     ("webvid.csv", 'videoid,page_dir,name\na,v,"an ape"\nb,0_9,x\nb,0_9,y\nmissing,v,?\n'),
 ])
@@ -124,21 +134,24 @@ def test_a_table_gives_captions(tmp_path, name, text):
     assert sorted(clips) == [("v/a.gif", "an ape"), ("v/b.gif", "x | y")] and problems == []
 
 
-def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path):
-    for name in ("b", "a", "c"):
-        make_clip(tmp_path / f"videos/{name}.gif")
-    (tmp_path / "videos.txt").write_text("videos/b.gif\nvideos/a.gif\nvideos/c.gif\n")
-    (tmp_path / "prompt.txt").write_text("a bee\r\nan ape\n")
-    assert found(tmp_path) == ([("videos/b.gif", "a bee"), ("videos/a.gif", "an ape")], [
-        'videos.txt: row 3 needs {"file_name": "...", "text": "..."} in UTF-8',
-        "videos/c.gif: not in videos.txt; add a row or remove the file"])
-    (tmp_path / "prompt.txt").unlink()
+@pytest.mark.parametrize("name", ["prompt.txt", "prompts.txt", "captions.txt"])
+def test_videos_txt_and_prompt_txt_belong_together_line_by_line(tmp_path, name):
+    for clip in ("b", "a", "c"):
+        make_clip(tmp_path / f"videos/{clip}.gif")
+    (tmp_path / "videos.txt").write_text("videos/b.gif\nvideos/a.gif\nvideos/c.gif\n\n")
+    (tmp_path / "prompt_old.txt").write_text("x\ny\nz")
+    (tmp_path / name).write_text("\r\nan ape\r\n")
+    assert found(tmp_path) == ([("videos/a.gif", "an ape")], [
+        "videos/b.gif: needs a caption of words in UTF-8, got ''",
+        'videos.txt: row 3 needs a clip and a caption, as {"file_name": "...", "text": "..."}, '
+        "in UTF-8", "videos/c.gif: not in videos.txt; add a row or remove the file"])
+    (tmp_path / name).unlink()
     assert found(tmp_path)[0] == []  # videos.txt is not the caption of a clip "videos"
 
 
 def test_a_json_beside_a_clip_can_have_its_caption(tmp_path):
     make_clip(tmp_path / "1/a.gif")
-    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "url": "?"}')
+    (tmp_path / "1/a.json").write_text('{"caption": "an ape", "said": [{"id": 1, "text": "?"}]}')
     assert found(tmp_path) == ([("1/a.gif", "an ape")], [])
 
 
@@ -156,7 +169,7 @@ def test_a_table_without_captions_is_named(tmp_path, name, text):
 
 @pytest.mark.parametrize("row, problem", [
     ("a.gif,an ape, sitting", "all.csv: row 2 needs"),  # the comma is not in quotes
-    ("same,an ape", "all.csv: row 2: name the folder of same, too"),
+    ("same,an ape", "all.csv: row 2: same is several clips; write"),
 ])
 def test_a_row_that_could_mean_two_things_is_a_problem(tmp_path, row, problem):
     for name in ("1/same.gif", "2/same.gif", "a.gif"):
@@ -178,6 +191,15 @@ def test_names_that_differ_in_case_or_composition_are_found(tmp_path, on_disk, t
     assert found(tmp_path) == ([(on_disk, "x")], [])
 
 
+def test_a_whole_path_comes_before_the_end_of_another(tmp_path):
+    for name in ("a", "x/a", "w/x/b", "w/y/b"):
+        make_clip(tmp_path / f"{name}.gif")
+    write_metadata(tmp_path, {"file": "a.gif", "text": "1"}, {"file": "x/a.gif", "text": "2"},
+                   {"videoid": "b", "page_dir": "x", "name": "3"}, {"file": "y/b", "text": "4"})
+    assert found(tmp_path) == (
+        [("a.gif", "1"), ("x/a.gif", "2"), ("w/x/b.gif", "3"), ("w/y/b.gif", "4")], [])
+
+
 def test_exact_names_come_first(tmp_path):
     for name in ("a", "A"):
         make_clip(tmp_path / f"{name}.gif")
@@ -187,6 +209,7 @@ def test_exact_names_come_first(tmp_path):
 
 @pytest.mark.parametrize("names, captions", [
     (["videos/1.gif"], []), (["train/videos/1.gif", "test/videos/2.gif"], []),
+    (["train/1.gif", "test/2.gif"], []), (["001/1.gif", "clip_002/2.gif", "All/3.gif"], []),
     (["YoYo/v_YoYo_g01.gif"], ["yo yo"]),
     (["YoYo/1.gif", "ApplyEyeMakeup/1.gif"], ["apply eye makeup", "yo yo"])])
 def test_one_sub_folder_is_no_caption_but_a_class_of_ucf_101_is(tmp_path, names, captions):
@@ -206,6 +229,9 @@ def test_links_are_followed_and_a_link_back_up_is_no_endless_walk(tmp_path):
     (tmp_path / "data/cat").symlink_to(tmp_path / "disk/cat")
     (tmp_path / "data/dog/loop").symlink_to(tmp_path / "data")
     (tmp_path / "data/dog/gone.gif").symlink_to(tmp_path / "nowhere")
-    clips, (problem,) = found(tmp_path / "data")
+    (tmp_path / "data/dog/gone.txt").symlink_to("gone.txt")
+    (tmp_path / "data/gone.csv").symlink_to("nowhere")
+    clips, problems = found(tmp_path / "data")
     assert sorted(clips) == [("cat/1.gif", "cat"), ("dog/a.gif", "dog")]
-    assert problem.startswith("dog/gone.gif: a link to a file that does not exist")
+    assert [problem[:21] for problem in sorted(problems)] == [
+        "dog/gone.gif: a link ", "dog/gone.txt: a link ", "gone.csv: a link to a"]

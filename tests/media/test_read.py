@@ -16,10 +16,10 @@ def save_animation(path, frames, duration):
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, lossless=True)
 
 
-def encode(path, frames, *options):
+def encode(path, frames, *options, rate="10"):
     """Encode frames with ffmpeg, by a command line that is not read.py's."""
     t, h, w, _ = frames.shape
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", "10", "-i", "-"]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-r", rate, "-i", "-"]
     command = ["ffmpeg", "-v", "error", "-y", *source, *options, str(path)]
     subprocess.run(command, input=frames.tobytes(), check=True)
 
@@ -40,7 +40,8 @@ def test_a_folder_of_frames_is_sorted_as_people_count(tmp_path):
     """It has no frame rate, so it gets the one that is asked for."""
     for number, frame in zip((1, 2, 3, 10, 11, 100), gray_frames(), strict=True):
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
-    (tmp_path / ".DS_Store").touch()
+    for name in (".DS_Store", "Thumbs.db", "README.txt"):
+        (tmp_path / name).touch()
     for frame_rate in (None, 8):
         frames, rate = read_clip(tmp_path, frame_rate=frame_rate)
         assert grays_of(frames) == list(GRAYS) and rate == frame_rate
@@ -122,6 +123,19 @@ def test_a_frame_rate_follows_the_times_of_a_videos_frames(tmp_path):
            "-video_track_timescale", "1000")
     frames, rate = read_clip(tmp_path / "a.mp4", frame_rate=2)
     assert rate == 2 and grays_of(frames) == [*np.repeat(GRAYS[:4], 2), 160, 0, 240, 200]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix, exact, rate", [
+    (".mp4", "30000/1001", 29.97), (".mkv", "24000/1001", 23.976), (".webm", "30", 30)])
+def test_its_own_frame_rate_keeps_each_frame_of_a_video_once(tmp_path, suffix, exact, rate):
+    encode(tmp_path / f"a{suffix}", gray_frames(), rate=exact)
+    assert grays_of(read_clip(tmp_path / f"a{suffix}", frame_rate=rate)[0]) == list(GRAYS)
+
+
+def test_its_own_frame_rate_keeps_each_frame_of_a_gif_once(tmp_path):
+    save_animation(tmp_path / "a.gif", gray_frames(), duration=[30, 40, 30, 30, 40, 30])
+    assert grays_of(read_clip(tmp_path / "a.gif", frame_rate=30)[0]) == list(GRAYS)
 
 
 @pytest.mark.parametrize("log, message", [
