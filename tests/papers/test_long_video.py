@@ -21,7 +21,10 @@ SMALL = {"num_clips": 3, "clip_frames": 60, "num_frames": 4, "num_known": 2, "lo
 
 
 def train(path, init, *arguments, **options):
-    call(long_video.main, "train", path, *flags(init=init, **SMALL | options), *arguments)
+    options = {"init": init} | SMALL | options
+    for name in train_known_frames.LongOptions(**options).unused():
+        options.pop(name, None)
+    call(long_video.main, "train", path, *flags(**options), *arguments)
 
 
 @pytest.fixture(scope="module")
