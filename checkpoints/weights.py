@@ -94,7 +94,8 @@ def load_network(folder, kind, temporal=None, dtype=torch.float32):
     """
     where = Path(folder) / "config.json"
     if not where.is_file():
-        raise ValueError(f"{folder}: has no config.json; is the run's image stage finished?")
+        raise ValueError(f"{folder}: has no config.json; name a model's file, a folder in diffusers'"
+                         " layout, or a run whose image stage is finished")
     _, from_json, _ = FORMS[kind]
     with naming(where):
         config = from_json(read_json(where), where)
@@ -189,7 +190,9 @@ def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None,
     replace the folder's own."""
     path, parts, ignored = Path(path), {"unet": unet, "vae": vae}, 0
     if (where := path / "model_index.json").exists():
-        index, others = read_json(where), {"text_encoder_2", "image_normalizer"}  # of XL, unCLIP
+        index = read_json(where)
+        # of Stable Diffusion XL, unCLIP, AnimateDiff and ControlNet
+        others = {"text_encoder_2", "image_normalizer", "motion_adapter", "controlnet"}
         if others & index.keys() or not PARTS.keys() <= index.keys():
             raise ValueError(f"{path}: needs Stable Diffusion 1 or 2, got {index['_class_name']}")
     for name, kind in PARTS.items():
