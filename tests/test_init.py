@@ -123,6 +123,13 @@ def test_a_run_is_trained_further_with_its_own_layers(files, tmp_path, temporal)
         assert not any("temporal.0" in name for name in tensors_of(tmp_path / "conv/unet"))
 
 
+def test_more_frames_than_a_run_has_parameters_for_are_refused_before_anything(files, tmp_path):
+    start(tmp_path / "run", files, temporal="attention")
+    with pytest.raises(ValueError, match="--num-frames 4: .*run has parameters for 3 frames; lower"):
+        train_quickly(tmp_path / "more", "--init", tmp_path / "run", "--num-frames", 4)
+    train_quickly(tmp_path / "more", "--init", tmp_path / "run", "--num-frames", 2)
+
+
 def test_another_run_can_be_the_beginning(trained, tmp_path):
     train_quickly(tmp_path / "run", "--init", trained)
     assert equal(tensors_of(tmp_path / "run/image_unet"), tensors_of(trained / "unet"))

@@ -38,6 +38,7 @@ try:
 except ImportError:  # on Windows nothing is locked
     fcntl = None
 
+PER_FRAME = ("attention", "joint", "directed")  # variants with parameters for each frame
 LOCKS = {}  # {path: open file}; closing a file would release its lock
 
 
@@ -159,6 +160,10 @@ class Run:
         model.encode_text([""])  # fails now if the model has no tokenizer
         model.diffusion = options.diffusion(model.diffusion)
         check_image_size(options.image_size, model.vae.config, model.unet.config)
+        own, most = model.unet.config.temporal, model.unet.config.max_frames
+        if own == options.temporal in PER_FRAME and options.num_frames > most:
+            raise ValueError(f"--num-frames {options.num_frames}: {options.init} has parameters for"
+                             f" {most} frames; lower it, or choose another --temporal")
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
         self.save_record()  # a kill while the model is written leaves a run
