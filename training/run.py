@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from checkpoints import finite, weights
 from checkpoints.errors import DAMAGED
-from checkpoints.tokenizers import describe_cuts
 from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from model import UNet
 from support import devices
@@ -149,7 +148,7 @@ class Run:
                 shutil.rmtree(self.path / "cache", ignore_errors=True)
         barrier()
 
-    def adopt(self, captions, read_clips):
+    def adopt(self, read_clips):
         """Use the model that --init names as the result of stages one and two.
 
         read_clips(autoencoder) is called before anything is written, because it may fail.
@@ -167,7 +166,7 @@ class Run:
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
         self.save_record()  # a kill while the model is written leaves a run
-        self.note([*model.report.notes, *describe_cuts(model.tokenizer, captions, "captions")])
+        self.note(model.report.notes)
         if is_main():
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)

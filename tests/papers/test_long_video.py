@@ -125,6 +125,11 @@ def test_ctrl_c_keeps_the_frames_that_are_drawn(run, tmp_path, monkeypatch):
     assert np.array_equal(sample(run, tmp_path / "long.gif"), whole[:4])
 
 
+def test_the_words_that_a_model_does_not_see_are_named(run, capsys):
+    assert len(long_video.encode_prompt(load_model(run), "a red circle" + 15 * " left")) == 1
+    assert 'the model does not see "left' in capsys.readouterr().err
+
+
 def test_a_clip_starts_from_an_image_or_a_clip(run, tmp_path, draws):
     make_clip(tmp_path / "start.gif", num_frames=3, gray=200)
     first = sample(run, tmp_path / "a.gif", "--first-frame", tmp_path / "start.gif")
