@@ -191,7 +191,6 @@ def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None,
     path, parts, ignored = Path(path), {"unet": unet, "vae": vae}, 0
     if (where := path / "model_index.json").exists():
         index = read_json(where)
-        # of Stable Diffusion XL, unCLIP, AnimateDiff and ControlNet
         others = {"text_encoder_2", "image_normalizer", "motion_adapter", "controlnet"}
         if others & index.keys() or not PARTS.keys() <= index.keys():
             raise ValueError(f"{path}: needs Stable Diffusion 1 or 2, got {index['_class_name']}")

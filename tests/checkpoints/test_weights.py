@@ -135,7 +135,6 @@ def test_a_missing_file_is_named(folder, file, message):
     ("StableVideoDiffusionPipeline", {"text_encoder": None}),
     ("StableUnCLIPPipeline", {"image_normalizer": ["diffusers", "Normalizer"]}),
     ("AnimateDiffPipeline", {"motion_adapter": ["diffusers", "MotionAdapter"]}),
-    ("StableDiffusionControlNetPipeline", {"controlnet": ["diffusers", "ControlNetModel"]}),
 ])
 def test_a_folder_of_another_model_is_named(folder, name, parts):
     change(folder / "model_index.json", _class_name=name, **parts)
