@@ -147,7 +147,7 @@ def save_pipeline(pipeline, folder):
 
 
 def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=False,
-                  dtype=torch.float32, zero_terminal_snr=False):
+                  dtype=torch.float32, zero_terminal_snr=None):
     """Read a whole model: a run's folder, a diffusers folder or a single file.
 
     temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
@@ -157,7 +157,8 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     dtype: of the networks; None leaves each tensor as the file has it.
     """
     path, given = Path(path), {"prediction_type": prediction_type} if prediction_type else {}
-    given |= configs.ZERO_TERMINAL_SNR if zero_terminal_snr else {}
+    given |= {True: configs.ZERO_TERMINAL_SNR, False: {"rescale_betas_zero_snr": False}}.get(
+        zero_terminal_snr, {})
     if not path.is_dir():
         pipeline = _load_file(path, temporal, given, ema, dtype)
     elif ema:
@@ -241,6 +242,6 @@ def add_checkpoint_flags(parser):
                         help="a merges file (plain or .gz) or a tokenizer folder")
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
                         help="what the U-Net predicts, if the file does not say")
-    parser.add_argument("--zero-terminal-snr", action="store_true",
-                        help="the U-Net was trained with pure noise at the last timestep")
+    parser.add_argument("--zero-terminal-snr", action="store_const",
+                        const=True, help="the U-Net was trained with pure noise at the last timestep")
     parser.add_argument("--ema", action="store_true", help="use the average of the U-Net's weights")

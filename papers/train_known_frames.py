@@ -66,11 +66,10 @@ class LongOptions(LoopOptions):
                              f"{self.num_known}, {self.num_frames} and {self.clip_frames}")
 
     def unused(self):
-        return {name: why for true, why, names in (
-            (self.data != "shapes", "a folder's clips are used", ["num_clips", "clip_frames"]),
-            (not self.decoder_steps, "--decoder-steps 0 keeps the decoder",
-             ["decoder_batch_size", "decoder_learning_rate"]),
-        ) if true for name in names}
+        clips = ["num_clips", "clip_frames"] * (self.data != "shapes")
+        steps = ["decoder_batch_size", "decoder_learning_rate"] * (not self.decoder_steps)
+        return (dict.fromkeys(clips, "all clips of a folder are used")
+                | dict.fromkeys(steps, "--decoder-steps 0 keeps the decoder"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, call, flags, make_clip, train_quickly, train_small
+from helpers import SMALL, call, change, flags, make_clip, train_quickly, train_small
 from PIL import Image
 from recorded.rule import checkpoint
 
@@ -87,6 +87,15 @@ def test_a_schedule_that_is_asked_for_is_trained_and_written(files, tmp_path):
     diffusion = load_pipeline(tmp_path / "run").diffusion
     assert diffusion.prediction_type == "v_prediction" and diffusion.alpha_bar(999) == 0
     assert diffusion.timestep_spacing == "trailing"
+
+
+def test_pure_noise_is_left_out_for_a_unet_that_predicts_the_noise(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "v")
+    change(tmp_path / "v/scheduler/scheduler_config.json", prediction_type="v_prediction",
+           rescale_betas_zero_snr=True)
+    train_quickly(tmp_path / "run", "--init", tmp_path / "v", "--prediction-type", "epsilon",
+                  "--no-zero-terminal-snr")
+    assert load_pipeline(tmp_path / "run").diffusion == load_pipeline(tuned).diffusion
 
 
 @pytest.mark.parametrize("folder", [False, True], ids=["shapes", "a folder"])

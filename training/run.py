@@ -63,7 +63,7 @@ class Run:
 
     def start(self, clips, stages):
         """Say what will be trained. Raises ValueError if a new --data has other clips."""
-        options, path = self.options, self.path / self.options.record
+        options, path, size = self.options, self.path / self.options.record, self.options.image_size
         versions = [clips.version(i) for i in range(len(clips))]
         self.clips = hashlib.sha256(repr(versions).encode()).hexdigest()
         before = read_json(path) if self.finished or self.state else {"clips": self.clips}
@@ -71,7 +71,6 @@ class Run:
             raise ValueError(f"--data {options.data}: has other clips than "
                              f"{before['options']['data']}, on which {self.path} was trained")
         dtype = str(devices.compute_dtype(self.device, options.precision)).removeprefix("torch.")
-        size = options.image_size
         steps = ", ".join(f"{stage} {getattr(options, f'{stage}_steps')}" for stage in stages)
         if is_main():
             print(f"training on {options.data}: {len(clips)} clips, {options.num_frames} frames of "
@@ -144,7 +143,8 @@ class Run:
         read_clips(autoencoder) is called before anything is written, because it may fail.
         """
         options = self.options
-        model = weights.load_pipeline(options.init, None, options.merges, options.prediction_type)
+        model = weights.load_pipeline(options.init, None, options.merges, options.prediction_type,
+                                      zero_terminal_snr=options.zero_terminal_snr)
         finite.require_finite(model, options.init)
         model.encode_text([""])  # fails now if the model has no tokenizer
         model.diffusion = options.diffusion(model.diffusion)
