@@ -27,6 +27,9 @@ from support.files import read_prompts
 
 def generate(pipeline, prompts, sampling, seed, batch_size):
     """Yield a clip (t, 3, h, w) in [-1, 1] for each prompt, prompt i drawn with seed + i."""
+    texts = [*prompts, sampling.negative_prompt] if sampling.negative_prompt else prompts
+    for note in describe_cuts(pipeline.tokenizer, texts, "prompts"):
+        print(note, file=sys.stderr)
     total = len(prompts) * sampling.num_steps
     with tqdm(total=total, desc="sample", unit="step", leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -64,9 +67,7 @@ def main():
     pipeline = load_pipeline(args.path, None, args.merges, args.prediction_type, args.ema,
                              zero_terminal_snr=args.zero_terminal_snr)
     sampling = dataclasses.replace(pipeline.sampling, **given_flags(args, Sampling()))
-    texts = [*prompts, sampling.negative_prompt] if sampling.negative_prompt else prompts
-    for note in (*pipeline.report.notes, *describe_cuts(pipeline.tokenizer, texts, "prompts"),
-                 *precision_notes(pipeline.unet, device, args.precision)):
+    for note in *pipeline.report.notes, *precision_notes(pipeline.unet, device, args.precision):
         print(note, file=sys.stderr)
     pipeline.to(device, args.precision)
     if args.compile:
@@ -79,8 +80,7 @@ def main():
         raise ValueError(f"--format {args.format} contradicts --output {output}")
     require_writer(output if one_file else f"x{suffix}")  # fail before the work, not after it
     torch.set_flush_denormal(True)  # numbers near 0 would make a CPU many times slower
-    # Generators, so in a folder each batch is written before the next one is drawn.
-    clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)
+    clips = generate(pipeline, prompts, sampling, args.seed, args.batch_size)  # batch by batch
     for path in write_samples(clips, prompts, output, suffix, sampling.frames_per_second,
                               args.zoom):
         print(path)

@@ -269,7 +269,7 @@ def main():
     run = Run(args.run, options, finished, args.resume)
     run.start(clips, stages)
     if adopting:
-        run.adopt(clips.captions, lambda autoencoder: cache_latents(run, clips, autoencoder))
+        run.adopt(lambda autoencoder: cache_latents(run, clips, autoencoder))
     if run.device.type == "cuda" and rank_and_count()[1] == 1:
         rehearse(run, stages, clips.captions)
     for stage in stages:

@@ -161,7 +161,7 @@ def diffusion_from_json(values, where):
 def diffusion_from_file(tensors, metadata, is_sd2, given):
     """(Diffusion, image size, notes) of a single file; `given` overrides fields of the schedule."""
     # sd-scripts and ComfyUI write metadata, ComfyUI also the empty tensors v_pred and ztsnr.
-    said = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
+    said = {key.removeprefix("modelspec."): text.lower() for key, text in metadata.items()}
     kind = "v" if "v_pred" in tensors else said.get("prediction_type") or said.get("predict_key")
     kind = "v_prediction" if kind == "v" else kind
     values = {"prediction_type": kind or ("v_prediction" if is_sd2 else "epsilon")}

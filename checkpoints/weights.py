@@ -94,7 +94,8 @@ def load_network(folder, kind, temporal=None, dtype=torch.float32):
     """
     where = Path(folder) / "config.json"
     if not where.is_file():
-        raise ValueError(f"{folder}: has no config.json; is the run's image stage finished?")
+        raise ValueError(f"{folder}: has no config.json; name a model's file, a folder in diffusers'"
+                         " layout, or a run whose image stage is finished")
     _, from_json, _ = FORMS[kind]
     with naming(where):
         config = from_json(read_json(where), where)
@@ -146,7 +147,7 @@ def save_pipeline(pipeline, folder):
 
 
 def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=False,
-                  dtype=torch.float32, zero_terminal_snr=False):
+                  dtype=torch.float32, zero_terminal_snr=None):
     """Read a whole model: a run's folder, a diffusers folder or a single file.
 
     temporal: overrides the U-Net's temporal variant; a model that names none gets the shift.
@@ -156,7 +157,8 @@ def load_pipeline(path, temporal=None, merges=None, prediction_type=None, ema=Fa
     dtype: of the networks; None leaves each tensor as the file has it.
     """
     path, given = Path(path), {"prediction_type": prediction_type} if prediction_type else {}
-    given |= configs.ZERO_TERMINAL_SNR if zero_terminal_snr else {}
+    given |= {True: configs.ZERO_TERMINAL_SNR, False: {"rescale_betas_zero_snr": False}}.get(
+        zero_terminal_snr, {})
     if not path.is_dir():
         pipeline = _load_file(path, temporal, given, ema, dtype)
     elif ema:
@@ -189,7 +191,8 @@ def load_folder(path, temporal=None, given=None, dtype=torch.float32, unet=None,
     replace the folder's own."""
     path, parts, ignored = Path(path), {"unet": unet, "vae": vae}, 0
     if (where := path / "model_index.json").exists():
-        index, others = read_json(where), {"text_encoder_2", "image_normalizer"}  # of XL, unCLIP
+        index = read_json(where)
+        others = {"text_encoder_2", "image_normalizer", "motion_adapter", "controlnet"}
         if others & index.keys() or not PARTS.keys() <= index.keys():
             raise ValueError(f"{path}: needs Stable Diffusion 1 or 2, got {index['_class_name']}")
     for name, kind in PARTS.items():
@@ -239,6 +242,6 @@ def add_checkpoint_flags(parser):
                         help="a merges file (plain or .gz) or a tokenizer folder")
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
                         help="what the U-Net predicts, if the file does not say")
-    parser.add_argument("--zero-terminal-snr", action="store_true",
-                        help="the U-Net was trained with pure noise at the last timestep")
+    parser.add_argument("--zero-terminal-snr", action="store_const",
+                        const=True, help="the U-Net was trained with pure noise at the last timestep")
     parser.add_argument("--ema", action="store_true", help="use the average of the U-Net's weights")

@@ -19,11 +19,13 @@ Windows are written as they are drawn, so memory does not grow with the clip.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoints.tokenizers import describe_cuts
 from media.read import read_clip
 from media.write import enlarge, require_writer, write_parts
 from papers.bouncing import SHORTEST, plain_caption
@@ -43,6 +45,13 @@ def encode_frames(model, path):
     """Latents (1, t, c, h, w) of an image or a clip, from the largest square in its middle."""
     frames, _ = read_clip(path, image_size=model.sampling.image_size)
     return encode_clip(model.vae, torch.from_numpy(frames).movedim(-1, 1))[None]  # t h w 3
+
+
+def encode_prompt(model, prompt):
+    """The context (1, n, d) of a prompt; prints the words that the model does not see."""
+    for note in describe_cuts(model.tokenizer, [prompt], "prompts"):
+        print(note, file=sys.stderr)
+    return model.encode_text([prompt])
 
 
 def open_model(args):
@@ -81,7 +90,7 @@ def sample(args):
                                 frame_rate=args.frame_rate or chain.frame_rate)
     # The direction in a caption of MovingShapes is wrong after the first bounce.
     later = plain_caption(args.prompt) if options.data == "shapes" else args.prompt
-    contexts = model.encode_text([args.prompt]), model.encode_text([later])
+    contexts = encode_prompt(model, args.prompt), model.encode_text([later])
     first = clip = None
     if args.first_frame:
         first = encode_frames(model, args.first_frame)[:, 0]
@@ -100,7 +109,7 @@ def interpolate_clip(args):
     model = load_model(args.run).to(choose_device(args.device))
     keys = encode_frames(model, args.clip)
     chain = Chain(frame_rate=args.frame_rate or model.sampling.frames_per_second)
-    stream = interpolate(model, model.encode_text([args.prompt]), chain, [args.seed], keys,
+    stream = interpolate(model, encode_prompt(model, args.prompt), chain, [args.seed], keys,
                          args.frames_between)
     total = (keys.shape[1] - 1) * (args.frames_between + 1) + 1
     write_stream(model, args.output, stream, total, chain.frame_rate)

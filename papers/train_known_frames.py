@@ -60,9 +60,16 @@ class LongOptions(LoopOptions):
     guidance_scale: float = option(2.0, "weight of the text in first windows and key frames")
 
     def __post_init__(self):
-        if not self.num_known < self.num_frames <= self.clip_frames // 2:
+        longest = self.clip_frames // 2 if self.data == "shapes" else self.num_frames
+        if not self.num_known < self.num_frames <= longest:
             raise ValueError("needs --num-known < --num-frames <= --clip-frames / 2, got "
                              f"{self.num_known}, {self.num_frames} and {self.clip_frames}")
+
+    def unused(self):
+        clips = ["num_clips", "clip_frames"] * (self.data != "shapes")
+        steps = ["decoder_batch_size", "decoder_learning_rate"] * (not self.decoder_steps)
+        return (dict.fromkeys(clips, "all clips of a folder are used")
+                | dict.fromkeys(steps, "--decoder-steps 0 keeps the decoder"))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,17 @@
-"""Files that are whole or absent: atomic writes, JSON, and lists of prompts."""
+"""Files that are whole or absent: atomic writes, locks, JSON, and lists of prompts."""
 
 import contextlib
 import dataclasses
 import json
 import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None
+
+LOCKS = {}  # {path: open file}; closing a file would release its lock
 
 
 @contextlib.contextmanager
@@ -25,6 +32,22 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(path):
+    """Lock a file for this process until it ends. Raises ValueError if another process has it."""
+    if path.absolute() in LOCKS or fcntl is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # it stays open
+    try:  # lockf and not flock: forked worker processes do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{path.parent}: another process is training here; stop it, or choose "
+                         "another folder") from None
+    except OSError:  # a disk without locks
+        pass
+    LOCKS[path.absolute()] = file
 
 
 def write_text(path, text):

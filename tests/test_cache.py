@@ -127,7 +127,7 @@ def test_a_folder_is_read_by_workers_that_inherit_nothing(tmp_path, monkeypatch)
 
 
 def run_in(path):
-    return SimpleNamespace(path=path, options=SimpleNamespace(workers=0))
+    return SimpleNamespace(path=path, options=SimpleNamespace(workers=0), note=print)
 
 
 def test_frames_follow_the_clips(tmp_path):

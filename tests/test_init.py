@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, call, flags, make_clip, train_quickly, train_small
+from helpers import SMALL, call, change, flags, make_clip, train_quickly, train_small
 from PIL import Image
 from recorded.rule import checkpoint
 
@@ -89,6 +89,15 @@ def test_a_schedule_that_is_asked_for_is_trained_and_written(files, tmp_path):
     assert diffusion.timestep_spacing == "trailing"
 
 
+def test_pure_noise_is_left_out_for_a_unet_that_predicts_the_noise(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "v")
+    change(tmp_path / "v/scheduler/scheduler_config.json", prediction_type="v_prediction",
+           rescale_betas_zero_snr=True)
+    train_quickly(tmp_path / "run", "--init", tmp_path / "v", "--prediction-type", "epsilon",
+                  "--no-zero-terminal-snr")
+    assert load_pipeline(tmp_path / "run").diffusion == load_pipeline(tuned).diffusion
+
+
 @pytest.mark.parametrize("folder", [False, True], ids=["shapes", "a folder"])
 @pytest.mark.parametrize("adopting", [False, True], ids=["new", "--init"])
 def test_every_option_is_used_or_refused(files, tmp_path, monkeypatch, folder, adopting):
@@ -121,6 +130,13 @@ def test_a_run_is_trained_further_with_its_own_layers(files, tmp_path, temporal)
     if temporal == "attention":  # another variant leaves them out
         train_quickly(tmp_path / "conv", "--init", tmp_path / "run", "--temporal", "conv")
         assert not any("temporal.0" in name for name in tensors_of(tmp_path / "conv/unet"))
+
+
+def test_more_frames_than_a_run_has_parameters_for_are_refused_before_anything(files, tmp_path):
+    start(tmp_path / "run", files, temporal="attention")
+    with pytest.raises(ValueError, match="--num-frames 4: .*run has parameters for 3 frames"):
+        train_quickly(tmp_path / "more", "--init", tmp_path / "run", "--num-frames", 4)
+    train_quickly(tmp_path / "more", "--init", tmp_path / "run", "--num-frames", 2)
 
 
 def test_another_run_can_be_the_beginning(trained, tmp_path):

@@ -97,9 +97,12 @@ def test_options_of_the_machine_and_of_later_stages_may_change(stopped, given):
 
 
 def test_more_steps_for_a_finished_run_are_refused_with_the_way_to_go_on(stopped):
+    record = {"options": dataclasses.asdict(OPTIONS), "finished": ["vae", "image"]}
+    write_json(stopped / "train.json", record)  # its video stage has begun, so it has no result yet
+    with pytest.raises(ValueError, match="for other options$"):
+        merge_options(stopped, {"video_steps": 9})
     with pytest.raises(ValueError, match=rf"a new folder for .* \(--init {stopped} trains it fur"):
-        write_json(stopped / "train.json", {"options": dataclasses.asdict(OPTIONS),
-                                            "finished": STAGES})
+        write_json(stopped / "train.json", record | {"finished": STAGES})
         merge_options(stopped, {"video_steps": 9})
 
 
@@ -137,6 +140,9 @@ KEPT = {"prediction_type": None, "zero_terminal_snr": None, "snr_divisor": None}
 def test_a_run_that_starts_from_another_has_its_options_and_its_schedule(stopped, tmp_path):
     given = {"init": str(stopped)}
     expected = dataclasses.replace(OPTIONS, **KEPT, **given)
+    assert merge_options(tmp_path / "new", given) == (expected, [])
+    given |= {"preset": "small", "data": "shapes"}  # a preset brings its defaults
+    expected = dataclasses.replace(RECIPES["small"], **KEPT, **given)
     assert merge_options(tmp_path / "new", given) == (expected, [])
 
 
@@ -232,7 +238,7 @@ def test_stages_that_are_missing_are_trained_in_order():
 
 
 @pytest.mark.parametrize("stage, message", [
-    ("vae", "the vae stage of run is finished; choose a new folder"),
+    ("vae", "the vae stage of run is finished, or --init brings its result; choose a new folder"),
     ("video", "--stage video needs the image stage of run, which is not finished"),
 ])
 def test_a_stage_out_of_turn_is_refused(stage, message):

@@ -22,11 +22,12 @@ import train
 import trainer
 from checkpoints.weights import load_pipeline
 from shapes import MovingShapes
+from support import files
 from support.cli import run_main
+from support.files import lock
 from trainer import Trainer
-from training import run as run_module
 from training.options import STAGES
-from training.run import Run, lock
+from training.run import Run
 
 
 class Killed(BaseException):
@@ -250,6 +251,6 @@ def test_a_run_is_locked_for_other_processes(tmp_path, monkeypatch):
     def refuse(*_):
         raise BlockingIOError
 
-    monkeypatch.setattr(run_module.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with pytest.raises(ValueError, match="other: another process is training here; stop it, or"):
         lock(tmp_path / "other/.lock")

@@ -260,13 +260,16 @@ def test_a_folder_of_clips_is_checked_and_trained_on(tmp_path, capsys):
     assert pipeline.decode(latents).shape == (1, 3, 3, 16, 16)
 
 
-def test_captions_that_are_cut_are_named_before_the_training_of_images(tmp_path, capsys):
+def test_captions_that_are_cut_are_named_before_images_and_before_clips(tmp_path, capsys):
     make_clip(tmp_path / "clips/a.gif")
     (tmp_path / "clips/a.txt").write_text("a dog at noon")
     train_small(tmp_path / "run", "--stage", "vae", data=tmp_path / "clips", max_tokens=5)
     train_quickly(tmp_path / "run", "--stage", "image")
     line = '1 of 1 captions have more than 5 tokens (up to 6), so the model does not see "noon"'
     assert line in capsys.readouterr().err.splitlines()
+    (tmp_path / "clips/a.txt").write_text("a dog at noon at noon")  # edited before the video stage
+    train_quickly(tmp_path / "run")
+    assert "(up to 8)" in capsys.readouterr().err
 
 
 # The command

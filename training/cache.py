@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import vae
+from checkpoints.tokenizers import describe_cuts
 from support.devices import barrier, is_main
 from support.files import atomic, read_json, write_json
 from training.run import progress
@@ -126,6 +127,7 @@ def cache_latents(run, clips, autoencoder):
 def cache_texts(run, captions, model):
     """A function from captions (or "") to their context (b, n, d). model is a Pipeline."""
     texts = ["", *dict.fromkeys(captions)]
+    run.note(describe_cuts(model.tokenizer, captions, "captions"))
 
     def encode():
         for i in range(0, len(texts), TEXTS):

@@ -115,13 +115,13 @@ class TrainOptions(LoopOptions):
     @classmethod
     def recipe(cls, given):
         init = given.get("init")
-        is_run = init is not None and (Path(init) / cls.record).exists()
+        is_run = init is not None and (Path(init) / cls.record).exists() and "preset" not in given
         if "data" not in given and not is_run:
             raise ValueError("a new run needs --data shapes (MovingShapes, drawn by shapes.py) or "
                              "--data FOLDER (a folder of captioned clips)")
         if init is None:
             return RECIPES[given.get("preset", "tiny")]
-        # A run is trained further; any other model counts as Stable Diffusion 1.
+        # A run is trained further, without --preset; other models count as Stable Diffusion 1.
         own = read_record(init)[0] if is_run else RECIPES[given.get("preset", "sd1")]
         # With None, the adopted model's own schedule is kept.
         return dataclasses.replace(own, init=init, merges=None, prediction_type=None,
@@ -220,7 +220,7 @@ def merge_options(path, given, kind=TrainOptions):
         name, old = field.name, getattr(stored, field.name)
         later = stage_of(name) in kind.stages and stage_of(name) not in begun
         if given.get(name, old) != old and not (later or field.metadata.get("free")):
-            further = kind is TrainOptions and name == "video_steps"
+            further = kind is TrainOptions and name == "video_steps" and "video" in finished
             raise ValueError(f"{path} was trained with --{name.replace('_', '-')} {old}, not "
                              f"{given[name]}; choose a new folder for other options"
                              + further * f" (--init {path} trains it further)")
@@ -238,8 +238,8 @@ def stages_to_run(path, stage, finished):
     if stage is None:
         return missing
     if stage in finished:
-        raise ValueError(f"the {stage} stage of {path} is finished; choose a new folder to train "
-                         "it again")
+        raise ValueError(f"the {stage} stage of {path} is finished, or --init brings its result; "
+                         "choose a new folder to train it again")
     if missing[0] != stage:
         raise ValueError(f"--stage {stage} needs the {missing[0]} stage of {path}, which is not "
                          "finished; leave out --stage to train all that is missing")

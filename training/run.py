@@ -24,21 +24,13 @@ from tqdm import tqdm
 
 from checkpoints import finite, weights
 from checkpoints.errors import DAMAGED
-from checkpoints.tokenizers import describe_cuts
 from media.write import contact_sheet, enlarge, side_by_side, write_clip
 from model import UNet
 from support import devices
 from support.devices import barrier, is_main
-from support.files import atomic, read_json, write_json, write_text
+from support.files import atomic, lock, read_json, write_json, write_text
 from temporal import temporal_state
 from training.options import check_image_size
-
-try:
-    import fcntl
-except ImportError:  # on Windows nothing is locked
-    fcntl = None
-
-LOCKS = {}  # {path: open file}; closing a file would release its lock
 
 
 class Run:
@@ -71,21 +63,18 @@ class Run:
 
     def start(self, clips, stages):
         """Say what will be trained. Raises ValueError if a new --data has other clips."""
-        options, path = self.options, self.path / self.options.record
+        options, path, size = self.options, self.path / self.options.record, self.options.image_size
         versions = [clips.version(i) for i in range(len(clips))]
         self.clips = hashlib.sha256(repr(versions).encode()).hexdigest()
         before = read_json(path) if self.finished or self.state else {"clips": self.clips}
         if before.get("clips") != self.clips and before["options"]["data"] != options.data:
             raise ValueError(f"--data {options.data}: has other clips than "
                              f"{before['options']['data']}, on which {self.path} was trained")
-        device, size = self.device.type, options.image_size
-        with self.precision():
-            low = torch.is_autocast_enabled(device)
-            kind = str(torch.get_autocast_dtype(device) if low else torch.float32)[6:]
+        dtype = str(devices.compute_dtype(self.device, options.precision)).removeprefix("torch.")
         steps = ", ".join(f"{stage} {getattr(options, f'{stage}_steps')}" for stage in stages)
         if is_main():
             print(f"training on {options.data}: {len(clips)} clips, {options.num_frames} frames of "
-                  f"{size} x {size}; steps: {steps}; on {self.device} in {kind}")
+                  f"{size} x {size}; steps: {steps}; on {self.device} in {dtype}")
 
     def save_record(self):
         """Write options, finished stages and the digest of the clips."""
@@ -148,21 +137,27 @@ class Run:
                 shutil.rmtree(self.path / "cache", ignore_errors=True)
         barrier()
 
-    def adopt(self, captions, read_clips):
+    def adopt(self, read_clips):
         """Use the model that --init names as the result of stages one and two.
 
         read_clips(autoencoder) is called before anything is written, because it may fail.
         """
         options = self.options
-        model = weights.load_pipeline(options.init, None, options.merges, options.prediction_type)
+        model = weights.load_pipeline(options.init, None, options.merges, options.prediction_type,
+                                      zero_terminal_snr=options.zero_terminal_snr)
         finite.require_finite(model, options.init)
         model.encode_text([""])  # fails now if the model has no tokenizer
         model.diffusion = options.diffusion(model.diffusion)
         check_image_size(options.image_size, model.vae.config, model.unet.config)
+        own, most = model.unet.config.temporal, model.unet.config.max_frames
+        per_frame = own in ("attention", "joint", "directed")  # these have parameters for each
+        if per_frame and own == options.temporal and options.num_frames > most:
+            raise ValueError(f"--num-frames {options.num_frames}: {options.init} has parameters for"
+                             f" {most} frames; lower it, or choose another --temporal")
         autoencoder = copy.deepcopy(model.vae).to(memory_format=torch.channels_last)
         read_clips(devices.freeze(autoencoder, self.device, options.precision))
         self.save_record()  # a kill while the model is written leaves a run
-        self.note([*model.report.notes, *describe_cuts(model.tokenizer, captions, "captions")])
+        self.note(model.report.notes)
         if is_main():
             weights.save_network(self.path / "image_unet", model.unet)
             weights.save_pipeline(model, self.path)
@@ -225,22 +220,6 @@ class Run:
         if self.device.type != "cuda":
             return tuple(x.to(self.device) for x in tensors)
         return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
-
-
-def lock(path):
-    """Lock a file for this process until it ends. Raises ValueError if another process has it."""
-    if path.absolute() in LOCKS or fcntl is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # it stays open
-    try:  # lockf and not flock: forked worker processes do not inherit it
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{path.parent}: another process is training here; stop it, or choose "
-                         "another folder") from None
-    except OSError:  # a disk without locks
-        pass
-    LOCKS[path.absolute()] = file
 
 
 def read_state(path):

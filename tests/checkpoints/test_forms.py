@@ -151,6 +151,7 @@ SPEC, V, ZERO = "modelspec.prediction_type", "v_prediction", {"zero_terminal_snr
     ("sd1", {SPEC: "v", "modelspec.resolution": "832x768"}, (), {}, (V, False, 768),
      [V, "832x768"]),
     ("sd2", {SPEC: "epsilon", "author": "v"}, (), {}, ("epsilon", False, 512), ["epsilon"]),
+    ("sd1", {SPEC: "V_Prediction"}, (), {}, (V, False, 512), [V]),
     ("sd1", {"modelspec.predict_key": "v"}, (), {}, (V, False, 512), [V]),
     ("sd1", {SPEC: "v"}, (), {"prediction_type": "epsilon"}, ("epsilon", False, 512), [V]),
     ("sd2", {SPEC: "epsilon"}, ("v_pred",), {}, (V, False, 768), [V]),

@@ -120,7 +120,7 @@ def test_a_model_without_our_settings_draws_an_image_of_its_size(folder):
 
 
 @pytest.mark.parametrize("file, message", [
-    ("unet/config.json", "unet: has no config.json; is the run's image stage finished"),
+    ("unet/config.json", "unet: has no config.json; name a model's file, a folder in diffusers' layout, or a run"),
     (f"vae/{weights.UNET_WEIGHTS}", "vae: holds no weights"),
     ("tokenizer/merges.txt", "No such file .*tokenizer/merges.txt"),
 ])
@@ -134,6 +134,7 @@ def test_a_missing_file_is_named(folder, file, message):
     ("StableDiffusionXLPipeline", {"text_encoder_2": ["transformers", "CLIPTextModel"]}),
     ("StableVideoDiffusionPipeline", {"text_encoder": None}),
     ("StableUnCLIPPipeline", {"image_normalizer": ["diffusers", "Normalizer"]}),
+    ("AnimateDiffPipeline", {"motion_adapter": ["diffusers", "MotionAdapter"]}),
 ])
 def test_a_folder_of_another_model_is_named(folder, name, parts):
     change(folder / "model_index.json", _class_name=name, **parts)

@@ -21,7 +21,10 @@ SMALL = {"num_clips": 3, "clip_frames": 60, "num_frames": 4, "num_known": 2, "lo
 
 
 def train(path, init, *arguments, **options):
-    call(long_video.main, "train", path, *flags(init=init, **SMALL | options), *arguments)
+    options = {"init": init} | SMALL | options
+    for name in train_known_frames.LongOptions(**options).unused():
+        options.pop(name, None)
+    call(long_video.main, "train", path, *flags(**options), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,11 @@ def test_ctrl_c_keeps_the_frames_that_are_drawn(run, tmp_path, monkeypatch):
     whole = sample(run, tmp_path / "whole.gif")
     monkeypatch.setattr(long_video, "stop_signals", lambda: nullcontext([signal.SIGINT]))
     assert np.array_equal(sample(run, tmp_path / "long.gif"), whole[:4])
+
+
+def test_the_words_that_a_model_does_not_see_are_named(run, capsys):
+    assert len(long_video.encode_prompt(load_model(run), "a red circle" + 15 * " left")) == 1
+    assert 'the model does not see "left' in capsys.readouterr().err
 
 
 def test_a_clip_starts_from_an_image_or_a_clip(run, tmp_path, draws):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from papers.train_known_frames import LongOptions, Task, random_windows, tasks_of
+from training.options import merge_options
 
 
 def test_tasks_know_the_frames_that_their_names_say():
@@ -30,3 +31,13 @@ def test_windows_are_taken_at_their_stride_from_clips_that_are_long_enough():
         x0, chosen = random_windows(task, 5, latents, 200, generator)
         assert set(chosen) == {1, 2} and (x0.diff(dim=1) == 5).all()
         assert set(x0[:, 0].tolist()) == starts
+
+
+@pytest.mark.parametrize("given", [
+    {"data": "clips", "num_clips": 5}, {"data": "clips", "clip_frames": 64},
+    {"decoder_steps": 0, "decoder_batch_size": 5}, {"decoder_steps": 0, "decoder_learning_rate": 1},
+])
+def test_an_option_that_the_training_would_not_use_is_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=f"--{[*given][-1].replace('_', '-')} has no effect, beca"):
+        merge_options(tmp_path, given, LongOptions)
+    LongOptions(data="clips", num_frames=100)  # so --clip-frames does not bound it
