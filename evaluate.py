@@ -248,6 +248,7 @@ def main():
     settings = {"num_prompts": args.num_prompts, "seed": args.seed,
                 "sampling": dataclasses.asdict(pipeline.sampling)}
     write_json(args.run / "evaluation.json", settings | result)
+    print(args.run / "evaluation.json")
 
 
 if __name__ == "__main__":

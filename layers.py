@@ -172,10 +172,8 @@ class FeedForward(nn.Module):
     def __init__(self, channels):
         super().__init__()
         # A dict, because the checkpoint's names skip number 1, which is diffusers' dropout.
-        self.net = nn.ModuleDict({
-            "0": GEGLU(channels, 4 * channels),
-            "2": nn.Linear(4 * channels, channels),
-        })
+        self.net = nn.ModuleDict({"0": GEGLU(channels, 4 * channels),
+                                  "2": nn.Linear(4 * channels, channels)})
 
     def forward(self, x):
         return self.net["2"](self.net["0"](x))  # ... c -> ... 4c -> ... c

@@ -41,10 +41,9 @@ def generate(pipeline, prompts, sampling, seed, batch_size):
 
 
 def main():
-    parser = Parser(
-        description="Draw clips from text.",
-        epilog="Sampling options default to the run's own (sampling.json). Other models draw an "
-               "image (one frame) of the size that they were trained on.")
+    parser = Parser(description="Draw clips from text.", epilog="Sampling options default to the "
+                    "run's own (sampling.json). Other models draw an image (one frame) of the size "
+                    "that they were trained on.")
     parser.add_argument("path", type=Path, metavar="PATH",
                         help="a run, a diffusers folder or a single file")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")

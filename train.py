@@ -234,20 +234,17 @@ def rehearse(run, stages, captions):
              if "image" in run.finished
              else new_image_model(options, vae.AutoencoderKL(options.vae()), some))
     frames, latents, context_of = random_data(options, model)
-    trials = {
-        "vae": lambda run: train_vae(run, frames),
-        "image": lambda run: train_image(run, model.vae, latents, some),
-        "video": lambda run: train_video(
-            run, dataclasses.replace(model, unet=video_unet(model.unet, options)), latents, some,
-            context_of),
-    }
+    trials = {"vae": lambda run: train_vae(run, frames),
+              "image": lambda run: train_image(run, model.vae, latents, some),
+              "video": lambda run: train_video(
+                  run, dataclasses.replace(model, unet=video_unet(model.unet, options)), latents,
+                  some, context_of)}
     try_stages(run, {stage: trials[stage] for stage in stages})
 
 
 def main():
-    parser = Parser(
-        description="Train a text-to-video model.",
-        epilog="Defaults are for the tiny preset; other presets have theirs (training/options.py).")
+    parser = Parser(description="Train a text-to-video model.", epilog="Defaults are for the tiny "
+                    "preset; other presets have theirs (training/options.py).")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--stage", choices=STAGES, help="train only this stage")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished stage")

@@ -141,6 +141,8 @@ def run_main(main):
         sys.exit(1)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and error.filename:
+            line = f"{error.filename}: no such file or folder"
         if isinstance(error, MemoryError | RuntimeError):
             line = out_of_memory(error)
         if sys.flags.dev_mode or line is None:

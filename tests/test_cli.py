@@ -118,7 +118,7 @@ def test_a_command_chooses_its_status():
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("rate needs > 0, got -1"), "rate needs > 0, got -1"),
-    (FileNotFoundError(2, "Not there", "a.gif"), "[Errno 2] Not there: 'a.gif'"),
+    (FileNotFoundError(2, "Not there", "a.gif"), "a.gif: no such file or folder"),
     (OSError(), "OSError"),
     (MemoryError(), "out of memory; lower batch sizes, frames or the image size"),
 ])

@@ -135,6 +135,7 @@ class Run:
             (self.path / "training_state.pt").unlink(missing_ok=True)
             if stage == stages[-1]:
                 shutil.rmtree(self.path / "cache", ignore_errors=True)
+                print(f"{self.path}: all stages are finished")
         barrier()
 
     def adopt(self, read_clips):
