@@ -1,6 +1,7 @@
 """The reader of clips has to be right about real ones and silent about what is not there."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,8 +236,8 @@ def test_the_autoencoder_is_measured_on_the_same_real_clips(trained, report):
 
 def test_the_report_is_printed_and_written(run, capsys):
     call(evaluate.main, run, "--num-prompts", 2)
-    lines = capsys.readouterr().out.splitlines()
-    written = json.loads((run / "evaluation.json").read_text())
+    *lines, path = capsys.readouterr().out.splitlines()
+    written = json.loads(Path(path).read_text())
     for table in ("agreement", "quality"):
         head, *rows = lines[: lines.index("")] if "" in lines else lines
         lines = lines[len(rows) + 2 :]
