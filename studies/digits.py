@@ -7,14 +7,12 @@
 "the digit 5 is moving left then right ." is the protocol of Sync-DRAW (Mittal et al. 2017), TGANs-C
 (Pan et al. 2017), GODIVA (Wu et al. 2021) and MAGE (Hu et al. 2022). Here each clip shows both of
 its directions, two steps or more of each. Some pairs of a digit and a motion are held out of
-training. The clips for training, the real clips to compare with and the reader (digit_reader.py)
+training. The clips for training, the real clips to compare with and the reader (handwriting.py)
 have different digits.
 """
 
 import dataclasses
-import gzip
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +24,9 @@ from checkpoints.weights import load_pipeline, load_unet
 from evaluate import print_table
 from media.write import write_clip
 from sample import generate
-from studies.digit_reader import MOTIONS, score, train_reader
-from support.cli import Parser, add_flags, given_flags, number, option, run_main
-from support.devices import choose_device
+from studies.handwriting import MOTIONS, read_digits, score, train_reader
+from support.cli import Parser, add_flags, given_flags, option, run_main
+from support.devices import choose_device, freeze
 from support.files import from_json, read_json, write_json, write_text
 from training.options import read_record
 from training.run import progress
@@ -55,6 +53,16 @@ class Choices:
     seed: int = option(0, "seed of the clips", high=2**62)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What evaluate draws."""
+
+    num_prompts: int = option(240, "clips to draw, half of them of held-out pairs", low=2)
+    guidance_scale: float | None = option(None, "weight of the text; without it, the run's")
+    seed: int = option(1000, "seed of the first clip", high=2**62)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...")
+
+
 def caption_of(digit, motion):
     return f"the digit {digit} is moving {motion} ."
 
@@ -65,35 +73,6 @@ def pairs_of(split):
     held_out = [(digit, motion) for digit, motion in PAIRS if (
         motion == names[digit % 4] if split == "pairs" else names.index(motion) // 2 != digit % 2)]
     return [pair for pair in PAIRS if pair not in held_out], held_out
-
-
-def read_idx(path):
-    """The array in one of MNIST's files: bytes 0, 0, 8 and the number of axes, lengths, values."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        data = file.read()
-    shape = struct.unpack_from(f">{data[3]}i", data, 4) if data[:3] == b"\0\0\x08" else ()
-    start = 4 + 4 * len(shape)
-    if not shape or len(data) != start + np.prod(shape):
-        raise ValueError(f"{path}: damaged, or not an idx file of bytes; download it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
-def read_digits(mnist):
-    """Images (n, h, w) uint8 and labels (n,)."""
-    if mnist is None:
-        from sklearn.datasets import load_digits
-        images, labels = load_digits(return_X_y=True)  # values from 0 to 16
-        return (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels
-    # By name without .gz, because torchvision leaves each file there twice.
-    found = {path.name.removesuffix(".gz"): path for path in Path(mnist).rglob("*images*idx3*")}
-    if not found:
-        raise ValueError(f"{mnist}: needs MNIST's files train-images-idx3-ubyte and "
-                         "train-labels-idx1-ubyte, also with .gz")
-    parts = []
-    for path in (found[name] for name in sorted(found)):
-        name = path.name.replace("images", "labels").replace("idx3", "idx1")
-        parts.append((read_idx(path), read_idx(path.with_name(name))))
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 class Digits:
@@ -156,40 +135,38 @@ def make(folder, choices):
           f"of {source}; evaluate uses others")
 
 
-def evaluate(run, mnist, num_prompts, guidance_scale, seed, device):
+def evaluate(run, drawing):
     """{row: {measure: percent}} of a run's clips and images, and of others to compare with."""
     where = Path(read_record(run)[0].data) / "digits.json"
     if not where.exists():
         raise ValueError(f"{run}: needs a run of train.py on a folder of `studies.digits make`")
     choices = from_json(Choices, read_json(where), where)
-    choices = dataclasses.replace(choices, mnist=mnist or choices.mnist)
     learned, real = Digits(choices, "reader").images, Digits(choices, "real")
     reader = train_reader(torch.from_numpy(np.concatenate(list(learned.values()))) / 255,
                           torch.tensor([d for d, images in learned.items() for _ in images]))
-    pipeline, count = load_pipeline(run).to(device), num_prompts // 2
+    pipeline, count = load_pipeline(run).to(choose_device(drawing.device)), drawing.num_prompts // 2
     pairs = [some[7 * i % len(some)] for some in pairs_of(choices.split) for i in range(count)]
-    sampling = dataclasses.replace(pipeline.sampling, guidance_scale=(
-        guidance_scale or pipeline.sampling.guidance_scale))
 
-    def draw(model, num_frames):
-        how, texts = dataclasses.replace(sampling, num_frames=num_frames), [
-            caption_of(*pair) for pair in pairs]
-        return torch.stack(list(generate(model, texts, how, seed, batch_size=16)))
+    def draw(num_frames, **changes):
+        model = dataclasses.replace(pipeline, **changes)
+        how = dataclasses.replace(pipeline.sampling, num_frames=num_frames, guidance_scale=(
+            drawing.guidance_scale or pipeline.sampling.guidance_scale))
+        texts = [caption_of(*pair) for pair in pairs]
+        return torch.stack(list(generate(model, texts, how, drawing.seed, batch_size=16)))
 
     def row(clips, part=slice(None)):
         return score(reader, clips[part], pairs[part], real.digit_size)
 
     rows = {}
-    if sampling.num_frames > 1:  # the video stage is finished
-        clips = draw(pipeline, sampling.num_frames)
+    if pipeline.sampling.num_frames > 1:  # the video stage is finished
+        clips = draw(pipeline.sampling.num_frames)
         rows = {"clips, seen pairs": row(clips, slice(count)),
-                "clips, held-out pairs": row(clips, slice(count, None)),
-                "images": row(draw(pipeline, 1))}
-    image_model = dataclasses.replace(pipeline, unet=load_unet(run / "image_unet").to(device))
-    rows["images before the video stage"] = row(draw(image_model, 1))
+                "clips, held-out pairs": row(clips, slice(count, None)), "images": row(draw(1))}
+    image_unet = freeze(load_unet(run / "image_unet"), choose_device(drawing.device))
+    rows["images before the video stage"] = row(draw(1, unet=image_unet))
     clips = torch.stack([real.clip(i, *pair) for i, pair in enumerate(pairs)])
     coded = [pipeline.decode(encode_clip(pipeline.vae, 127.5 * (clip + 1))[None]) for clip in clips]
-    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     return rows | {"real clips": row(clips), "real, autoencoded": row(torch.cat(coded)),
                    "noise": row(noise)}
 
@@ -202,23 +179,15 @@ def main():
     add_flags(command, Choices())
     command = commands.add_parser("evaluate", help="read the clips that a run draws")
     command.add_argument("run", type=Path, metavar="RUN", help="run of train.py on such a folder")
-    command.add_argument("--mnist", help="MNIST's folder, if it has moved")
-    command.add_argument("--num-prompts", type=number(int, 2), default=240,
-                         help="clips to draw, half of them of held-out pairs (default: 240)")
-    command.add_argument("--guidance-scale", type=number(float, 0),
-                         help="weight of the text (default: the run's)")
-    command.add_argument("--seed", type=number(int, 0, 2**62), default=1000,
-                         help="seed of the first clip (default: 1000)")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_flags(command, Drawing())
     args = parser.parse_args()
     if args.command == "make":
         return make(args.folder, Choices(**given_flags(args, Choices())))
     torch.set_flush_denormal(True)
-    rows = evaluate(args.run, args.mnist, args.num_prompts, args.guidance_scale, args.seed,
-                    choose_device(args.device))
+    drawing = Drawing(**given_flags(args, Drawing()))
+    rows = evaluate(args.run, drawing)
     print_table("read as asked, %", rows)
-    write_json(args.run / "digits.json", {"seed": args.seed, "num_prompts": args.num_prompts,
-                                          "guidance_scale": args.guidance_scale, "rows": rows})
+    write_json(args.run / "digits.json", dataclasses.asdict(drawing) | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Read the digit and the motion of clips in which a handwritten digit moves (digits.py).
+"""Handwritten digits: the files of MNIST, and which digit moves how in a clip (digits.py).
 
 `train_reader` learns digits from real ones and never sees a drawn clip. The motion is the path of
 the digit's centre of mass, without a network.
 """
 
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +20,39 @@ MOTIONS = {"left then right": (-1, 0), "right then left": (1, 0),  # first direc
 HAZE = 0.2  # brightness of [0, 1] that does not count, because an autoencoder's black is not exact
 MIN_TRAVEL = 2.5  # pixels there, and back; in real clips two steps of two pixels or more
 LEARNING_RATE = 4e-3
+
+
+def read_idx(path):
+    """The array in one of MNIST's files: bytes 0, 0, 8 and the number of axes, lengths, values."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        data = file.read()
+    shape = struct.unpack_from(f">{data[3]}i", data, 4) if data[:3] == b"\0\0\x08" else ()
+    start = 4 + 4 * len(shape)
+    if not shape or len(data) != start + np.prod(shape):
+        raise ValueError(f"{path}: damaged, or not an idx file of bytes; download it again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def read_digits(mnist):
+    """Images (n, h, w) uint8 and labels (n,)."""
+    if mnist is None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise ValueError("without --mnist, needs scikit-learn; install it with "
+                             "`pip install -r studies/requirements.txt`") from None
+        images, labels = load_digits(return_X_y=True)  # values from 0 to 16
+        return (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), labels
+    # By name without .gz, because torchvision leaves each file there twice.
+    found = {path.name.removesuffix(".gz"): path for path in Path(mnist).rglob("*images*idx3*")}
+    if not found:
+        raise ValueError(f"{mnist}: needs MNIST's files train-images-idx3-ubyte and "
+                         "train-labels-idx1-ubyte, also with .gz")
+    parts = []
+    for path in (found[name] for name in sorted(found)):
+        name = path.name.replace("images", "labels").replace("idx3", "idx1")
+        parts.append((read_idx(path), read_idx(path.with_name(name))))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 def centres_of(gray):
