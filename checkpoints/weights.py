@@ -94,8 +94,8 @@ def load_network(folder, kind, temporal=None, dtype=torch.float32):
     """
     where = Path(folder) / "config.json"
     if not where.is_file():
-        raise ValueError(f"{folder}: has no config.json; name a model's file, a folder in diffusers'"
-                         " layout, or a run whose image stage is finished")
+        raise ValueError(f"{folder}: has no config.json; name a model's file, a folder in "
+                         "diffusers' layout, or a run whose image stage is finished")
     _, from_json, _ = FORMS[kind]
     with naming(where):
         config = from_json(read_json(where), where)
@@ -243,5 +243,5 @@ def add_checkpoint_flags(parser):
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"),
                         help="what the U-Net predicts, if the file does not say")
     parser.add_argument("--zero-terminal-snr", action="store_const",
-                        const=True, help="the U-Net was trained with pure noise at the last timestep")
+                        const=True, help="the last timestep was pure noise in training")
     parser.add_argument("--ema", action="store_true", help="use the average of the U-Net's weights")
