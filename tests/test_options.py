@@ -91,7 +91,7 @@ def test_an_option_that_the_run_was_not_trained_with_is_refused(stopped, given):
     {}, {"save_every": 7, "data": "elsewhere", "device": "cuda", "precision": "fp32",
          "compile": True, "offload": True, "workers": 1},
     {"video_steps": 5, "video_batch_size": 1, "video_learning_rate": 0.5,
-         "temporal": "conv", "new_layers_rate": 3.0, "image_every": 0, "early_noise": 0.0},
+     "temporal": "conv", "new_layers_rate": 3.0, "image_every": 0, "early_noise": 0.0},
 ], ids=["nothing", "the machine", "a later stage"])
 def test_options_of_the_machine_and_of_later_stages_may_change(stopped, given):
     assert merge_options(stopped, given) == (dataclasses.replace(OPTIONS, **given), ["vae"])
