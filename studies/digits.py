@@ -42,7 +42,7 @@ PARTS = {"training": (0, 0.6), "reader": (0.6, 0.9), "real": (0.9, 1)}  # of eac
 
 @dataclass(frozen=True)
 class Choices:
-    """How a folder of clips is made; FOLDER/digits.json keeps it."""
+    """How a folder of clips is made; FOLDER/.digits.json keeps it."""
 
     mnist: str | None = option(None, "folder of MNIST's idx files, .gz or not; without it, the "
                                "1,797 digits of scikit-learn, 8x8 pixels")
@@ -129,7 +129,7 @@ def make(folder, choices):
         write_clip(folder / name, digits.clip(i, *pair))
         lines.append(json.dumps({"file_name": name, "text": caption_of(*pair)}) + "\n")
     write_text(folder / "metadata.jsonl", "".join(lines))
-    write_json(folder / "digits.json", dataclasses.asdict(choices))
+    write_json(folder / ".digits.json", dataclasses.asdict(choices))
     source = choices.mnist or "scikit-learn (8x8 pixels; --mnist for MNIST)"
     print(f"{folder}: {digits.num_clips} clips of {sum(map(len, digits.images.values()))} digits "
           f"of {source}; evaluate uses others")
@@ -137,7 +137,7 @@ def make(folder, choices):
 
 def evaluate(run, drawing):
     """{row: {measure: percent}} of a run's clips and images, and of others to compare with."""
-    where = Path(read_record(run)[0].data) / "digits.json"
+    where = Path(read_record(run)[0].data) / ".digits.json"
     if not where.exists():
         raise ValueError(f"{run}: needs a run of train.py on a folder of `studies.digits make`")
     choices = from_json(Choices, read_json(where), where)
