@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import call, train_quickly
-from PIL import Image
 
 from media.read import read_clip
 from studies import digits

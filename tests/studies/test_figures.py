@@ -14,7 +14,6 @@ from PIL import Image
 
 import layers
 from evaluate import real_clips
-from shapes import MovingShapes
 from shift import temporal_shift
 from studies import figures, inside, notebook
 from studies.sheets import new_figure, show
