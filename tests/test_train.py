@@ -270,6 +270,8 @@ def test_captions_that_are_cut_are_named_before_images_and_before_clips(tmp_path
     (tmp_path / "clips/a.txt").write_text("a dog at noon at noon")  # edited before the video stage
     train_quickly(tmp_path / "run")
     assert "(up to 8)" in capsys.readouterr().err
+    train_small(tmp_path / "other", data=tmp_path / "clips", max_tokens=5)
+    assert capsys.readouterr().err.count("(up to 8)") == 1  # once for all stages of a call
 
 
 # The command

@@ -44,6 +44,7 @@ class Run:
     def __init__(self, path, options, finished, resume):
         self.path, self.options, self.finished = Path(path), options, finished
         self.device, self.state, self.clips = devices.start(options.device), None, None
+        self.noted = set()  # lines that note() has printed
         large = getattr(options, "preset", "tiny") in ("sd1", "sd2")
         self.checkpointing = large and self.device.type != "cuda"  # on a GPU, rehearsal.py decides
         state_path = self.path / "training_state.pt"
@@ -97,9 +98,11 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
     def note(self, lines):
-        """Print lines for the user, once for all processes."""
-        for line in lines if is_main() else ():
-            print(line, file=sys.stderr)
+        """Print lines for the user, each once and by the first process only."""
+        for line in lines:
+            if is_main() and line not in self.noted:
+                print(line, file=sys.stderr)
+            self.noted.add(line)
 
     def begin(self, stage, step):
         """Save the record, now that the data have been read, so that a failed start leaves none.
