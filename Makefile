@@ -28,10 +28,7 @@ FAST := OMP_WAIT_POLICY=ACTIVE OMP_PROC_BIND=true \
 demo: .venv/installed
 	$(FAST) $(PY) train.py runs/demo --data shapes \
 		$(if $(wildcard runs/demo/train.json),--resume)
-	$(FAST) $(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/samples
-	$(PY) sample.py runs/demo --prompts-file prompts.txt --output runs/demo/overview.gif
-	$(FAST) $(PY) evaluate.py runs/demo --num-prompts 128
-	$(PY) -m studies.page runs/demo
+	$(FAST) $(PY) -m studies.page runs/demo --prompts-file prompts.txt
 
 long: .venv/installed
 	$(FAST) $(PY) -m papers.long_video train runs/long --init runs/demo \

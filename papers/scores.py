@@ -67,13 +67,16 @@ def first_windows(model, chain, seed, image):
 
 
 def key_frames_right(model, chain, seed, num_key_frames=16):
-    """Percentage of clips of key frames, with 3 between, that are right in everything."""
+    """Percentage of clips of key frames, with 3 between, that are right in everything.
+
+    The first 8 frames count for the direction, every single key frame for colour and shape.
+    """
     prompts, t = choose_prompts(NUM_CLIPS), BASE_FRAMES
     sparse = dataclasses.replace(chain, key_frames=num_key_frames, how=Guidance())
     clips, _ = long_clips(model, sparse, prompts, seed, (num_key_frames - 1) * (BETWEEN + 1) + 1)
     right = agreement(clips[:, :t], prompts)
-    for start in range(t, clips.shape[1] - t, t):  # the direction changes with a bounce
-        right[:, :2] &= agreement(clips[:, start : start + t], prompts)[:, :2]
+    for i in range(0, clips.shape[1], BETWEEN + 1):  # the direction changes with a bounce
+        right[:, :2] &= agreement(clips[:, i : i + 1], prompts)[:, :2]
     return 100 * float(right.all(1).mean())
 
 

@@ -1,6 +1,7 @@
 """A run as one page, RUN/index.html, which opens from disk and needs no network and no scripts.
 
     python -m studies.page runs/demo
+    python -m studies.page runs/demo --prompts-file prompts.txt     first draw these, and score
 
 It shows samples with what evaluate.py sees in them, scores, losses, previews and options. page.html
 is the template. `element` escapes every text, because prompts and file names may hold anything.
@@ -19,12 +20,15 @@ from string import Template
 
 import torch
 
-from evaluate import crispness, recognise
+from checkpoints.weights import load_pipeline
+from evaluate import crispness, recognise, score
 from media.read import read_clip
-from media.write import WRITERS, enlarge, file_names, side_by_side
+from media.write import WRITERS, enlarge, file_names, side_by_side, write_samples
+from sample import generate
 from shapes import COLOURS, DIRECTIONS, HELD_OUT, SHAPES
 from support.cli import Parser, run_main
-from support.files import read_json, write_text
+from support.devices import choose_device
+from support.files import read_json, read_prompts, write_text
 from training.options import RECIPES, STAGES, read_record
 from training.run import open_data
 
@@ -250,10 +254,27 @@ def write_page(path):
     return path / "index.html"
 
 
+def draw_and_score(path, prompts):
+    """What sample.py and evaluate.py do with their defaults, in one process, and overview.gif."""
+    torch.set_flush_denormal(True)  # as in sample.py
+    pipeline = load_pipeline(path).to(choose_device("auto"))
+    clips = list(generate(pipeline, prompts, pipeline.sampling, seed=0, batch_size=8))
+    for output in path / "samples", path / "overview.gif":
+        write_samples(clips, prompts, output, ".gif", pipeline.sampling.frames_per_second)
+        print(output)
+    if read_record(path)[0].data == "shapes":
+        score(path, pipeline)
+
+
 def main():
     parser = Parser(description="Show a run as one page.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
-    print(write_page(parser.parse_args().run))
+    parser.add_argument("--prompts-file", type=Path,
+                        help="first draw the prompt on each line, and score MovingShapes")
+    args = parser.parse_args()
+    if args.prompts_file:
+        draw_and_score(args.run, read_prompts(args.prompts_file))
+    print(write_page(args.run))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers import change
+from helpers import call, change
 
+import sample
 from media.write import enlarge, write_clip
 from shapes import HELD_OUT, MovingShapes, caption_of
 from studies import page
@@ -170,3 +171,17 @@ def test_a_new_run_says_which_command_makes_what_it_lacks(tmp_path):
         f"python train.py '{path}' --resume",
         f"python sample.py '{path}' --prompts-file prompts.txt", f"python evaluate.py '{path}'"]
     assert "Not finished: image, video; continue with" in reader.text
+
+
+def test_prompts_are_drawn_as_sample_py_draws_them_and_scored(run, tmp_path, monkeypatch):
+    (prompts := tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    monkeypatch.setattr(page, "score", lambda path, pipeline: write_json(
+        path / "evaluation.json", {"num_prompts": 3, "seed": 0, "agreement": {}, "quality": {},
+                                   "sampling": {"num_steps": 1, "guidance_scale": 1}}))
+    call(page.main, run, "--prompts-file", prompts)
+    call(sample.main, run, "--prompts-file", prompts, "--output", tmp_path / "drawn")
+    names = sorted(path.name for path in (run / "samples").iterdir())
+    assert names == ["a-blue-square.gif", "a-red-circle.gif"]
+    for name in names:
+        assert (run / "samples" / name).read_bytes() == (tmp_path / "drawn" / name).read_bytes()
+    assert "3 prompts" in (run / "index.html").read_text(encoding="utf-8")
