@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shift import temporal_shift
+from support.linear import Linear  # nn.Linear, faster on some CPUs
 
 
 def per_frame(layer, x):
@@ -86,20 +87,6 @@ def as_computed(x):
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-class Linear(nn.Linear):
-    """A linear layer for tokens (..., d)."""
-
-    def forward(self, x):
-        on_mkl = x.device.type == "cpu" and torch.backends.mkl.is_available()
-        if not on_mkl or x.dtype != torch.float32 or x[..., 0].numel() % 16:
-            return super().forward(x)
-        # A CPU multiplies matrices with MKL and convolves with oneDNN, which is twice as fast on
-        # AMD's. So the tokens become 16 images of height 1, and the layer a 1x1 convolution.
-        images = x.reshape(16, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # ... d -> 16 d 1 n
-        images = F.conv2d(images, self.weight[:, :, None, None], self.bias)
-        return images.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class Downsample(nn.Module):

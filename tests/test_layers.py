@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from recorded.rule import fill, normal
 from torch import nn
 
-from layers import (Attention, Downsample, FeedForward, GroupNorm, LayerNorm, Linear,
-                    ResnetBlock, Transformer2D, TransformerBlock, Upsample, per_frame, sinusoids)
+from layers import (Attention, Downsample, FeedForward, GroupNorm, LayerNorm, ResnetBlock,
+                    Transformer2D, TransformerBlock, Upsample, per_frame, sinusoids)
 from shift import temporal_shift
 
 EPS = 0.02  # large, so that it shows in every output
@@ -36,18 +36,6 @@ def test_norms_return_the_dtype_of_autocast_and_otherwise_their_own(norm):
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
         assert norm.to("meta")(x.to("meta")).dtype == torch.float32  # autocast lacks meta
-
-
-@pytest.mark.parametrize("axes", [(32,), (2, 3, 8), (2, 3, 5)])  # 16 divides two of the counts
-def test_linear_multiplies_by_its_weights_forward_and_backward(axes):
-    layer = Linear(7, 6)
-    x = normal(*axes, 7).requires_grad_()
-    out = layer(x)
-    torch.testing.assert_close(out, x @ layer.weight.T + layer.bias)
-    upstream = normal(*out.shape)
-    torch.testing.assert_close(torch.autograd.grad(out, [x, layer.weight, layer.bias], upstream), (
-        upstream @ layer.weight, upstream.flatten(0, -2).T @ x.flatten(0, -2),
-        upstream.flatten(0, -2).sum(0)))
 
 
 # The residual block
