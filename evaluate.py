@@ -229,31 +229,26 @@ def evaluate(pipeline, num_prompts, seed, batch_size):
             "quality": evaluate_quality(sources)}
 
 
-def score(run, pipeline, num_prompts=128, seed=1000, batch_size=16):
-    """Print both tables and write them to RUN/evaluation.json."""
-    result = evaluate(pipeline, num_prompts, seed, batch_size)
-    print_table("agreement with the text, %", result["agreement"])
-    print()
-    print_table("quality", result["quality"])
-    settings = {"num_prompts": num_prompts, "seed": seed,
-                "sampling": dataclasses.asdict(pipeline.sampling)}
-    write_json(run / "evaluation.json", settings | result)
-    print(run / "evaluation.json")
-
-
-def main():
+def main(arguments=None):
     parser = Parser(description="Measure how clips of MovingShapes agree with their text.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained model")
     parser.add_argument("--num-prompts", type=number(int, 2), default=128,
                         help="clips to draw (default: 128)")
     add_drawing_flags(parser, seed=1000, batch_size=16)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not (args.run / "train.json").exists() or read_record(args.run)[0].data != "shapes":
         raise ValueError(f"{args.run}: needs a run of train.py on MovingShapes (--data shapes), "
                          "because only its clips' truth is known")
     torch.set_flush_denormal(True)
     pipeline = load_pipeline(args.run).to(choose_device(args.device), args.precision)
-    score(args.run, pipeline, args.num_prompts, args.seed, args.batch_size)
+    result = evaluate(pipeline, args.num_prompts, args.seed, args.batch_size)
+    print_table("agreement with the text, %", result["agreement"])
+    print()
+    print_table("quality", result["quality"])
+    settings = {"num_prompts": args.num_prompts, "seed": args.seed,
+                "sampling": dataclasses.asdict(pipeline.sampling)}
+    write_json(args.run / "evaluation.json", settings | result)
+    print(args.run / "evaluation.json")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@
     python train.py runs/mine --data my_clips --init v1-5-pruned.safetensors --merges bpe.txt.gz
                                                             stages one and two are Stable Diffusion
     torchrun --nproc-per-node 4 train.py ...                on four GPUs
-
-trainer.py has the loop around each stage: optimizer.step(), the average, saving and resuming.
 """
 
 import dataclasses

@@ -20,7 +20,6 @@ from papers.known_frames import Guidance, draw
 
 BETWEEN = 3  # frames between two key frames
 WINDOW = 8  # steps from the first frame to the last of an interpolation window, as in training
-FEW_STEPS = 4  # denoising steps of a first window whose first frame is known: it leaves less open
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ def begin(model, context, chain, seeds, first=None):
     if first is not None:
         latents[:, 0], known = first, (0,)
     # The text decides what this window shows, as in sample.py. Later ones follow the known frames.
-    num_steps = sampling.num_steps if first is None else min(FEW_STEPS, sampling.num_steps)
-    how = Guidance(num_steps, text_scale=sampling.guidance_scale,
+    how = Guidance(sampling.num_steps, text_scale=sampling.guidance_scale,
                    max_snr=sampling.guidance_max_snr, power=sampling.timestep_power)
     return draw(model, context, latents, known, chain.frame_rate, seeds_of(seeds, 0), how)
 

@@ -50,14 +50,14 @@ class LongOptions(LoopOptions):
     decoder_steps: int = option(250, "steps of the decoder stage; 0: keep the decoder")
     decoder_batch_size: int = option(32, "frames per step", low=1)
     decoder_learning_rate: float = option(1e-3, "learning rate of the decoder stage")
-    long_steps: int = option(6000, "steps of the long stage", low=1)
+    long_steps: int = option(12000, "steps of the long stage", low=1)
     long_batch_size: int = option(8, "windows per step", low=1)
     long_learning_rate: float = option(2e-3, "learning rate of the long stage")
     num_frames: int = option(8, "frames of a window", low=2)
     num_known: int = option(3, "known frames of a window that continues a clip", low=1)
     max_level: int = option(0, "largest noise level of known frames, a timestep", high=999)
     hold: bool = option(True, "show each frame its nearest known frames; off: LVDM's mask alone")
-    guidance_scale: float = option(2.0, "weight of the text in first windows and key frames")
+    guidance_scale: float = option(1.5, "weight of the text in first windows and key frames")
 
     def __post_init__(self):
         longest = self.clip_frames // 2 if self.data == "shapes" else self.num_frames
@@ -94,19 +94,19 @@ def tasks_of(options, base, longest):
         return [stride for stride in strides if 0 < (num_frames - 1) * stride < longest]
 
     t, half, double, fast = options.num_frames, base // 2, 2 * base, 4 * base  # half may be 0
-    # Motion takes longest to learn, so nearly half of the steps are prediction. It is not trained
-    # first, because a U-Net that learns prediction alone forgets what a text means. A sampler
-    # draws the first frame as an image; whole windows from the text alone serve LVDM's guidance.
+    # Prediction is not trained first, because a U-Net that learns it alone forgets what a text
+    # means. Key frames need many steps, because things move far between them. A sampler draws the
+    # first frame as an image; whole windows from the text alone serve LVDM's guidance.
     rates = fitting([half, base, double, fast], t)
     between = fitting([half, base], t + 1)
     tasks = {
-        "prediction": Task(0.47, t, range(options.num_known), fitting([base] * 5 + [fast], t)),
-        "text": Task(0.04, t, (), rates, by_text=True),
+        "prediction": Task(0.38, t, range(options.num_known), fitting([base] * 5 + [fast], t)),
+        "text": Task(0.03, t, (), rates, by_text=True),
         "first image": Task(0.05, 1, (), [base], by_text=True),  # at the rate that begin() names
-        "first frame": Task(0.16, t, (0,), rates, by_text=True),
+        "first frame": Task(0.14, t, (0,), rates, by_text=True),
         "interpolation": Task(0.09, t + 1, range(0, t + 1, BETWEEN + 1), between),
         "every other": Task(0.02, t + 1, range(0, t + 1, 2), between),
-        "key frames": Task(0.17, 2 * t, (0,), fitting([double, fast], 2 * t), by_text=True),
+        "key frames": Task(0.29, 2 * t, (0,), fitting([double, fast], 2 * t), by_text=True),
     }
     return {name: task for name, task in tasks.items() if task.strides}
 

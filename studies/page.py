@@ -20,8 +20,9 @@ from string import Template
 
 import torch
 
+import evaluate
 from checkpoints.weights import load_pipeline
-from evaluate import crispness, recognise, score
+from evaluate import crispness, recognise
 from media.read import read_clip
 from media.write import WRITERS, enlarge, file_names, side_by_side, write_samples
 from sample import generate
@@ -263,7 +264,7 @@ def draw_and_score(path, prompts):
         write_samples(clips, prompts, output, ".gif", pipeline.sampling.frames_per_second)
         print(output)
     if read_record(path)[0].data == "shapes":
-        score(path, pipeline)
+        evaluate.main([str(path)])
 
 
 def main():

@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import call, change
 
+import evaluate
 import sample
 from media.write import enlarge, write_clip
 from shapes import HELD_OUT, MovingShapes, caption_of
@@ -175,9 +177,10 @@ def test_a_new_run_says_which_command_makes_what_it_lacks(tmp_path):
 
 def test_prompts_are_drawn_as_sample_py_draws_them_and_scored(run, tmp_path, monkeypatch):
     (prompts := tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    monkeypatch.setattr(page, "score", lambda path, pipeline: write_json(
-        path / "evaluation.json", {"num_prompts": 3, "seed": 0, "agreement": {}, "quality": {},
-                                   "sampling": {"num_steps": 1, "guidance_scale": 1}}))
+    monkeypatch.setattr(evaluate, "main", lambda arguments: write_json(
+        Path(*arguments) / "evaluation.json", {
+            "num_prompts": 3, "seed": 0, "agreement": {}, "quality": {},
+            "sampling": {"num_steps": 1, "guidance_scale": 1}}))
     call(page.main, run, "--prompts-file", prompts)
     call(sample.main, run, "--prompts-file", prompts, "--output", tmp_path / "drawn")
     names = sorted(path.name for path in (run / "samples").iterdir())
