@@ -2,11 +2,13 @@
 
     python -m studies.beside_diffusers                all jobs
     python -m studies.beside_diffusers --only clip    one of: frame, clip, training
+    python -m studies.beside_diffusers --only frame --precision bf16    our side in bfloat16
 
 Needs diffusers (studies/requirements.txt) and about 16 GB of memory. The U-Net has random weights
 and Stable Diffusion 1.5's full size. Each job first compares the outputs of both sides, then times
-them in turns. On a CPU everything is float32. On a GPU our side is set up as in sample.py and
-train.py, in bfloat16 or under autocast, and diffusers likewise. Both use PyTorch's own attention.
+them in turns. On a CPU everything is float32, except our side with --precision. On a GPU our side
+is set up as in sample.py and train.py, in bfloat16 or under autocast, and diffusers likewise. Both
+use PyTorch's own attention.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ import model
 from checkpoints import configs
 from studies.measuring import device_name, measure, ratio, row, table
 from support.cli import Parser, number, run_main
-from support.devices import choose_device, freeze, precision
+from support.devices import DTYPES, PRECISION, choose_device, freeze, precision
 
 try:
     import diffusers
@@ -34,7 +36,7 @@ FRAMES = 16
 CONFIG = dataclasses.replace(model.PRESETS["sd1"], temporal="none")
 
 
-def make(device, training=False):
+def make(device, choice, training=False):
     """Our U-Net and theirs, with the same weights, which share memory on a CPU."""
     diffusers.logging.set_verbosity_error()  # it warns of fields that only we have
     theirs = diffusers.UNet2DConditionModel.from_config(configs.unet_to_json(CONFIG))
@@ -46,8 +48,8 @@ def make(device, training=False):
         if device.type != "cpu":
             ours.to(memory_format=torch.channels_last)
         return ours, theirs
-    freeze(ours, device)
-    return ours, theirs.to(next(ours.parameters()).dtype)
+    freeze(ours, device, choice)
+    return ours, theirs if device.type == "cpu" else theirs.to(next(ours.parameters()).dtype)
 
 
 def inputs(ours, b, t):
@@ -59,11 +61,12 @@ def inputs(ours, b, t):
     return latents.to(weight), torch.full((b,), 500, device=weight.device), context.to(weight)
 
 
-def unet_job(device, b, t, training=False):
+def unet_job(device, choice, b, t, training=False):
     """A function per side. Diffusers gets frames as images, each with its own timestep and text."""
-    ours, theirs = make(device, training)
+    ours, theirs = make(device, choice, training)
     latents, timesteps, context = inputs(ours, b, t)
-    images, texts = latents.flatten(0, 1), context.repeat_interleave(t, 0)
+    images = latents.flatten(0, 1).to(theirs.dtype)
+    texts = context.repeat_interleave(t, 0).to(theirs.dtype)
     ours.gradient_checkpointing = training
     if training:
         theirs.train().enable_gradient_checkpointing()
@@ -71,7 +74,7 @@ def unet_job(device, b, t, training=False):
     def call(unet, predict):
         if not training:
             return predict()
-        with precision(device):
+        with precision(device, choice):
             loss = F.mse_loss(predict().float(), images)
         loss.backward()
         gradient = unet.conv_in.weight.grad
@@ -93,11 +96,11 @@ JOBS = {  # description, function that makes both sides, turns
 }
 
 
-def compare(name, device, turns):
+def compare(name, device, choice, turns):
     """A row of the table: ratio of times with its range, seconds, memory, difference."""
     torch.manual_seed(0)
     what, make_sides, default = JOBS[name]
-    sides = dict(zip(SIDES, make_sides(device), strict=True))
+    sides = dict(zip(SIDES, make_sides(device, choice), strict=True))
     with torch.set_grad_enabled(name == "training"):
         a, b = (side().float().cpu() for side in sides.values())
         seconds = measure(sides, turns or default, device)
@@ -111,13 +114,14 @@ def main():
     parser.add_argument("--only", choices=JOBS, help="one job (default: all)")
     parser.add_argument("--turns", type=number(int, 1), help="repetitions (default: 3 to 9)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help=PRECISION)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
     print(device_name(device), end="\n\n")
     print(table(["ours over diffusers'", "time", "seconds", "difference"]))
     for name in [args.only] if args.only else JOBS:
-        print(compare(name, device, args.turns), flush=True)
+        print(compare(name, device, args.precision, args.turns), flush=True)
 
 
 if __name__ == "__main__":
