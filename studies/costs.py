@@ -2,6 +2,7 @@
 
     python -m studies.costs                           the tiny preset, in about a minute
     python -m studies.costs --preset sd1              Stable Diffusion's size; on a CPU half an hour
+    python -m studies.costs --preset sd1 --variants none,shift,attention --only forward
     python -m studies.costs --preset sd1 --turns 0    count only, which needs no memory
 
 A row has the parameters and operations of a variant, and the times of a forward pass and of a
@@ -77,10 +78,10 @@ def training_step(unet, options, batch):
 KINDS = {"forward": forward, "training step": training_step}
 
 
-def measure_costs(configs, options, turns, device):
+def measure_costs(configs, options, turns, device, kinds=KINDS):
     """{variant: costs} for {variant: UNetConfig}.
 
-    Costs are the numbers of `count` and, for each of KINDS, the seconds of each turn.
+    Costs are the numbers of `count` and, for each of `kinds`, the seconds of each turn.
     """
     with torch.device("meta"):
         unets = {name: UNet(config) for name, config in configs.items()}
@@ -88,8 +89,9 @@ def measure_costs(configs, options, turns, device):
     if turns:
         share_weights(unets.values(), device)
         batch = batch_of(options, device)
-        for kind, function in KINDS.items():
-            calls = {name: partial(function, unet, options, batch) for name, unet in unets.items()}
+        for kind in kinds:
+            calls = {name: partial(KINDS[kind], unet, options, batch)
+                     for name, unet in unets.items()}
             for name, seconds in measure(calls, turns, device).items():
                 costs[name][kind] = seconds
     return costs
@@ -116,6 +118,9 @@ def main():
     parser.add_argument("--turns", type=number(int, 0), default=3,
                         help="repetitions of the variants; 0: only count (default: 3)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--variants", help="some of them, separated by commas; times are over the "
+                        "first one's (default: all)")
+    parser.add_argument("--only", choices=KINDS, help="time one of these (default: both)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     options, device = RECIPES[args.preset], choose_device(args.device)
@@ -123,8 +128,12 @@ def main():
     print(f"{args.preset}: {options.video_batch_size} x {t} frames of {size} x {size} latents. "
           f"{device_name(device)}\n")
     configs = {name: replace(options, temporal=name).unet() for name in VARIANTS}
-    configs["shift, twice"] = replace(options, temporal="shift", shifts=2).unet()
-    print(cost_table(measure_costs(configs, options, args.turns, device)))
+    configs["shift-twice"] = replace(options, temporal="shift", shifts=2).unet()
+    names = args.variants.split(",") if args.variants else configs
+    if unknown := set(names) - configs.keys():
+        raise ValueError(f"--variants needs some of {', '.join(configs)}; got {min(unknown)}")
+    print(cost_table(measure_costs({name: configs[name] for name in names}, options, args.turns,
+                                   device, [args.only] if args.only else KINDS)))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,17 @@ def test_the_command_has_a_row_for_each_variant(capsys, monkeypatch, turns):
     call(costs.main, "--turns", turns, "--device", "cpu")
     tables = [part.splitlines() for part in capsys.readouterr().out.split("\n\n") if "|" in part]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[-1]]
-    assert [row[0] for row in rows[2:]] == [*VARIANTS, "shift, twice"]
+    assert [row[0] for row in rows[2:]] == [*VARIANTS, "shift-twice"]
     assert rows[2][:4] == ["none", "1,063,812", "0", "0.33"]
     assert len(tables) == 1 and {len(row) for row in rows} == {8 if turns else 4}
+
+
+def test_the_command_times_what_is_asked_over_the_first_variant(capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", OPTIONS)
+    call(costs.main, "--turns", 1, "--device", "cpu", "--variants", "shift,none", "--only",
+         "forward")
+    *_, head, _, first, second = capsys.readouterr().out.splitlines()
+    assert "forward over shift" in head and "training step" not in head
+    assert first.startswith("| shift |") and second.startswith("| none |")
+    with pytest.raises(ValueError, match="got shfit"):
+        call(costs.main, "--variants", "none,shfit")
