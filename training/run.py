@@ -183,11 +183,12 @@ class Run:
             write_text(self.path / "previews" / "captions.txt", "\n".join(prompts) + "\n")
 
         def preview(step):
-            clips = []
+            clips, size = [], 1 if self.device.type == "cuda" else 9  # training fills a GPU's memory
             with devices.visit(frozen, self.device):
-                for seed, prompt in enumerate(prompts):  # one by one; training fills the memory
+                for start in range(0, len(prompts), size):
+                    some = prompts[start : start + size]
                     with self.precision():
-                        *_, latents = pipeline.sample([prompt], [seed])
+                        *_, latents = pipeline.sample(some, range(start, start + len(some)))
                     clips.append(enlarge(pipeline.decode(latents)))  # in the decoder's precision
             suffix = ".png" if stage == "image" else ".gif"
             path = self.path / "previews" / f"{stage}-{step:06d}{suffix}"
