@@ -183,7 +183,8 @@ class Run:
             write_text(self.path / "previews" / "captions.txt", "\n".join(prompts) + "\n")
 
         def preview(step):
-            clips, size = [], 1 if self.device.type == "cuda" else 9  # training fills a GPU's memory
+            size = 1 if self.device.type == "cuda" else 9  # training fills a GPU's memory
+            clips = []
             with devices.visit(frozen, self.device):
                 for start in range(0, len(prompts), size):
                     some = prompts[start : start + size]
