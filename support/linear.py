@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+HAS_MKL = torch.backends.mkl.is_available()  # with an x86 CPU
+
 
 class Linear(nn.Linear):
     """nn.Linear for tokens (..., d), computed in float32 on a CPU as a convolution.
@@ -13,7 +15,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x):
-        on_mkl = x.device.type == "cpu" and torch.backends.mkl.is_available()
+        on_mkl = HAS_MKL and x.device.type == "cpu"
         if not on_mkl or x.dtype != torch.float32 or x[..., 0].numel() % 16:
             return super().forward(x)
         images = x.reshape(16, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # ... d -> 16 d 1 n
