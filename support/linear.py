@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HAS_MKL = torch.backends.mkl.is_available()  # with an x86 CPU
+HAS_MKL = torch.backends.mkl.is_available()  # true for PyTorch on an x86 CPU
 
 
 class Linear(nn.Linear):
